@@ -1,12 +1,13 @@
-"""Times DeepSeek-V3's architecture at 14M parameters against transformers on the same weights.
+"""Times DeepSeek's architectures at 14M parameters against transformers on the same weights.
 
     python benchmarks/backbone.py --threads 2
+    python benchmarks/backbone.py --model deepseek-v4
     python benchmarks/backbone.py --only decode_512 train_float32 --json
 
 It measures prefill, decoding and training. Our model is exported to a folder that transformers
-loads as DeepseekV3ForCausalLM, with its default experts and attention; logits are checked to agree
-to 1e-4 of their largest. Every figure is our tokens per second over transformers' tokens per
-second, the median over interleaved rounds:
+loads with its default experts and attention; logits are checked to agree to 1e-4 of their largest.
+Every figure is our tokens per second over transformers' tokens per second, the median over
+interleaved rounds:
 
     prefill_N   a prompt of N tokens into each library's own cache, logits of the last position
     decode_N    greedy, one prompt of N tokens, each library's own loop and cache;
@@ -25,16 +26,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3ForCausalLM, DynamicCache
+from transformers import (
+    DeepseekV3ForCausalLM,
+    DeepseekV4ForCausalLM,
+    DeepseekV32ForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 from rorqual.hub import checkpoints
 from rorqual.kernels.step import Step
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.csa import CSAConfig
+from rorqual.layers.dsa import DSAConfig
+from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
@@ -57,7 +68,46 @@ CONFIG = ModelConfig(
     ),
     init_std=0.05,
 )
-CONTEXTS = (512, 2048)
+V32 = replace(CONFIG, dsa=DSAConfig(heads=8, dim=32, top_k=256, weight=0.0))
+V4 = ModelConfig(
+    vocab_size=8192,
+    dim=256,
+    layers=6,
+    mla=None,
+    csa=CSAConfig(
+        heads=8,
+        head_dim=64,
+        rope_dim=16,
+        q_lora_rank=96,
+        groups=2,
+        o_lora_rank=64,
+        window=128,
+        kinds=("window", "window", "csa", "hca", "csa", "hca"),
+        index_heads=8,
+        index_dim=32,
+        top_k=256,
+        ties="topk",
+        weight=0.0,  # transformers does not train the indexer
+    ),
+    moe=MoEConfig(
+        routed=16,
+        active=4,
+        shared=1,
+        width=128,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=1),
+        balance=BalanceConfig(sequence=0.0),
+    ),
+    hyper=HyperConfig(),
+    init_std=0.05,
+)
+# Our config, transformers' class, and the lengths of prompts, of each model.
+MODELS = {
+    "deepseek-v3": (CONFIG, DeepseekV3ForCausalLM, (512, 2048)),
+    "deepseek-v3.2": (V32, DeepseekV32ForCausalLM, (2048, 8192)),
+    "deepseek-v4": (V4, DeepseekV4ForCausalLM, (2048, 8192)),
+}
+LONGEST = 16384  # positions
 NEW = 64  # tokens decoded per round
 BATCH, TIME = 8, 256
 
@@ -88,15 +138,17 @@ def compare(ours: Timed, theirs: dict[str, Timed], rounds: int) -> dict[str, flo
     return ratios | {f"{name} ms": min(values) * 1e3 for name, values in taken.items()}
 
 
-def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
+def pair(
+    folder: Path, config: ModelConfig, cls: type[PreTrainedModel]
+) -> tuple[LanguageModel, PreTrainedModel]:
     """Returns our model and transformers' with the same weights.
 
     AssertionError where their logits differ.
     """
-    ours = LanguageModel(CONFIG, seed=0).eval()
-    checkpoints.export(ours, folder, max_position_embeddings=4096)
-    theirs = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.randint(0, CONFIG.vocab_size, (2, 300))
+    ours = LanguageModel(config, seed=0).eval()
+    checkpoints.export(ours, folder, max_position_embeddings=LONGEST)
+    theirs = cls.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, config.vocab_size, (2, 300))
     with torch.no_grad():
         expected, result = theirs(ids).logits, ours(ids)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
@@ -104,9 +156,9 @@ def pair(folder: Path) -> tuple[LanguageModel, DeepseekV3ForCausalLM]:
 
 
 def prefill(
-    ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int
+    ours: LanguageModel, theirs: PreTrainedModel, length: int
 ) -> tuple[Timed, dict[str, Timed]]:
-    ids = torch.randint(0, CONFIG.vocab_size, (1, length))
+    ids = torch.randint(0, ours.config.vocab_size, (1, length))
 
     @torch.inference_mode()
     def one_forward() -> Tensor:
@@ -114,19 +166,24 @@ def prefill(
 
     @torch.inference_mode()
     def peer() -> Tensor:
-        return theirs(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).logits
+        return theirs(
+            ids,
+            past_key_values=DynamicCache(config=theirs.config),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
 
     torch.testing.assert_close(one_forward(), peer(), rtol=1e-3, atol=1e-4)
     return (lambda: timed(one_forward)), {"transformers": lambda: timed(peer)}
 
 
-def greedy(theirs: DeepseekV3ForCausalLM, ids: Tensor) -> tuple[list[int], float]:
+def greedy(theirs: PreTrainedModel, ids: Tensor) -> tuple[list[int], float]:
     """Returns the next NEW ids of transformers and the seconds for all but the first.
 
     It is a bare loop, which is faster here than generate().
     """
     with torch.inference_mode():
-        cache, generated, began = DynamicCache(), [], 0.0
+        cache, generated, began = DynamicCache(config=theirs.config), [], 0.0
         for _ in range(NEW):
             logits = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
@@ -155,7 +212,7 @@ def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int],
     except ImportError as error:
         print(f"no figures for llama.cpp: {error}; pip install gguf xllamacpp", file=sys.stderr)
         return None
-    prompt = torch.randint(0, CONFIG.vocab_size, (60,)).tolist()
+    prompt = torch.randint(0, ours.config.vocab_size, (60,)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         gguf_export.export(ours, Path(folder) / "model.gguf")
         decode = gguf_export.greedy(Path(folder) / "model.gguf", torch.get_num_threads())
@@ -164,23 +221,24 @@ def llamacpp(ours: LanguageModel) -> Callable[[list[int], int], tuple[list[int],
 
 
 def decoding(
-    ours: LanguageModel, theirs: DeepseekV3ForCausalLM, length: int
+    ours: LanguageModel, theirs: PreTrainedModel, length: int
 ) -> tuple[Timed, dict[str, Timed]]:
-    ids = torch.randint(0, CONFIG.vocab_size, (1, length))
+    ids = torch.randint(0, ours.config.vocab_size, (1, length))
     prompt = ids[0].tolist()
     Step.build()
     assert own_greedy(ours, prompt)[0] == greedy(theirs, ids)[0]
     peers = {"transformers": lambda: greedy(theirs, ids)[1]}
-    if (other := llamacpp(ours)) is not None:
+    other = llamacpp(ours) if ours.config == CONFIG else None
+    if other is not None:
         peers["llamacpp"] = lambda: other(prompt, NEW)[1]
     return (lambda: own_greedy(ours, prompt)[1]), peers
 
 
 def training(
-    ours: LanguageModel, theirs: DeepseekV3ForCausalLM, kind: str
+    ours: LanguageModel, theirs: PreTrainedModel, kind: str
 ) -> tuple[Timed, dict[str, Timed]]:
     """Returns steps of copies of the models, so that the models keep their weights."""
-    text = torch.randint(0, CONFIG.vocab_size, (BATCH, TIME + 1))
+    text = torch.randint(0, ours.config.vocab_size, (BATCH, TIME + 1))
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     one_forward, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
@@ -212,20 +270,22 @@ def training(
 
 def main() -> None:
     torch.manual_seed(0)
-    names = [f"{kind}_{length}" for kind in ("prefill", "decode") for length in CONTEXTS]
-    names += [f"train_{kind}" for kind in ("float32", "bfloat16", "autocast")]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--model", choices=MODELS, default="deepseek-v3")
+    parser.add_argument("--only", nargs="*", help="prefill_2048, decode_2048, train_float32 ...")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    config, cls, contexts = MODELS[options.model]
+    names = [f"{kind}_{length}" for kind in ("prefill", "decode") for length in contexts]
+    names += [f"train_{kind}" for kind in ("float32", "bfloat16", "autocast")]
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = pair(Path(folder) / "model")
+        ours, theirs = pair(Path(folder) / "model", config, cls)
         made = {"prefill": prefill, "decode": decoding, "train": training}
         results: dict[str, float] = {}
-        for name in options.only:
+        for name in options.only or names:
             kind, size = name.split("_")
             one_forward, peers = made[kind](ours, theirs, int(size) if size.isdigit() else size)
             taken = compare(one_forward, peers, options.rounds)

@@ -596,6 +596,11 @@ def _sizes(config: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
         queries, keys = gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim
         yield "gqa.heads * gqa.head_dim", queries, f"{attention}.q_proj.weight", 0
         yield "gqa.kv_heads * gqa.head_dim", keys, f"{attention}.k_proj.weight", 0
+    if config.csa is not None:
+        csa = config.csa
+        yield "csa.heads", csa.heads, f"{attention}.attn_sink", 0
+        yield "csa.head_dim", csa.head_dim, f"{attention}.kv_norm.weight", 0
+        yield "csa.q_lora_rank", csa.q_lora_rank, f"{attention}.q_norm.weight", 0
     if config.hyper is not None:
         mixed = config.hyper.streams * config.dim
         yield "hyper.streams * dim", mixed, f"{attention}_residual.mixer.fn", 1

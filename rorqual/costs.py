@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rorqual.model_config import (
+    CSA2Config,
+    CSAConfig,
     DeltaNetConfig,
     DSAConfig,
     EngramConfig,
@@ -78,6 +80,11 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     # includes the shared head
     drafted = mtp - depth * _resting(config) + (embedding if depth else 0)
 
+    # Blocks with compressed entries, if there are any, see furthest.
+    rope = config.rope
+    if config.csa is not None and (config.csa2 or set(config.csa.kinds) - {"window"}):
+        rope = config.csa.compress_rope
+
     products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
     deltas = sum(config.has_delta(index) for index in range(config.layers))
     products += (config.layers - deltas) * _attention_products(config, context)
@@ -95,9 +102,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
         cache_bytes=_cache_bytes(config, context),
-        longest_context=longest_context(
-            config.rope.base, yarn.factor if (yarn := config.rope.yarn) else 1.0
-        ),
+        longest_context=longest_context(rope.base, rope.factor),
     )
 
 
@@ -137,18 +142,25 @@ def _block(config: ModelConfig, index: int) -> Parameters:
     total = (
         _delta(config.delta, config.dim)
         if config.delta is not None and config.has_delta(index)
-        else _attention(config)
+        else _attention(config, index)
     )
     if config.moe is not None and config.has_experts(index):
-        return total + _moe(config.moe, config.dim)
+        return total + _moe(config.moe, config.dim, index)
     return total + Parameters(matrices=_swiglu(config.dim, config.dense_width))
 
 
-def _attention(config: ModelConfig) -> Parameters:
-    """Counts MLA or GQA with what selects its keys; MoBA has no parameters."""
+def _attention(config: ModelConfig, index: int) -> Parameters:
+    """Counts CSA, or MLA or GQA with its inner attention; MoBA has no parameters."""
+    if config.csa is not None and config.csa2 is not None:
+        sharing = _csa2(config.csa2, config.csa, config.dim, index)
+        return _csa(config.csa, config.dim, "window") + sharing
+    if config.csa is not None:
+        return _csa(config.csa, config.dim, config.csa.kind(index))
     if config.mla is not None:
         total = _mla(config.mla, config.dim)
-        return total if config.dsa is None else total + _dsa(config.dsa, config.mla, config.dim)
+        if config.dsa is None or index in config.dsa.shared:
+            return total
+        return total + _dsa(config.dsa, config.mla, config.dim)
     assert config.gqa is not None
     total = _gqa(config.gqa, config.dim)
     if config.qsa is not None:
@@ -176,6 +188,45 @@ def _dsa(dsa: DSAConfig, mla: MLAConfig, dim: int) -> Parameters:
     """Counts the indexer's W_q (of the query latent, if any), W_k and W_w, and its key norm."""
     queries = (mla.q_lora_rank or dim) * dsa.heads * dsa.dim
     return Parameters(queries + dim * dsa.dim + dim * dsa.heads, 2 * dsa.dim)
+
+
+def _csa(csa: CSAConfig, dim: int, kind: str) -> Parameters:
+    """Counts the projections of queries, keys and output, two norms, sinks, and compression.
+
+    They are W_qa and W_qb, W_kv, the blocks of W_oa and W_ob; the compressor of a block with
+    entries, and in csa blocks the indexer's W_q, W_v and compressor.
+    """
+    width, rank = csa.heads * csa.head_dim, csa.q_lora_rank
+    queries = dim * rank + rank * width
+    out = width * csa.o_lora_rank + csa.groups * csa.o_lora_rank * dim
+    total = Parameters(queries + dim * csa.head_dim + out, rank + csa.head_dim + csa.heads)
+    if kind == "hca":
+        return total + _compressor(dim, csa.head_dim, csa.heavy_ratio, 1)
+    if kind == "csa":
+        total += _compressor(dim, csa.head_dim, csa.ratio, 2)
+        total += _compressor(dim, csa.index_dim, csa.ratio, 2)
+        total += Parameters((rank * csa.index_dim + dim) * csa.index_heads)
+    return total
+
+
+def _csa2(csa2: CSA2Config, csa: CSAConfig, dim: int, index: int) -> Parameters:
+    """Counts what a block of csa2 has besides its window.
+
+    A source has W_kv, W_gate where several tokens make an entry, the indexer's W_k and two norms; a
+    block that selects has the indexer's W_q and W_w.
+    """
+    total, ratio = Parameters(), csa2.ratio(index)
+    if index in csa2.kv_sources:
+        projections = (1 + (ratio > 1)) * dim * csa.head_dim + csa.head_dim * csa.index_dim
+        total += Parameters(projections, csa.head_dim + csa.index_dim)
+    if index in csa2.index_sources:
+        total += Parameters((csa.q_lora_rank * csa.index_dim + dim) * csa.index_heads)
+    return total
+
+
+def _compressor(dim: int, width: int, ratio: int, halves: int) -> Parameters:
+    """Counts the projections of values and gates, the positions' gates, and a norm."""
+    return Parameters(2 * dim * halves * width, ratio * halves * width + width)
 
 
 def _gqa(gqa: GQAConfig, dim: int) -> Parameters:
@@ -225,12 +276,14 @@ def _nsa(nsa: NSAConfig, gqa: GQAConfig, dim: int) -> Parameters:
     return Parameters(matrices, compression + gates)
 
 
-def _moe(moe: MoEConfig, dim: int) -> Parameters:
-    """Counts the router and its selection biases, all routed experts and the shared one."""
+def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
+    """Counts the router and its biases, all routed experts, the shared one, and a norm if any."""
+    biases = moe.routed if moe.router.bias_of(index) else 0
     experts = moe.routed * _swiglu(dim, moe.width)
     shared = _swiglu(dim, moe.shared_hidden) if moe.shared else 0
+    norm = 0 if moe.norm_eps is None else dim
     shared += dim if moe.shared_gate else 0
-    return Parameters(moe.routed * dim + experts + shared, moe.routed if moe.router.bias else 0)
+    return Parameters(moe.routed * dim + experts + shared, biases + norm)
 
 
 def _resting(config: ModelConfig) -> int:
@@ -300,6 +353,13 @@ def _attention_products(config: ModelConfig, context: int) -> int:
 
     It is the mean over the tokens of a context and over the blocks with attention.
     """
+    if config.csa is not None and config.csa2 is not None:
+        blocks = range(config.layers)
+        parts = (_csa2_products(config.csa2, config.csa, index, context) for index in blocks)
+        return sum(parts) // config.layers
+    if config.csa is not None:
+        kinds = [config.csa.kind(index) for index in range(config.layers)]
+        return sum(_csa_products(config.csa, kind, context) for kind in kinds) // config.layers
     if config.mla is not None:
         scored, seen = _dsa_products(config, context)
         return scored + config.mla.heads * (
@@ -341,11 +401,53 @@ def _dsa_products(config: ModelConfig, context: int) -> tuple[int, int]:
     """Counts the indexer's products a token, and twice the query-key pairs of attention.
 
     The indexer takes each head's <q, k> and its weight over half the context. If every key is
-    selected, nothing is scored.
+    selected, nothing is scored. It is the mean over the blocks, of which some have no indexer.
     """
     if config.dsa is None or context <= config.dsa.top_k:
         return 0, _seen(context)
-    return config.dsa.heads * (config.dsa.dim + 1) * context // 2, _seen(context, config.dsa.top_k)
+    scored = config.dsa.heads * (config.dsa.dim + 1) * context // 2
+    indexers = config.layers - len(config.dsa.shared)
+    return scored * indexers // config.layers, _seen(context, config.dsa.top_k)
+
+
+def _csa_products(csa: CSAConfig, kind: str, context: int) -> int:
+    """Counts pooling, the indexer's scores, and attention to the window and to entries.
+
+    If no token has to choose among entries, nothing is scored.
+    """
+    ratio = csa.ratio if kind == "csa" else csa.heavy_ratio
+    pairs = 0 if kind == "window" else _entries_seen(context, ratio)
+    scored = pooled = 0
+    if kind == "hca":
+        pooled = csa.head_dim
+    elif kind == "csa":
+        pooled = 2 * (csa.head_dim + csa.index_dim)
+        if context // ratio > csa.top_k:
+            scored = csa.index_heads * (csa.index_dim + 1) * pairs
+            pairs = _entries_seen(context, ratio, csa.top_k)
+    attended = csa.heads * csa.head_dim * (_seen(context, csa.window) + 2 * pairs)
+    return pooled + (scored + attended) // context
+
+
+def _csa2_products(csa2: CSA2Config, csa: CSAConfig, index: int, context: int) -> int:
+    """Counts pooling, the indexer's scores, and attention to the window and to entries.
+
+    A block that selects scores every entry. If no token has to choose, nothing is scored.
+    """
+    ratio, scored, pairs = csa2.ratio(index), 0, 0
+    if ratio:
+        pairs = _entries_seen(context, ratio, csa.top_k)
+        if index in csa2.index_sources and context // ratio > csa.top_k:
+            scored = csa.index_heads * (csa.index_dim + 1) * _entries_seen(context, ratio)
+    pooled = csa.head_dim if index in csa2.kv_sources and ratio > 1 else 0
+    attended = csa.heads * csa.head_dim * (_seen(context, csa.window) + 2 * pairs)
+    return pooled + (scored + attended) // context
+
+
+def _entries_seen(context: int, ratio: int, limit: int | None = None) -> int:
+    """Counts the pairs of a token and an entry that it sees, or the `limit` best of these."""
+    count = context // ratio if limit is None else min(limit, context // ratio)
+    return ratio * count * (count - 1) // 2 + count * (context - count * ratio + 1)
 
 
 def _nsa_products(nsa: NSAConfig, gqa: GQAConfig, context: int) -> int:
@@ -435,11 +537,16 @@ def _engram_products(config: ModelConfig) -> int:
 def _cached_bytes(config: ModelConfig) -> int:
     """Counts the cache bytes of all blocks for each further token.
 
-    All is bfloat16 but MoBA's float32 means. A window discards nothing.
+    All is bfloat16 but MoBA's float32 means. A window discards nothing, but that of CSA.
     """
+    if config.csa is not None:
+        far = 1 << 30  # tokens, over which entries are averaged
+        return _entry_bytes(config, far) // far
     if config.mla is not None:
-        indexed = config.dsa.dim if config.dsa is not None else 0
-        return 2 * config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim + indexed)
+        latents = config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim)
+        if config.dsa is None:
+            return 2 * latents
+        return 2 * (latents + (config.layers - len(config.dsa.shared)) * config.dsa.dim)
     assert config.gqa is not None
     blocks = sum(not config.has_delta(index) for index in range(config.layers))
     pair = 2 * blocks * config.gqa.kv_heads * _widths(config.gqa)
@@ -457,8 +564,36 @@ def _cached_bytes(config: ModelConfig) -> int:
 
 
 def _cache_bytes(config: ModelConfig, context: int) -> int:
-    """Counts the cache bytes of all blocks after `context` tokens."""
-    return _cached_bytes(config) * context + _state_bytes(config)
+    """Counts the cache bytes of all blocks after `context` tokens, in bfloat16.
+
+    CSA has a window, what is not yet compressed or overlaps, and entries.
+    """
+    csa = config.csa
+    if csa is None:
+        return _cached_bytes(config) * context + _state_bytes(config)
+    total = 2 * config.layers * (csa.window - 1) * csa.head_dim
+    for index in range(config.layers):
+        if config.csa2 is not None:
+            pending = config.csa2.ratio(index) - 1 if index in config.csa2.kv_sources else 0
+            total += 8 * pending * csa.head_dim  # in float32
+        elif csa.kind(index) == "hca":
+            total += 4 * (csa.heavy_ratio - 1) * csa.head_dim
+        elif csa.kind(index) == "csa":
+            total += 8 * (2 * csa.ratio - 1) * (csa.head_dim + csa.index_dim)
+    return total + _entry_bytes(config, context)
+
+
+def _entry_bytes(config: ModelConfig, context: int) -> int:
+    """Counts the bytes of the entries of all blocks, or of sources, after `context` tokens."""
+    csa = config.csa
+    assert csa is not None
+    width = csa.head_dim + csa.index_dim
+    if config.csa2 is not None:
+        sources = [index for index in config.csa2.kv_sources if index < config.layers]
+        return 2 * width * sum(context // config.csa2.ratio(index) for index in sources)
+    kinds = [csa.kind(index) for index in range(config.layers)]
+    sparse = kinds.count("csa") * (context // csa.ratio) * width
+    return 2 * (sparse + kinds.count("hca") * (context // csa.heavy_ratio) * csa.head_dim)
 
 
 def _state_bytes(config: ModelConfig) -> int:

@@ -13,7 +13,7 @@ nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import starmap
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from rorqual.layers.balance import losses
 from rorqual.layers.basics import CentredRMSNorm, RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
+from rorqual.layers.csa import CSA, HCA, SharedKV
+from rorqual.layers.csa2 import CSA2
 from rorqual.layers.delta_net import DeltaNet
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
@@ -63,14 +65,20 @@ class Aux(NamedTuple):
 
     indexer_loss: IndexerLoss | None  # loss of DSA's indexer, in training
     routing: Routing | None  # routing of its mixture of experts
+    shared: Any = None  # what its attention leaves for later blocks: Context.shared
 
 
-def _attention(config: ModelConfig, index: int) -> MLA | GQA | DeltaNet:
+def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV | DeltaNet:
     if config.delta is not None and config.has_delta(index):
         return DeltaNet(config.delta, config.dim)
+    if config.csa is not None and config.csa2 is not None:
+        return CSA2(config.csa2, config.csa, config.dim, config.eps, index)
+    if config.csa is not None:
+        cls = {"window": SharedKV, "hca": HCA, "csa": CSA}[config.csa.kind(index)]
+        return cls(config.csa, config.dim, config.eps)
     if config.mla is not None:
         if config.dsa is not None:
-            return DSA(config.dsa, config.mla, config.dim, config.rope)
+            return DSA(config.dsa, config.mla, config.dim, config.rope, index)
         return MLA(config.mla, config.dim, config.rope)
     assert config.gqa is not None
     if config.nsa is not None:
@@ -124,7 +132,8 @@ class Block(nn.Module):
         h, mapping = self.attention_residual.read(
             x
         )  # [B, T, D], and how its output is written back
-        out, indexer_loss = self.attention(self.attention_norm(h), ctx)
+        # Attentions that share leave a third value for later blocks.
+        out, indexer_loss, *shared = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
             mapping, ctx = mapping.last(ctx.lengths), ctx.last()
@@ -132,7 +141,8 @@ class Block(nn.Module):
         h, mapping = self.ffn_residual.read(x)
         h = self.ffn_norm(h)
         out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return self.ffn_residual.write(out, mapping), Aux(indexer_loss, routing)
+        aux = Aux(indexer_loss, routing, shared[0] if shared else None)
+        return self.ffn_residual.write(out, mapping), aux
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -233,27 +243,107 @@ class LanguageModel(nn.Module):
         """Returns the last block's output before the final norm, and the Aux of each block.
 
         With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
-        the end of the last block. If `indexer_warmup` is given, DSA's indexers are trained; while
-        it is True every key is attended to. document_ids [B, T] numbers packed documents, which
-        never see each other; lengths [B] is the number of valid tokens of each row, which padding
-        follows.
+        the end of the last block. If `indexer_warmup` is given, the indexers of DSA and CSA are
+        trained; while it is True every key is attended to. document_ids [B, T] numbers packed
+        documents, which never see each other; lengths [B] is the number of valid tokens of each
+        row, which padding follows.
         """
-        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
-        if self.addresses is not None:
-            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
-        pending = self._prefetch(ids, ctx, cache.ids if cache is not None else None)
+        if cache is not None and cache.length and self._cache_is_outdated(cache, ids, lengths):
+            return self._hidden_again(ids, document_ids, lengths, cache, last)
+        ctx, pending = self.prepare(
+            ids,
+            cache,
+            document_ids=document_ids,
+            lengths=lengths,
+            indexer_warmup=indexer_warmup,
+        )
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
-        auxes = []
+        auxes: list[Aux] = []
         for index, block in enumerate(self.blocks):
             block_cache = cache.layers[index] if cache is not None else None
-            x, aux = block(
-                x,
-                ctx.for_block(
-                    block_cache, pending.get(index), last and index == self.config.layers - 1
-                ),
-            )
-            auxes.append(aux)
+            last_only = last and index == self.config.layers - 1
+            x, aux = block(x, ctx.for_block(block_cache, pending.get(index), last_only))
+            if aux.shared is not None:
+                ctx = replace(ctx, shared=aux.shared)
+            auxes.append(aux._replace(shared=None))
         return self.reduce_streams(x), auxes
+
+    def prepare(
+        self,
+        ids: Int[Tensor, "B T"],
+        cache: Cache | None = None,
+        *,
+        document_ids=None,
+        lengths=None,
+        indexer_warmup=None,
+    ) -> tuple[Context, dict[int, object]]:
+        """Returns the context of a call, and the rows prefetched for each block with Engram.
+
+        The new tokens are counted in the cache.
+        """
+        ctx = self._context(ids, cache, document_ids, lengths, indexer_warmup)
+        if self.addresses is None and cache is not None and cache.ids is not None:
+            cache.ids.append(ids, ctx)
+        if self.addresses is not None:
+            ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
+        return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
+
+    def _cache_is_outdated(self, cache: Cache, ids: Tensor, lengths) -> bool:
+        """Whether the new tokens change what an uncached call computes for the cached ones.
+
+        They do if DSA selects among keys of equal score as torch.topk does, and if the rotary
+        frequencies change with the longest position.
+        """
+        ties = (getattr(layer.attention, "ties", None) for layer in cache.layers)
+        if any(each is not None and each.noted for each in ties):
+            return True
+        rope = self.config.rope
+        if not rope.varies:
+            return False
+        counts = [ids.shape[1]] * len(ids) if lengths is None else [int(n) for n in lengths]
+        longest = max(map(sum, zip(cache.lengths, counts, strict=True)))
+        if rope.dynamic is not None:
+            return longest > rope.dynamic.original_length
+        assert rope.longrope is not None
+        original = rope.longrope.original_length
+        return longest > original and (cache.past.named or cache.length <= original)
+
+    def _hidden_again(
+        self, ids: Tensor, document_ids, lengths, cache: Cache, last: bool
+    ) -> tuple[Tensor, list[Aux]]:
+        """Computes the cached tokens again, together with the new ones, and caches them anew."""
+        assert cache.ids is not None and cache.ids.buffer is not None
+        past, time = list(cache.past.lengths), ids.shape[1]
+        counts = [time] * len(ids) if lengths is None else [int(n) for n in lengths]
+        stored, documents_of_rows = cache.ids.buffer[:, cache.ids.before :], None
+        if cache.past.named or document_ids is not None:
+            buffer = cache.past.document_ids.buffer
+            documents_of_rows = torch.zeros_like(stored) if buffer is None else buffer
+        everything, documents_of_all = [], []
+        for row, length in enumerate(past):
+            everything.append(torch.cat([stored[row, :length], ids[row]]))
+            if documents_of_rows is not None:
+                before = documents_of_rows[row, :length]
+                new = before[-1:].expand(time) if document_ids is None else document_ids[row]
+                documents_of_all.append(torch.cat([before, new]))
+        padded = nn.utils.rnn.pad_sequence
+        for state in (*cache.states(), cache.past):
+            state.clear()
+        totals = [length + count for length, count in zip(past, counts, strict=True)]
+        hidden, auxes = self.hidden(
+            padded(everything, batch_first=True),
+            document_ids=padded(documents_of_all, batch_first=True) if documents_of_all else None,
+            lengths=None if len(set(past)) == 1 and lengths is None else totals,
+            cache=cache,
+            last=last,
+        )
+        if last:
+            return hidden, auxes
+        columns = torch.tensor(past, device=ids.device)[:, None] + torch.arange(
+            time, device=ids.device
+        )
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return hidden[rows, columns], auxes
 
     def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:
         """Reduces the residual streams of the last block to one hidden state."""
@@ -270,6 +360,7 @@ class LanguageModel(nn.Module):
             lengths=lengths,
             past=cache.past if cache is not None else None,
             rope=(self.config.rope, self.rope_dim),
+            compress_rope=self.config.csa.compress_rope if self.config.csa is not None else None,
             ids=ids,
             indexer_warmup=indexer_warmup,
         )
@@ -323,7 +414,8 @@ class LanguageModel(nn.Module):
         labels[t] follows ids[t]; -100 is no target. If `indexer_warmup` is True, DSA's indexers are
         in their warm-up; they are trained only in training mode.
         """
-        training = self.training and self.config.dsa is not None
+        indexer = self.config.indexer
+        training = self.training and indexer is not None and indexer.weight > 0
         shared_kwargs = {
             "document_ids": document_ids,
             "lengths": lengths,
@@ -348,8 +440,8 @@ class LanguageModel(nn.Module):
         indexer_loss = mean_indexer_loss(
             [aux.indexer_loss for aux in auxes if aux.indexer_loss is not None]
         )
-        if indexer_loss is not None and self.config.dsa is not None:
-            total = total + self.config.dsa.weight * indexer_loss.loss
+        if indexer_loss is not None and self.config.indexer is not None:
+            total = total + self.config.indexer.weight * indexer_loss.loss
         counts = torch.stack([routing.counts() for routing in routings]) if routings else None
         return Loss(total, next_token, mtp, balance, counts, tokens, indexer_loss)
 
@@ -390,6 +482,9 @@ class LanguageModel(nn.Module):
         weight = self.embed.weight
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
+        ties = self.config.dsa is not None and self.config.dsa.ties == "topk"
+        if ids is None and (ties or self.config.rope.varies):
+            ids = Appended(capacity)  # of tokens that may have to be computed again
         blocks = [cast(Block, cast(MTP, module).block) for module in self.mtp]
         drafts = [
             DraftCache(past=Past(batch, capacity), **block.new_cache(*of).parts) for block in blocks
@@ -447,7 +542,7 @@ def init(model: LanguageModel, seed: int = 0) -> None:
                 continue
             if id(parameter) in apart:
                 apart[id(parameter)].draw(ROW_STD)
-            elif name.endswith((".conv", "bias", "sinks")):
+            elif name.endswith((".conv", "bias", "sinks", "attn_sink", ".ape")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(0.0 if centred and name.endswith("_norm") else 1.0)

@@ -13,7 +13,10 @@ from typing import Literal
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2", "max")
 
+CSA_KINDS = ("window", "csa", "hca")
+
 Choice = Literal["token", "tile"]  # what selects the blocks of keys in NSA and MoBA
+CSAKind = Literal["window", "csa", "hca"]  # what a block of CSAConfig sees before its window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,23 +45,144 @@ class YarnConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRopeConfig:
+    """Divides every rotary frequency, which is to divide the positions."""
+
+    factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_stretch("linear", self.factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicRopeConfig:
+    """Raises the rotary base with the longest position of a call (NTK scaling).
+
+    Up to `original_length` tokens nothing changes. Beyond it the frequencies depend on the call, so
+    keys that are cached keep those of the call that computed them.
+    """
+
+    factor: float = 4.0
+    original_length: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_stretch("dynamic", self.factor, self.original_length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3RopeConfig:
+    """Slows the pairs that turn seldom within `original_length` tokens, as Llama 3.1 does.
+
+    Pairs that turn less often than `low_turns` are slowed by the whole factor, those that turn more
+    often than `high_turns` are not, and between the two the frequency is interpolated.
+    """
+
+    factor: float = 8.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_stretch("llama3", self.factor, self.original_length)
+        if not 0 < self.low_turns < self.high_turns:
+            raise ValueError(
+                f"rope.llama3: got low_turns {self.low_turns}, high_turns {self.high_turns}, "
+                "expected 0 < low < high"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongRopeConfig:
+    """Divides the frequency of each pair by a factor of its own (LongRoPE, arXiv 2402.13753).
+
+    The factors are `short` where no position of a call reaches `original_length`, otherwise `long`.
+    """
+
+    short: tuple[float, ...] = (1.0,)
+    long: tuple[float, ...] = (1.0,)
+    original_length: int = 4096
+    factor: float = 1.0  # the longest context over original_length
+    # multiplies cos and sin; None: sqrt(1 + ln factor / ln original_length)
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_stretch("longrope", self.factor, self.original_length)
+        if not self.short or len(self.short) != len(self.long):
+            raise ValueError(
+                f"rope.longrope: got {len(self.short)} short and {len(self.long)} long factors, "
+                "expected one of each for every rotary pair"
+            )
+        if min(*self.short, *self.long) <= 0:
+            raise ValueError(
+                f"rope.longrope: got the factor {min(*self.short, *self.long)}, "
+                "expected factors above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueryScaleConfig:
+    """Multiplies queries by 1 + beta ln(1 + position // original_length), as Llama 4 does."""
+
+    beta: float = 0.1
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.original_length < 1:
+            raise ValueError(
+                f"rope.query_scale: got original_length {self.original_length}, expected at least 1"
+            )
+
+
+def _check_stretch(kind: str, factor: float, original_length: int = 2) -> None:
+    if factor < 1 or original_length < 2:
+        raise ValueError(
+            f"rope.{kind}: got factor {factor} and original_length {original_length}, "
+            "expected at least 1 and at least 2"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
     """Rotary positions.
 
-    `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2).
+    `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2). At most
+    one of the fields that stretch the base to longer contexts is set.
     """
 
     base: float = 10000.0
     interleaved: bool = True
     yarn: YarnConfig | None = None
+    linear: LinearRopeConfig | None = None
+    dynamic: DynamicRopeConfig | None = None
+    llama3: Llama3RopeConfig | None = None
+    longrope: LongRopeConfig | None = None
+    query_scale: QueryScaleConfig | None = None  # of MLA's queries
 
     def __post_init__(self) -> None:
         if self.base <= 1:
             raise ValueError(f"got rope base {self.base}, expected more than 1")
+        if len(names := [name for name in ROPE_KINDS if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"rope: got {' and '.join(names)}, expected at most one of them")
+
+    @property
+    def factor(self) -> float:
+        """How many times longer a context the positions are stretched to."""
+        for name in ROPE_KINDS:
+            if (kind := getattr(self, name)) is not None:
+                return float(kind.factor)
+        return 1.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether the frequencies depend on the longest position of a call."""
+        return self.dynamic is not None or self.longrope is not None
+
+
+ROPE_KINDS = ("yarn", "linear", "dynamic", "llama3", "longrope")
 
 
 def longest_context(base: float, factor: float = 1.0) -> int:
-    """Returns how many tokens a rotary base tells apart, pi * base * YaRN factor.
+    """Returns how many tokens a rotary base tells apart, pi * base * the factor of its stretching.
 
     The slowest pair turns once in about 2 pi base tokens, and angles theta and 2 pi - theta have
     one cosine, so half a turn is usable.
@@ -223,19 +347,191 @@ class DSAConfig:
     warmup: int = 1000  # steps in which MLA attends to every key and the loss is over every key
     # of the indexer loss, a mean over layers; its gradient reaches only the indexers
     weight: float = 1.0
+    # steps before the warm-up, in which MLA attends to every key and the indexers are not trained
+    dense: int = 0
+    interleaved: bool = False  # the indexer's rope rotates pairs (2i, 2i+1), not (i, i + rope/2)
+    # blocks without an indexer, which attend to the keys that the nearest block before selected
+    shared: tuple[int, ...] = ()
+    # Of keys of equal score the latest are selected, however the tokens reach the model, or those
+    # that torch.topk returns for all keys of the call, as transformers' models do.
+    ties: Literal["latest", "topk"] = "latest"
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "weight"):
+        for name in ("warmup", "weight", "dense"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.shared and min(self.shared) < 1:
+            raise ValueError(
+                f"dsa.shared: got {self.shared}, expected block indices from 1: "
+                "the first block has nothing to share"
+            )
+        if self.ties not in ("latest", "topk"):
+            raise ValueError(f"dsa.ties: got {self.ties!r}, expected 'latest' or 'topk'")
 
     def check_rope_dim(self, rope_dim: int) -> None:
         """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
         if self.dim < rope_dim:
             raise ValueError(f"dsa.dim: got {self.dim}, expected at least mla.rope_dim, {rope_dim}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CSAConfig:
+    """Sizes of attention to a window and to compressed entries; its keys are also its values.
+
+    DeepSeek-V4-Flash: 64 heads of 512, 64 rotated, query rank 1024, 8 groups of rank 1024, window
+    128, ratios 4 and 128, an indexer of 64 heads of 128 that selects 512 entries.
+    """
+
+    heads: int = 4
+    head_dim: int = 16  # of queries and of the one key, which is also the value
+    rope_dim: int = 8  # the last values of a head, rotated
+    q_lora_rank: int = 32
+    groups: int = 2  # of heads, which share a low-rank output projection
+    o_lora_rank: int = 16  # of one group
+    window: int = 128  # keys a query sees uncompressed, itself included
+    # What each block sees before its window: nothing, the top_k entries of an indexer (csa), or all
+    # entries (hca). Blocks after the last one of this list, as MTP's, see nothing.
+    kinds: tuple[CSAKind, ...] = ()
+    ratio: int = 4  # tokens of a csa entry, which overlaps with the one before
+    heavy_ratio: int = 128  # tokens of an hca entry
+    index_heads: int = 4
+    index_dim: int = 16  # per head, at least rope_dim
+    top_k: int = 512  # entries that a query of a csa block sees
+    # Which of equal scores are selected. last: the last ones, however tokens are split into calls;
+    # topk: those of torch.topk over all entries of a call, as transformers does. Scores of 0 are
+    # often equal.
+    ties: Literal["last", "topk"] = "last"
+    # Rotary positions of the blocks with entries; the model's are those of the others.
+    compress_rope: RopeConfig = field(default_factory=lambda: RopeConfig(base=160000.0))
+    warmup: int = 1000  # steps in which csa blocks see every entry and the loss is over all
+    weight: float = 1.0  # of the indexer loss
+
+    def __post_init__(self) -> None:
+        for name in (
+            "heads",
+            "head_dim",
+            "q_lora_rank",
+            "groups",
+            "o_lora_rank",
+            "window",
+            "ratio",
+            "heavy_ratio",
+            "index_heads",
+            "index_dim",
+            "top_k",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"csa.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("warmup", "weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"csa.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.heads % self.groups:
+            raise ValueError(
+                f"csa.groups: got {self.groups}, expected a divisor of {self.heads} heads"
+            )
+        if self.rope_dim % 2 or not 2 <= self.rope_dim <= min(self.head_dim, self.index_dim):
+            raise ValueError(
+                f"csa.rope_dim: got {self.rope_dim}, expected an even width up to head_dim "
+                f"{self.head_dim} and index_dim {self.index_dim}"
+            )
+        if self.ties not in ("last", "topk"):
+            raise ValueError(f"csa.ties: got {self.ties!r}, expected last or topk")
+        if wrong := [kind for kind in self.kinds if kind not in CSA_KINDS]:
+            raise ValueError(f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}")
+
+    def kind(self, index: int) -> CSAKind:
+        """Returns the kind of block `index`."""
+        return self.kinds[index] if index < len(self.kinds) else "window"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CSA2Config:
+    """Which blocks compress tokens to entries, and which use the entries of an earlier block.
+
+    It works inside `csa`, which has the sizes of heads, window and indexer. DeepSeek-V4.1-Flash: 2
+    blocks with a window alone, 18 of ratio 2, 20 of ratio 1; sources 2, 8, 14, 20; 24, 28, 32 and
+    36 select anew.
+    """
+
+    # Tokens of an entry in each block; 0: a window alone. Blocks after the last one of this list
+    # have a window alone.
+    ratios: tuple[int, ...] = ()
+    # Blocks that compress: their entries serve until the next of them. Each selects, too.
+    kv_sources: tuple[int, ...] = ()
+    index_sources: tuple[int, ...] = ()  # blocks that select entries; the others keep the selection
+    # A block of kv_sources that also selects coarse blocks of entries, among which later
+    # index_sources select; None: later ones select among all.
+    candidate_source: int | None = None
+    candidate_block: int = 8  # entries of a coarse block
+    candidate_blocks: int = 2048  # coarse blocks that a query keeps
+    # How cached values are rounded, in training, too: not at all, or as DeepSeek-V4.1 stores them
+    # (window keys fp8, entries nvfp4, the indexer's queries and keys mxfp4).
+    cache_formats: Literal["none", "published"] = "none"
+
+    def __post_init__(self) -> None:
+        if min(self.ratios, default=0) < 0:
+            raise ValueError(f"csa2.ratios: got {self.ratios}, expected 0 or more for each block")
+        for name in ("candidate_block", "candidate_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"csa2.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.cache_formats not in ("none", "published"):
+            raise ValueError(
+                f"csa2.cache_formats: got {self.cache_formats!r}, expected none or published"
+            )
+        for name in ("kv_sources", "index_sources"):
+            sources = getattr(self, name)
+            if list(sources) != sorted(set(sources)) or min(sources, default=0) < 0:
+                raise ValueError(
+                    f"csa2.{name}: got {sources}, expected rising block indices from 0"
+                )
+        if lacking := set(self.kv_sources) - set(self.index_sources):
+            raise ValueError(
+                f"csa2.index_sources: got {self.index_sources}, "
+                f"expected {min(lacking)}, too, which compresses"
+            )
+        if self.candidate_source is not None and self.candidate_source not in self.kv_sources:
+            raise ValueError(
+                f"csa2.candidate_source: got {self.candidate_source}, "
+                f"expected a block of kv_sources {self.kv_sources}, or none"
+            )
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        """Refuses blocks whose entries no block before them makes."""
+        ratio = 0
+        for index, own_ratio in enumerate(self.ratios):
+            if own_ratio == 0:
+                if index in self.index_sources:
+                    raise ValueError(
+                        f"csa2.index_sources: got block {index}, whose ratio is 0, "
+                        "expected blocks with entries"
+                    )
+                continue
+            if index in self.kv_sources:
+                ratio = own_ratio
+            if ratio != own_ratio:
+                raise ValueError(
+                    f"csa2.ratios: got {own_ratio} for block {index}, expected {ratio} as its "
+                    "entries have, or the block among kv_sources"
+                )
+        if late := [index for index in self.index_sources if index >= len(self.ratios)]:
+            raise ValueError(
+                f"csa2.index_sources: got block {late[0]}, expected one of the {len(self.ratios)} "
+                "that ratios names"
+            )
+        source = self.candidate_source
+        if source is not None and (later := [i for i in self.kv_sources if i > source]):
+            raise ValueError(
+                f"csa2.kv_sources: got {later[0]} after candidate_source {source}, whose coarse "
+                "blocks are of other entries, expected none after it"
+            )
+
+    def ratio(self, index: int) -> int:
+        """Returns the tokens of an entry in block `index`; 0 for a window alone."""
+        return self.ratios[index] if index < len(self.ratios) else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,6 +633,8 @@ class RouterConfig:
     adaptive_mass: float | None = None
     min_active: int = 1  # experts that adaptive_mass takes at least
     token_id_layers: int = 0  # number of first layers that select experts by token id
+    # raw ids of image tokens, whose selection has a bias of its own; (): there is none
+    image_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("score", ROUTER_SCORES), ("group_score", GROUP_SCORES)):
@@ -363,6 +661,10 @@ class RouterConfig:
                 raise ValueError(
                     f"router.{name}: got {getattr(self, name)}, expected at least {least}"
                 )
+
+    def bias_of(self, layer: int) -> bool:
+        """Whether the router of a block has a bias: one that selects by token id has none."""
+        return self.bias and layer >= self.token_id_layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -408,6 +710,10 @@ class MoEConfig:
     shared_width: int | None = None  # width of the shared SwiGLU; None: shared * width
     shared_gate: bool = False  # the shared experts' output is multiplied by sigmoid(<w, x>)
     first_dense: int = 0  # blocks before this one have a dense feed-forward
+    # Clips the gate of experts and of shared ones from above, and their other factor on both sides.
+    swiglu_limit: float | None = None
+    dense_layers: tuple[int, ...] = ()  # blocks after these that have one too
+    norm_eps: float | None = None  # of an RMSNorm of the output (A.X-K1); None: no norm
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
@@ -425,6 +731,10 @@ class MoEConfig:
             raise ValueError(
                 f"moe.shared_width: got {self.shared_width} with shared {self.shared}, "
                 "expected at least 1 of each"
+            )
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
+            raise ValueError(
+                f"moe.swiglu_limit: got {self.swiglu_limit}, expected more than 0 or None"
             )
         if self.shared_gate and not self.shared:
             raise ValueError("moe.shared_gate: got no shared expert, expected one that it gates")
@@ -473,6 +783,9 @@ class EngramConfig:
     layers: tuple[int, ...] = (1,)  # blocks with Engram, counted from 0
     # one for each n-gram order, 2 first; rounded up to primes
     rows_per_head: tuple[int, ...] = (4096, 4096)
+    # Rows of each layer's table where files pad it; None: as many as are looked up, the sum of the
+    # primes.
+    table_rows: tuple[int, ...] | None = None
     heads: int = 4  # hash heads of each order
     head_dim: int = 16  # width of a row
     kernel: int = 4  # taps of the convolution over time
@@ -510,6 +823,11 @@ class EngramConfig:
             raise ValueError(
                 f"engram.rows_per_head: got {self.rows_per_head}, "
                 "expected 2 or more for each n-gram order"
+            )
+        if self.table_rows is not None and len(self.table_rows) != len(self.layers):
+            raise ValueError(
+                f"engram.table_rows: got {len(self.table_rows)} tables, "
+                f"expected one for each of the {len(self.layers)} layers, or none"
             )
         for name in ("heads", "head_dim", "kernel", "dilation", "row_multiple", "shards"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -592,9 +910,20 @@ def head_primes(config: EngramConfig) -> list[list[list[int]]]:
 
 
 def row_totals(config: EngramConfig) -> tuple[int, ...]:
-    """Returns the rows of each layer's table, the sums of its primes, up to a `row_multiple`."""
+    """Returns the rows of each table: `table_rows`, or the sum of primes up to a `row_multiple`.
+
+    ValueError if the table has fewer than are looked up.
+    """
     multiple = config.row_multiple
-    return tuple(-(-sum(map(sum, orders)) // multiple) * multiple for orders in head_primes(config))
+    sums = tuple(sum(map(sum, orders)) for orders in head_primes(config))
+    rows = config.table_rows or tuple(-(-rows // multiple) * multiple for rows in sums)
+    for layer, got, least in zip(config.layers, rows, sums, strict=True):
+        if got < least:
+            raise ValueError(
+                f"engram.table_rows: got {got} for layer {layer}, expected at least the {least} "
+                "that are looked up"
+            )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -654,7 +983,7 @@ class MTPConfig:
 class ModelConfig:
     """Every size of a model. A part is off if its config is None.
 
-    Exactly one of `mla` and `gqa` is on.
+    Exactly one of `mla`, `gqa` and `csa` is on.
     """
 
     vocab_size: int = 4096
@@ -666,6 +995,8 @@ class ModelConfig:
     nsa: NSAConfig | None = None  # selects keys of gqa
     moba: MoBAConfig | None = None  # selects keys of gqa
     dsa: DSAConfig | None = None  # selects keys of mla
+    csa: CSAConfig | None = None
+    csa2: CSA2Config | None = None  # entries of csa that blocks share
     qsa: QSAConfig | None = None  # selects keys of gqa
     delta: DeltaNetConfig | None = None  # in place of attention in most blocks
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -681,26 +1012,45 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "layers", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        attention = [name for name in ("mla", "gqa") if getattr(self, name) is not None]
+        attention = [name for name in ("mla", "gqa", "csa") if getattr(self, name) is not None]
         if len(attention) != 1:
             raise ValueError(
                 f"attention: got {' and '.join(attention) or 'none'}, "
-                "expected exactly one of mla and gqa"
+                "expected exactly one of mla, gqa and csa"
             )
-        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("qsa", "gqa"), ("dsa", "mla")):
+        inside = ("nsa", "gqa"), ("moba", "gqa"), ("qsa", "gqa"), ("dsa", "mla"), ("csa2", "csa")
+        for inner, outer in inside:
             if getattr(self, inner) is not None and getattr(self, outer) is None:
                 raise ValueError(
                     f"{inner}: got attention {attention[0]}, "
                     f"expected {outer}, which it works inside"
                 )
+        self._check_blocks()
         sparse = [name for name in ("nsa", "moba", "qsa") if getattr(self, name) is not None]
         if len(sparse) > 1:
             raise ValueError(f"sparse attention: got {' and '.join(sparse)}, expected at most one")
+
+    def _check_blocks(self) -> None:
+        """Refuses settings of single blocks that do not fit the number of blocks."""
         if self.delta is not None and (
             late := [i for i in self.delta.layers or () if i >= self.layers]
         ):
             raise ValueError(
                 f"delta.layers: got {late}, expected block indices 0..{self.layers - 1}"
+            )
+        if self.csa is not None and 0 < len(self.csa.kinds) < self.layers:
+            raise ValueError(
+                f"csa.kinds: got {len(self.csa.kinds)} kinds, "
+                f"expected one for each of the {self.layers} blocks, or none"
+            )
+        if self.csa2 is not None and self.csa is not None and self.csa.kinds:
+            raise ValueError(
+                "csa.kinds: got kinds together with csa2, expected none: csa2.ratios says it"
+            )
+        if self.csa2 is not None and len(self.csa2.ratios) < self.layers:
+            raise ValueError(
+                f"csa2.ratios: got {len(self.csa2.ratios)}, "
+                f"expected one for each of the {self.layers} blocks"
             )
         if self.engram is not None and (
             late := [i for i in self.engram.layers if not 0 <= i < self.layers]
@@ -708,6 +1058,12 @@ class ModelConfig:
             raise ValueError(
                 f"engram.layers: got {late}, expected block indices 0..{self.layers - 1}"
             )
+        if self.dsa is not None and len(set(self.dsa.shared)) < len(self.dsa.shared):
+            raise ValueError(f"dsa.shared: got {self.dsa.shared}, expected different blocks")
+        if self.dsa is not None and (
+            late := [i for i in self.dsa.shared if not 1 <= i < self.layers]
+        ):
+            raise ValueError(f"dsa.shared: got {late}, expected block indices 1..{self.layers - 1}")
         if self.moe is not None and self.moe.first_dense > self.layers:
             raise ValueError(
                 f"moe.first_dense: got {self.moe.first_dense}, "
@@ -719,6 +1075,13 @@ class ModelConfig:
         return self.hyper.streams if self.hyper is not None else 1
 
     @property
+    def indexer(self) -> DSAConfig | CSAConfig | None:
+        """The config of what trains indexers, its `warmup` and `weight`; None without any."""
+        if self.csa is not None and ("csa" in self.csa.kinds or self.csa2 is not None):
+            return self.csa
+        return self.dsa
+
+    @property
     def gated_residual(self) -> bool:
         """Whether the sites of the residual streams norm what they read, so that no block does."""
         return self.hyper is not None and self.hyper.kind == "gated"
@@ -728,6 +1091,8 @@ class ModelConfig:
         """How many values of a head's queries and keys are rotated."""
         if self.mla is not None:
             return self.mla.rope_dim
+        if self.csa is not None:
+            return self.csa.rope_dim
         assert self.gqa is not None
         return self.gqa.rotated
 
@@ -737,7 +1102,11 @@ class ModelConfig:
 
     def has_experts(self, index: int) -> bool:
         """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""
-        return self.moe is not None and index >= self.moe.first_dense
+        return (
+            self.moe is not None
+            and index >= self.moe.first_dense
+            and index not in self.moe.dense_layers
+        )
 
     def has_engram(self, index: int) -> bool:
         return self.engram is not None and index in self.engram.layers

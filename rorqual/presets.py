@@ -1,15 +1,14 @@
 """The presets: a ModelConfig for each name, data only.
 
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is
-marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
+marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437, 2512.02556. Engram's four:
+2601.07372.
 
 Two presets publish a memory and stand for that alone; everything else in them that is not named
 here is ours.
 
     engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0,
                           pad id 2
-    deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens
-                          of your tokenizer
 
 `qwen3.8-flash-next` is the whole text model, with its memory row for row: raw ids, splitmix64,
 texts that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` has all its
@@ -21,7 +20,10 @@ from dataclasses import replace
 from rorqual.hints import choose
 from rorqual.model_config import (
     BalanceConfig,
+    CSA2Config,
+    CSAConfig,
     DeltaNetConfig,
+    DSAConfig,
     EngramConfig,
     GQAConfig,
     HyperConfig,
@@ -72,6 +74,31 @@ _YARN = YarnConfig(
     factor=40.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
 )
 
+_V4 = RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=3)
+# YaRN changes the frequencies alone.
+_COMPRESS_ROPE = RopeConfig(
+    base=160_000.0,
+    yarn=YarnConfig(factor=16.0, original_length=65_536, mscale=0.0, mscale_all_dim=0.0),
+)
+
+_CSA = CSAConfig(
+    heads=64,
+    head_dim=512,
+    rope_dim=64,
+    q_lora_rank=1024,
+    groups=8,
+    o_lora_rank=1024,
+    window=128,
+    kinds=("window", "window", *("csa", "hca") * 20, "csa"),
+    ratio=4,
+    heavy_ratio=128,
+    index_heads=64,
+    index_dim=128,
+    top_k=512,
+    compress_rope=_COMPRESS_ROPE,
+)
+_MOE_V4 = MoEConfig(routed=256, active=6, shared=1, width=2048, swiglu_limit=10.0, router=_V4)
+
 TINY = ModelConfig(
     vocab_size=4096,
     dim=64,
@@ -94,6 +121,93 @@ SMALL = ModelConfig(
     hyper=HyperConfig(),
     mtp=MTPConfig(),
     init_std=0.02,
+)
+
+# DeepSeek-V4's mechanisms at the size of `tiny`: all three kinds of blocks, a router by token id.
+V4_TINY = ModelConfig(
+    vocab_size=4096,
+    dim=64,
+    layers=4,
+    mla=None,
+    csa=CSAConfig(
+        heads=4,
+        head_dim=32,
+        rope_dim=16,
+        q_lora_rank=32,
+        groups=2,
+        o_lora_rank=32,
+        window=32,
+        kinds=("window", "csa", "hca", "csa"),
+        ratio=4,
+        heavy_ratio=16,
+        index_heads=4,
+        index_dim=16,
+        top_k=16,
+        warmup=100,
+    ),
+    moe=MoEConfig(
+        routed=16,
+        active=2,
+        shared=1,
+        width=32,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=1),
+        balance=BalanceConfig(bias_rate=0.01),
+    ),
+    hyper=HyperConfig(),
+    init_std=0.1,
+)
+
+# Every mechanism of DeepSeek-V4.1: a window alone, a source of each ratio, blocks that select anew
+# and that reuse, coarse blocks, single-pass streams, Engram.
+V4_1_TINY = ModelConfig(
+    vocab_size=4096,
+    dim=64,
+    layers=5,
+    mla=None,
+    csa=CSAConfig(
+        heads=4,
+        head_dim=32,
+        rope_dim=16,
+        q_lora_rank=32,
+        groups=2,
+        o_lora_rank=32,
+        window=32,
+        index_heads=4,
+        index_dim=32,
+        top_k=16,
+        warmup=100,
+    ),
+    csa2=CSA2Config(
+        ratios=(0, 2, 2, 1, 1),
+        kv_sources=(1, 3),
+        index_sources=(1, 3, 4),
+        candidate_source=3,
+        candidate_block=8,
+        candidate_blocks=8,
+        cache_formats="published",
+    ),
+    moe=MoEConfig(
+        routed=16,
+        active=2,
+        shared=1,
+        width=32,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5),
+        balance=BalanceConfig(bias_rate=0.01),
+    ),
+    engram=EngramConfig(
+        layers=(1,),
+        rows_per_head=(1024, 1024, 1024),
+        heads=4,
+        head_dim=32,
+        conv=False,
+        sign="copysign",
+        eps=1e-20,
+    ),
+    hyper=HyperConfig(kind="single_pass", norm_eps=1e-20),
+    eps=1e-20,
+    init_std=0.1,
 )
 
 CLASSROOM = ModelConfig(
@@ -147,10 +261,47 @@ ENGRAM_DEMO = replace(
     ),
 )
 
-DEEPSEEK_V4_1_FLASH = replace(
-    DENSE_4B,
+# The draft layers are left out: their blocks have parts that those of MTPConfig have not.
+DEEPSEEK_V4_1_FLASH = ModelConfig(
+    vocab_size=129_280,
     dim=5120,
-    dense_width=13_824,
+    layers=40,
+    dense_width=2304,  # no block is dense
+    mla=None,
+    csa=CSAConfig(
+        heads=64,
+        head_dim=512,
+        rope_dim=64,
+        q_lora_rank=1280,
+        groups=8,
+        o_lora_rank=1024,
+        window=128,
+        index_heads=32,
+        index_dim=128,
+        top_k=512,
+        compress_rope=RopeConfig(
+            base=160_000.0,
+            yarn=YarnConfig(factor=16.0, original_length=65_536, mscale=0.0, mscale_all_dim=0.0),
+        ),
+        ties="topk",
+    ),
+    csa2=CSA2Config(
+        ratios=(0,) * 2 + (2,) * 18 + (1,) * 20,
+        kv_sources=(2, 8, 14, 20),
+        index_sources=(2, 8, 14, 20, 24, 28, 32, 36),
+        candidate_source=20,
+        candidate_block=8,
+        candidate_blocks=2048,
+        cache_formats="published",
+    ),
+    moe=MoEConfig(
+        routed=384,
+        active=6,
+        shared=1,
+        width=2304,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5, image_ids=(129_264,)),
+    ),
     engram=EngramConfig(
         layers=(1, 14),
         rows_per_head=(16_000_000, 16_000_000, 16_000_000),
@@ -158,8 +309,13 @@ DEEPSEEK_V4_1_FLASH = replace(
         head_dim=256,
         conv=False,
         sign="copysign",
+        eps=1e-20,
         pad_id=2,
+        dead_tokens=(129_264,),
     ),
+    hyper=HyperConfig(kind="single_pass", norm_eps=1e-20),
+    eps=1e-20,
+    init_std=0.02,
 )
 
 QWEN3_8_FLASH_NEXT = ModelConfig(
@@ -265,6 +421,34 @@ DEEPSEEK_V3 = ModelConfig(
     mtp=MTPConfig(depth=1),
 )
 
+# Multi-token prediction is left out: its block has residual streams, which MTPConfig's have not.
+DEEPSEEK_V4_FLASH = ModelConfig(
+    vocab_size=129_280,
+    dim=4096,
+    layers=43,
+    mla=None,
+    csa=_CSA,
+    moe=_MOE_V4,
+    hyper=HyperConfig(),
+    init_std=0.02,
+)
+
+DEEPSEEK_V4_PRO = replace(
+    DEEPSEEK_V4_FLASH,
+    dim=7168,
+    layers=61,
+    csa=replace(
+        _CSA,
+        heads=128,
+        q_lora_rank=1536,
+        groups=16,
+        top_k=1024,
+        kinds=("hca", "hca", *("csa", "hca") * 29, "csa"),
+    ),
+    moe=replace(_MOE_V4, routed=384, width=3072, router=replace(_V4, scale=2.5)),
+)
+DEEPSEEK_V3_2 = replace(DEEPSEEK_V3, dsa=DSAConfig(heads=64, dim=128, top_k=2048, ties="topk"))
+
 DEEPSEEK_V2 = ModelConfig(
     vocab_size=102_400,
     dim=5120,
@@ -298,12 +482,14 @@ DEEPSEEKMOE_16B = replace(
     layers=28,
     mla=None,
     gqa=GQAConfig(heads=16, kv_heads=16, head_dim=128),
-    rope=RopeConfig(base=10_000.0),
+    rope=RopeConfig(base=10_000.0, interleaved=False),
     moe=_MOE_16B,
 )
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": TINY,
+    "v4-tiny": V4_TINY,
+    "v4.1-tiny": V4_1_TINY,
     "small": SMALL,
     "classroom": CLASSROOM,
     "dense-4b": DENSE_4B,
@@ -312,9 +498,12 @@ PRESETS: dict[str, ModelConfig] = {
     "engram-40b": ENGRAM_40B,
     "engram-demo": ENGRAM_DEMO,
     "deepseek-v4.1-flash": DEEPSEEK_V4_1_FLASH,
+    "deepseek-v4-flash": DEEPSEEK_V4_FLASH,
+    "deepseek-v4-pro": DEEPSEEK_V4_PRO,
     "qwen3.8-flash-next": QWEN3_8_FLASH_NEXT,
     "qwen4-tiny": QWEN4_TINY,
     "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3.2": DEEPSEEK_V3_2,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "deepseekmoe-16b": DEEPSEEKMOE_16B,

@@ -135,7 +135,7 @@ def counted(config: ModelConfig) -> Counted:
     drafted = of_mtp - depth * resting + (embedding if depth else 0)
     apart, inside = (
         ("tables.", "mtp.", "embed.", "reduction."),
-        ("_residual.", ".engram.", ".compress_", ".attention.conv"),
+        ("_residual.", ".engram.", ".compress_", ".ape", ".attention.conv"),
     )
     matrices = [
         parameter.numel()

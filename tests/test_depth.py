@@ -16,6 +16,8 @@ import rorqual
 from rorqual import kernels
 from rorqual.model import LanguageModel
 from rorqual.model_config import (
+    CSA2Config,
+    CSAConfig,
     DeltaNetConfig,
     DSAConfig,
     GQAConfig,
@@ -33,6 +35,7 @@ ROOT = Path(rorqual.__file__).parent
 GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=16, qk_norm=True)}
 NSA = {"block": 8, "stride": 4, "select_block": 4, "top_k": 4, "window": 6}
 SPARSE = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=16)}
+CSA = CSAConfig(window=8, ratio=4, heavy_ratio=8, top_k=3, kinds=("window", "csa", "hca"))
 KINDS = {
     "mla": {},
     "gqa": GQA,
@@ -41,7 +44,15 @@ KINDS = {
     "nsa tile": SPARSE | {"nsa": NSAConfig(**NSA, choice="tile")},
     "moba": SPARSE | {"moba": MoBAConfig(block=4, top_k=3)},
     "moba tile": SPARSE | {"moba": MoBAConfig(block=4, top_k=3, choice="tile")},
+    "csa": {"mla": None, "csa": CSA},
     "dsa": {"mla": MLAConfig(q_lora_rank=24), "dsa": DSAConfig(heads=2, dim=32, top_k=10)},
+    "csa2": {
+        "mla": None,
+        "csa": CSAConfig(window=5, top_k=3),
+        "csa2": CSA2Config(
+            ratios=(2, 2, 1), kv_sources=(0, 2), index_sources=(0, 2), cache_formats="published"
+        ),
+    },
     "qsa": {
         "mla": None,
         "gqa": GQAConfig(rope_dim=8, output_gate=True, qk_norm=True, centred=True),

@@ -25,6 +25,7 @@ from rorqual.data.needle_config import NeedleConfig
 from rorqual.data.needles import exams
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
+from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.experts import Experts
 from rorqual.layers.hyper import HyperConfig
@@ -44,6 +45,7 @@ CONFIG = ModelConfig(
     layers=2,
     dense_width=24,
     mla=MLAConfig(heads=2, kv_lora_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
+    dsa=DSAConfig(heads=2, dim=8, top_k=4, warmup=2, shared=(1,), ties="topk"),
     moe=MoEConfig(routed=4, active=2, width=8, first_dense=1, balance=BalanceConfig(sequence=0.01)),
     engram=EngramConfig(layers=(1,), rows_per_head=(61, 61), heads=2, head_dim=4),
     hyper=HyperConfig(streams=2, iterations=4),

@@ -15,7 +15,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rorqual.costs import Costs, costs
-from rorqual.model_config import EngramConfig, GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from rorqual.model_config import (
+    CSAConfig,
+    EngramConfig,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+)
 
 TOTAL_TOLERANCE = 0.005  # relative, of the total parameters
 FLOP_TOLERANCE = 0.01  # relative, of the activated parameters or FLOPs per token
@@ -261,6 +268,7 @@ def scaled(like: ModelConfig, factor: float) -> ModelConfig:
         dense_width=_even(like.dense_width * factor),
         mla=None if like.mla is None else _scaled_mla(like.mla, factor),
         gqa=None if like.gqa is None else _scaled_gqa(like.gqa, factor),
+        csa=None if like.csa is None else _scaled_csa(like, layers, factor),
         moe=moe,
         engram=None,
     )
@@ -282,6 +290,19 @@ def _scaled_mla(mla: MLAConfig, factor: float) -> MLAConfig:
         heads=max(1, round(mla.heads * factor)),
         q_lora_rank=rank,
         kv_lora_rank=_even(mla.kv_lora_rank * factor),
+    )
+
+
+def _scaled_csa(like: ModelConfig, layers: int, factor: float) -> CSAConfig:
+    csa = like.csa
+    assert csa is not None
+    kinds = tuple(csa.kind(index * like.layers // layers) for index in range(layers))
+    return replace(
+        csa,
+        heads=csa.groups * max(1, round(csa.heads * factor / csa.groups)),
+        q_lora_rank=_even(csa.q_lora_rank * factor),
+        o_lora_rank=_even(csa.o_lora_rank * factor),
+        kinds=kinds if csa.kinds else (),
     )
 
 

@@ -567,8 +567,9 @@ def _valid(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
     A valid token attends to itself.
     """
     mask, time = kwargs.get("attention_mask"), ids.shape[1]
-    if isinstance(mask, dict):  # one for each kind of attention
-        mask = mask.get("full_attention")
+    if isinstance(mask, dict):  # one for each kind of attention; in all a token attends to itself
+        masks = (mask.get("full_attention"), *mask.values())
+        mask = next((each for each in masks if each is not None), None)
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= time:

@@ -1,38 +1,58 @@
-"""DeepSeek V2, V2-Lite, V3 and R1: config.json and tensor names, ours and theirs.
+"""DeepSeek V2, V3, R1, V3.2 and their relatives: config.json and tensor names, ours and theirs.
 
-    deepseek_v2   softmax scores, one group (greedy) or the groups with the largest maxima
-                  (group_limited_greedy)
-    deepseek_v3   sigmoid scores and a bias for the selection, groups by the sum of their two best
+    deepseek_v2     softmax scores, one group (greedy) or the groups with the largest maxima
+                    (group_limited_greedy)
+    deepseek_v3     sigmoid scores and a bias for the selection, groups by the sum of their two best
+    deepseek_v32    V3 with DSA in every block
+    glm_moe_dsa     V3.2, its indexer's rope interleaved; some blocks reuse the selection before
+    kimi_k2         V3 by another name
+    glm4_moe_lite   V3, its dense blocks listed
+    axk1            V3 with a norm of the output of a mixture of experts; perhaps without the bias
+    youtu           V3 without experts, with one embedding
+    mistral4        softmax scores, groups by the sum of their two best, renormalised; queries
+                    scaled by their position; all experts of a block in one tensor
 
     model.layers.1.mlp.experts.7.gate_proj.weight [F, D]
         <->  blocks.1.ffn.experts.gate_up[7, :, :F] transposed
     model.layers.N (N = num_hidden_layers)
         <->  mtp.0, whose embedding and head are the model's own
 
-What only one of the two can express is refused by name. Fields that transformers ignores, fields of
-training (dropout, auxiliary losses) and of deployment (ep_size) are ignored.
+What a kind cannot express is refused by name. Fields that transformers ignores, fields of training
+(dropout, auxiliary losses) and of deployment (ep_size) are ignored. A model is written as the first
+kind that has all of its parts: Kimi K2 as deepseek_v3.
 
-Released configurations of arXiv 2405.04434, 2412.19437 and 2501.12948.
+Released configurations of arXiv 2405.04434, 2412.19437, 2501.12948 and 2512.02556.
 """
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual.hub.places import Place, Sizes
+from rorqual.hub.rope import number, published_rope, rope_of, whole
 from rorqual.model_config import (
     BalanceConfig,
+    DSAConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
     MTPConfig,
-    RopeConfig,
     RouterConfig,
-    YarnConfig,
 )
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+CLASSES = {  # of transformers
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "axk1": "AXK1ForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
+}
+MODEL_TYPES = (*CLASSES, "kimi_k2", "youtu")
+INDEXED = ("deepseek_v32", "glm_moe_dsa")  # kinds with DSA
+SOFTMAX = ("deepseek_v2", "mistral4")
+LISTED = ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "axk1")  # dense blocks by mlp_layer_types
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
 ATTENTION = (
@@ -45,7 +65,9 @@ ATTENTION = (
     "kv_b_proj",
     "o_proj",
 )
+INDEXER = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
 BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")  # biased where the config has attention_bias
+MANY = 100_000  # layers; no more are counted of a config that no folder has the tensors of
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 WHOLE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
@@ -54,46 +76,86 @@ WHOLE = (
 )  # fmt: skip
 REQUIRED = (*WHOLE, "q_lora_rank")
 REQUIRED_WITH_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
-DEFAULTS: dict[str, dict[str, Any]] = {  # transformers' DeepseekV2Config and DeepseekV3Config
+_V3: dict[str, Any] = {
+    "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096,
+    "rope_interleave": True,
+}  # fmt: skip
+_V32 = _V3 | {
+    "max_position_embeddings": 163840, "index_topk": 2048, "index_head_dim": 128,
+    "index_n_heads": 64,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers' configs
     "deepseek_v2": {
         "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "n_group": None,
         "topk_group": None,
         "topk_method": "greedy", "routed_scaling_factor": 1.0, "max_position_embeddings": 2048,
-    },
-    "deepseek_v3": {
-        "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8,
-        "topk_group": 4,
-        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 4096,
         "rope_interleave": True,
     },
+    "deepseek_v3": _V3,
+    "kimi_k2": _V3,
+    "deepseek_v32": _V32,
+    "glm_moe_dsa": _V32 | {
+        "n_group": 1, "topk_group": 1, "max_position_embeddings": 202752, "index_n_heads": 32,
+        "rms_norm_eps": 1e-5,
+    },
+    "glm4_moe_lite": _V3 | {
+        "n_routed_experts": 64, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
+        "max_position_embeddings": 202752, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1,
+    },
+    "axk1": _V3 | {
+        "n_routed_experts": 192, "max_position_embeddings": 32768, "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+    },
+    "youtu": _V3 | {
+        "n_routed_experts": None, "max_position_embeddings": 131072, "tie_word_embeddings": True,
+        "initializer_range": None,
+    },
+    "mistral4": _V3 | {
+        "n_routed_experts": 128, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+        "max_position_embeddings": 1048576, "first_k_dense_replace": 0,
+    },
 }  # fmt: skip
-DEFAULTS_OF_BOTH = {
+DEFAULTS_OF_ALL = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
 }
-ALIASES = {
+ALIASES = {"num_local_experts": "n_routed_experts"}
+ALIASES_OF = {
     "deepseek_v2": {"num_experts": "n_routed_experts"},
-    "deepseek_v3": {"num_local_experts": "n_routed_experts"},
+    "deepseek_v32": ALIASES | {"num_experts": "n_routed_experts"},
+    "glm_moe_dsa": ALIASES | {"num_experts": "n_routed_experts"},
 }
 ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
     "hidden_act": ("silu", None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
-    "mlp_layer_types": (None,),
     "mlp_only_layers": ([], None),
     "decoder_sparse_step": (1, None),
     "sliding_window": (None,),
     "use_qk_norm": (False, None),
-    "index_topk": (None,),
 }
+_ONLY_V3 = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
+_NO_LIST = {"mlp_layer_types": (None,)}
+_NO_INDEXER = {"index_topk": (None,)}
 ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v2": {
         "scoring_func": ("softmax", None),
         "topk_method": ("greedy", "group_limited_greedy", None),
+        **_NO_LIST,
+        **_NO_INDEXER,
     },
-    "deepseek_v3": {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
+    "deepseek_v3": _ONLY_V3 | _NO_LIST | _NO_INDEXER,
+    "kimi_k2": _ONLY_V3 | _NO_LIST | _NO_INDEXER,
+    "deepseek_v32": _ONLY_V3,
+    "glm_moe_dsa": _ONLY_V3,
+    "glm4_moe_lite": _ONLY_V3 | _NO_INDEXER,
+    "axk1": _ONLY_V3 | _NO_INDEXER,
+    "youtu": {"n_routed_experts": (None,)} | _NO_LIST | _NO_INDEXER,
+    "mistral4": {"scoring_func": ("softmax", None)} | _NO_LIST | _NO_INDEXER,
 }
 
 
@@ -108,56 +170,135 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(MODEL_TYPES)}")
     mtp_depth = _mtp_depth(description, names)
-    fields = {ALIASES[kind].get(key, key): value for key, value in description.items()}
-    d = DEFAULTS_OF_BOTH | DEFAULTS[kind] | fields
+    aliases_of_kind = ALIASES_OF.get(kind, ALIASES)
+    fields = {aliases_of_kind.get(key, key): value for key, value in description.items()}
+    d = DEFAULTS_OF_ALL | DEFAULTS[kind] | fields
+    if kind == "youtu" and d["initializer_range"] is None and d.get("hidden_size"):
+        d["initializer_range"] = 2.0 / (5.0 * whole(d, "hidden_size")) ** 0.5
+    first, others = _dense_blocks(d, kind) if "num_hidden_layers" in d else (0, ())
     has_experts = d["n_routed_experts"] is not None and (
         "num_hidden_layers" not in d
-        or _whole(d, "first_k_dense_replace") < _whole(d, "num_hidden_layers") + mtp_depth
+        or first + len(others) < whole(d, "num_hidden_layers") + mtp_depth
     )
     needed = REQUIRED + (REQUIRED_WITH_EXPERTS if has_experts else ())
     if lacking := [key for key in needed if key not in d]:
         raise ValueError(f"config.json: no {', '.join(lacking)}")
-    size = {key: _whole(d, key) for key in WHOLE}
+    size = {key: whole(d, key) for key in WHOLE}
     _refuse_unknown(d, kind)
+    share = None
+    if kind == "mistral4":
+        width = size["qk_nope_head_dim"] + size["qk_rope_head_dim"]
+        share = size["qk_rope_head_dim"], width
+        if not (d.get("rope_scaling") or d.get("rope_parameters")):
+            d["rope_parameters"] = MISTRAL4_ROPE
+    always = kind == "deepseek_v2" or kind in INDEXED
     return ModelConfig(
         vocab_size=size["vocab_size"],
         dim=size["hidden_size"],
         layers=size["num_hidden_layers"],
         dense_width=size["intermediate_size"],
         mla=_mla_of(d, size),
-        rope=_rope_of(d, interleaved=kind == "deepseek_v2" or bool(d["rope_interleave"])),
-        moe=_moe_of(d, kind) if has_experts else None,
+        dsa=_dsa_of(d, kind) if kind in INDEXED else None,
+        rope=rope_of(d, interleaved=always or bool(d["rope_interleave"]), share=share),
+        moe=_moe_of(d, kind, (first, others), names) if has_experts else None,
         mtp=MTPConfig(depth=mtp_depth) if mtp_depth else None,
         tied=bool(d["tie_word_embeddings"]),
-        eps=_number(d, "rms_norm_eps"),
-        init_std=_number(d, "initializer_range"),
+        eps=number(d, "rms_norm_eps"),
+        init_std=number(d, "initializer_range"),
     )
+
+
+MISTRAL4_ROPE = {  # what transformers takes if there is none
+    "type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def _dense_blocks(d: Mapping[str, Any], kind: str) -> tuple[int, tuple[int, ...]]:
+    """Returns the number of first blocks without experts, and the others that have none.
+
+    They are the first ones, or those that a list or a period names.
+    """
+    layers = whole(d, "num_hidden_layers")
+    kinds = d.get("mlp_layer_types") if kind in LISTED else None
+    if kinds is None:
+        # transformers reads no such field of GLM-4 Lite.
+        first = 1 if kind == "glm4_moe_lite" else whole(d, "first_k_dense_replace")
+        period = max(1, whole(d, "moe_layer_freq")) if kind == "axk1" else 1
+        dense = [] if period == 1 else [i for i in range(first, min(layers, MANY)) if i % period]
+    else:
+        if not isinstance(kinds, list) or not set(kinds) <= {"dense", "sparse"}:
+            raise ValueError(
+                f"config.json: mlp_layer_types: got {kinds!r}, "
+                "expected a list of 'dense' and 'sparse'"
+            )
+        if len(kinds) < layers:
+            raise ValueError(
+                f"config.json: mlp_layer_types: got {len(kinds)} kinds, "
+                f"expected one for each of {layers} layers"
+            )
+        first, dense = 0, [index for index in range(layers) if kinds[index] == "dense"]
+    while first in dense:
+        first += 1
+    return first, tuple(index for index in dense if index > first)
+
+
+def _dsa_of(d: Mapping[str, Any], kind: str) -> DSAConfig:
+    kinds = d.get("layer_types")
+    if kinds is not None and set(kinds) != {"indexed_attention"}:
+        raise ValueError(
+            f"config.json: layer_types: got {kinds!r}, expected 'indexed_attention' of every layer"
+        )
+    glm = kind == "glm_moe_dsa"
+    return DSAConfig(
+        heads=whole(d, "index_n_heads"),
+        dim=whole(d, "index_head_dim"),
+        top_k=whole(d, "index_topk"),
+        interleaved=glm,
+        shared=_shared_blocks(d) if glm else (),
+        ties="topk",
+    )
+
+
+def _shared_blocks(d: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the blocks that reuse a selection: by a list, by a pattern, or by a period."""
+    layers = whole(d, "num_hidden_layers")
+    kinds = d.get("indexer_types")
+    if kinds is None and (pattern := d.get("index_topk_pattern")) is not None:
+        kinds = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+    if kinds is None:
+        period = max(whole({"index_topk_freq": 1} | dict(d), "index_topk_freq"), 1)
+        first = whole({"index_skip_topk_offset": 2} | dict(d), "index_skip_topk_offset")
+        return tuple(
+            index
+            for index in range(0 if period == 1 else min(layers, MANY))
+            if max(index - first + 1, 0) % period
+        )
+    if not isinstance(kinds, list) or not set(kinds) <= {"full", "shared"} or len(kinds) < layers:
+        raise ValueError(
+            f"config.json: indexer_types: got {kinds!r}, "
+            f"expected 'full' or 'shared' for each of {layers} layers"
+        )
+    return tuple(index for index in range(layers) if kinds[index] == "shared")
 
 
 def _mla_of(d: Mapping[str, Any], size: Mapping[str, int]) -> MLAConfig:
     return MLAConfig(
         heads=size["num_attention_heads"],
-        q_lora_rank=None if d["q_lora_rank"] is None else _whole(d, "q_lora_rank"),
+        q_lora_rank=None if d["q_lora_rank"] is None else whole(d, "q_lora_rank"),
         kv_lora_rank=size["kv_lora_rank"],
         nope_dim=size["qk_nope_head_dim"],
         rope_dim=size["qk_rope_head_dim"],
         value_dim=size["v_head_dim"],
         bias=bool(d.get("attention_bias")),
     )
-
-
-def _number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
-    return float(value)
-
-
-def _whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
-    return int(value)
 
 
 def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
@@ -178,141 +319,71 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
         )
 
 
-def _rope_of(description: Mapping[str, Any], interleaved: bool) -> RopeConfig:
-    """Reads rope_theta with rope_scaling (as released), or rope_parameters (transformers 5).
-
-    Of both, the first is read.
-    """
-    key = "rope_scaling" if description.get("rope_scaling") else "rope_parameters"
-    rope = description.get(key) or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(
-            f"config.json: {key}: got {rope!r}, expected fields such as rope_theta, or none"
-        )
-    if rope.get("partial_rotary_factor") not in (1.0, None):
-        raise ValueError(
-            f"config.json: {key}.partial_rotary_factor: "
-            f"got {rope['partial_rotary_factor']}, expected 1.0"
-        )
-    base = _number({"rope_theta": description["rope_theta"], **rope}, "rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"config.json: {key}.type: got {kind!r}, expected 'yarn' or 'default'")
-    yarn = _yarn_of(description, rope, f"{key}.") if kind == "yarn" else None
-    return RopeConfig(base=base, interleaved=interleaved, yarn=yarn)
-
-
-def _yarn_of(description: Mapping[str, Any], fields: Mapping[str, Any], within: str) -> YarnConfig:
-    if fields.get("truncate", True) is not True:
-        raise ValueError(
-            f"config.json: {within}truncate: got {fields['truncate']!r}, expected true or none"
-        )
-    # transformers ignores 0 and null.
-    yarn = {key: value for key, value in fields.items() if value}
-    length = "original_max_position_embeddings"
-    lengths = {length: description["max_position_embeddings"]} | yarn
-    # Beside the rope fields it has priority over them.
-    if description.get(length) is not None:
-        lengths[length] = description[length]
-    factor = _number(fields, "factor", within)
-    mscale, of_softmax = _mscales(fields, yarn, factor, within)
-    return YarnConfig(
-        factor=factor,
-        original_length=_whole(lengths, length, within),
-        beta_fast=_number({"beta_fast": 32} | yarn, "beta_fast", within),
-        beta_slow=_number({"beta_slow": 1} | yarn, "beta_slow", within),
-        mscale=mscale,
-        mscale_all_dim=of_softmax,
-    )
-
-
-def _mscales(
-    fields: Mapping[str, Any], yarn: Mapping[str, Any], factor: float, within: str
-) -> tuple[float, float]:
-    """Returns mscale and mscale_all_dim that give transformers' factor on cos and sin.
-
-    That factor is attention_factor if it is set, else the ratio of both mscales if both are, else
-    mscale(s, 1); the softmax is scaled by mscale(s, mscale_all_dim)^2.
-    """
-    of_softmax = _number(yarn, "mscale_all_dim", within) if "mscale_all_dim" in yarn else 0.0
-    if fields.get("attention_factor") is None:
-        if "mscale_all_dim" not in yarn:
-            return 1.0, of_softmax
-        if "mscale" in yarn:
-            return _number(yarn, "mscale", within), of_softmax
-    stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
-    wanted = (
-        stretch + 1
-        if fields.get("attention_factor") is None
-        else _number(fields, "attention_factor", within)
-    )
-    if wanted != 1 and not stretch:
-        raise ValueError(
-            f"config.json: {within}attention_factor: "
-            f"got {wanted} with factor {factor}, expected 1 or none"
-        )
-    return (wanted * (stretch * of_softmax + 1) - 1) / stretch if stretch else 1.0, of_softmax
-
-
-def _moe_of(description: Mapping[str, Any], kind: str) -> MoEConfig:
-    d = description
+def _moe_of(
+    d: Mapping[str, Any], kind: str, dense: tuple[int, tuple[int, ...]], names: Collection[str]
+) -> MoEConfig:
     shared = d["n_shared_experts"]
-    sigmoid = kind == "deepseek_v3"
     router, balance = (
-        (_sigmoid_router(d), BalanceConfig()) if sigmoid else (_softmax_router(d), _v2_balance(d))
+        (_softmax_router(d, kind), _v2_balance(d))
+        if kind in SOFTMAX
+        else (_sigmoid_router(d, kind, names), BalanceConfig())
     )
     return MoEConfig(
-        routed=_whole(d, "n_routed_experts"),
-        active=_whole(d, "num_experts_per_tok"),
-        shared=0 if shared is None else _whole(d, "n_shared_experts"),
-        width=_whole(d, "moe_intermediate_size"),
-        first_dense=_whole(d, "first_k_dense_replace"),
+        routed=whole(d, "n_routed_experts"),
+        active=whole(d, "num_experts_per_tok"),
+        shared=0 if shared is None else whole(d, "n_shared_experts"),
+        width=whole(d, "moe_intermediate_size"),
+        first_dense=dense[0],
+        dense_layers=dense[1],
+        norm_eps=number(d, "rms_norm_eps") if kind == "axk1" else None,
         router=router,
         balance=balance,
     )
 
 
-def _sigmoid_router(d: Mapping[str, Any]) -> RouterConfig:
+def _sigmoid_router(d: Mapping[str, Any], kind: str, names: Collection[str]) -> RouterConfig:
+    # The released A.X-K1 has no bias; transformers then adds zeros.
+    biased = any(name.endswith(".e_score_correction_bias") for name in names)
     return RouterConfig(
         score="sigmoid",
-        groups=_whole(d, "n_group"),
-        groups_kept=_whole(d, "topk_group"),
+        groups=whole(d, "n_group"),
+        groups_kept=whole(d, "topk_group"),
         renormalise=bool(d["norm_topk_prob"]),
-        scale=_number(d, "routed_scaling_factor"),
+        scale=number(d, "routed_scaling_factor"),
+        bias=biased or kind != "axk1" or not names,
     )
 
 
-def _softmax_router(d: Mapping[str, Any]) -> RouterConfig:
-    limited = d["topk_method"] == "group_limited_greedy"
+def _softmax_router(d: Mapping[str, Any], kind: str) -> RouterConfig:
+    v2 = kind == "deepseek_v2"
+    limited = not v2 or d["topk_method"] == "group_limited_greedy"
     return RouterConfig(
         score="softmax",
-        groups=_whole(d, "n_group") if limited else 1,
-        groups_kept=_whole(d, "topk_group") if limited else 1,
-        group_score="max",
-        renormalise=False,
-        scale=_number(d, "routed_scaling_factor"),
+        groups=whole(d, "n_group") if limited else 1,
+        groups_kept=whole(d, "topk_group") if limited else 1,
+        group_score="max" if v2 else "top2",
+        renormalise=not v2 and bool(d["norm_topk_prob"]),
+        scale=number(d, "routed_scaling_factor"),
         bias=False,
     )
 
 
 def _v2_balance(d: Mapping[str, Any]) -> BalanceConfig:
-    alpha = 0.001 if d.get("aux_loss_alpha") is None else _number(d, "aux_loss_alpha")
+    alpha = 0.001 if d.get("aux_loss_alpha") is None else number(d, "aux_loss_alpha")
     return BalanceConfig(bias_rate=0.0, sequence=0.0, expert=alpha)
 
 
 def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
-    """Returns the config.json that transformers' DeepseekV2Config or DeepseekV3Config reads.
+    """Returns the config.json that transformers' class for the architecture reads.
 
-    `fields` are added unchanged. ValueError with the parts of our model that the format cannot
-    express.
+    `fields` are added unchanged. ValueError with the parts of our model that no kind can express.
     """
     if lacking := foreign(config):
         raise ValueError(f"a DeepSeek folder cannot hold {', '.join(lacking)}")
-    mla, moe = config.mla, config.moe
+    mla, kind = config.mla, kind_of(config)
     assert mla is not None
-    kind = "deepseek_v2" if moe is not None and moe.router.score == "softmax" else "deepseek_v3"
     description = {
-        "architectures": [kind.title().replace("_", "").replace("seekv", "seekV") + "ForCausalLM"],
+        "architectures": [CLASSES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -334,80 +405,127 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return description | _published_rope(config.rope) | _published_moe(config) | fields
+    description |= published_rope(config.rope) | {"rope_interleave": config.rope.interleaved}
+    description |= _published_moe(config, kind)
+    if config.dsa is not None:
+        description |= {
+            "index_n_heads": config.dsa.heads,
+            "index_head_dim": config.dsa.dim,
+            "index_topk": config.dsa.top_k,
+        }
+    if config.dsa is not None and kind == "glm_moe_dsa":
+        every = range(config.layers)
+        kinds = ["shared" if index in config.dsa.shared else "full" for index in every]
+        description["indexer_types"] = kinds
+    if config.rope.query_scale is not None:
+        description |= _mistral4_rope(description, config)
+    return description | fields
+
+
+def _mistral4_rope(description: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    scale, mla = config.rope.query_scale, config.mla
+    assert scale is not None and mla is not None
+    rope = {"rope_theta": config.rope.base} | (description["rope_scaling"] or {})
+    rope |= {
+        "llama_4_scaling_beta": scale.beta,
+        "original_max_position_embeddings": scale.original_length,
+        "partial_rotary_factor": mla.rope_dim / (mla.nope_dim + mla.rope_dim),
+    }
+    return {"rope_parameters": rope, "rope_scaling": None}
+
+
+def kind_of(config: ModelConfig) -> str:
+    """Returns the model_type that a model is written as."""
+    softmax = config.moe is not None and config.moe.router.score == "softmax"
+    if config.dsa is not None:
+        glm = config.dsa.interleaved or config.dsa.shared
+        return "glm_moe_dsa" if glm else "deepseek_v32"
+    if config.rope.query_scale is not None:
+        return "mistral4"
+    if softmax:
+        return "deepseek_v2"
+    if config.moe is not None and config.moe.norm_eps is not None:
+        return "axk1"
+    return "glm4_moe_lite" if config.moe is not None and config.moe.dense_layers else "deepseek_v3"
 
 
 def foreign(config: ModelConfig) -> list[str]:
-    """Describes the parts of a model that DeepSeek V2 or V3 does not have."""
+    """Describes the parts of a model that no DeepSeek or relative of one has."""
     differences = [
         name
-        for name in ("gqa", "nsa", "moba", "dsa", "qsa", "delta", "engram", "hyper")
+        for name in ("gqa", "csa", "nsa", "moba", "qsa", "delta", "engram", "hyper")
         if getattr(config, name) is not None
     ]
     if config.mla is None:
         return differences
+    kind, lora = kind_of(config), config.mla.q_lora_rank is not None
     if config.mla.eps != 1e-6:
         differences.append(f"latent norms with eps {config.mla.eps} (1e-6 only)")
-    if config.moe is None:
-        return differences
-    router, v2 = config.moe.router, config.moe.router.score == "softmax"
     unlike = {
-        f"score {router.score}": router.score not in ("softmax", "sigmoid"),
+        f"{kind} without a rank of queries": kind in (*INDEXED, "axk1") and not lora,
+        "half-split rope with DSA": kind in INDEXED and not config.rope.interleaved,
+        "query_scale with DSA": kind in INDEXED and config.rope.query_scale is not None,
+        "shared indexers with half-split rope": config.dsa is not None
+        and bool(config.dsa.shared)
+        and not config.dsa.interleaved,
+        "query_scale with the rope of another length": _other_length(config),
+    }
+    return differences + [name for name, true in unlike.items() if true] + _foreign_moe(config)
+
+
+def _other_length(config: ModelConfig) -> bool:
+    """Whether the query scale and the stretching of rope disagree on the original length."""
+    rope = config.rope
+    kind = rope.yarn or rope.llama3 or rope.longrope
+    return (
+        rope.query_scale is not None
+        and kind is not None
+        and kind.original_length != rope.query_scale.original_length
+    )
+
+
+def _foreign_moe(config: ModelConfig) -> list[str]:
+    moe, kind, mla = config.moe, kind_of(config), config.mla
+    if moe is None or mla is None:
+        return []
+    router, v2 = moe.router, kind == "deepseek_v2"
+    softmax = kind in SOFTMAX
+    unlike = {
+        f"score {router.score} in {kind}": router.score != ("softmax" if softmax else "sigmoid"),
         "adaptive_mass": router.adaptive_mass is not None,
         "token_id_layers": router.token_id_layers > 0,
+        "swiglu_limit": moe.swiglu_limit is not None,
         "renormalised softmax weights": v2 and router.renormalise,
-        "a softmax router with a bias": v2 and router.bias,
-        "a sigmoid router without a bias": not v2 and not router.bias,
+        "a softmax router with a bias": softmax and router.bias,
+        "a sigmoid router without a bias": not softmax and not router.bias and kind != "axk1",
         f"group_score {router.group_score}": router.groups > 1
         and router.group_score != ("max" if v2 else "top2"),
-        f"shared_width {config.moe.shared_width}": config.moe.shared_hidden
-        != config.moe.shared * config.moe.width,
-        "shared_gate": config.moe.shared_gate,
-        "MTP with a softmax router": v2 and config.mtp is not None,
+        f"shared_width {moe.shared_width}": moe.shared_hidden != moe.shared * moe.width,
+        "shared_gate": moe.shared_gate,
+        "MTP with a softmax router": softmax and config.mtp is not None,
         "a width that is no multiple of the heads, with a softmax router": v2
-        and config.dim % config.mla.heads != 0,
+        and config.dim % mla.heads != 0,
         "half-split rope with a softmax router": v2 and not config.rope.interleaved,
+        f"dense_layers in {kind}": bool(moe.dense_layers) and kind not in LISTED,
+        f"norm_eps in {kind}": moe.norm_eps is not None and kind != "axk1",
+        f"norm_eps {moe.norm_eps}": moe.norm_eps not in (None, config.eps),
     }
-    return differences + [name for name, true in unlike.items() if true]
+    return [name for name, true in unlike.items() if true]
 
 
-def _published_rope(rope: RopeConfig) -> dict[str, Any]:
-    values = {"rope_theta": rope.base, "rope_interleave": rope.interleaved}
-    if rope.yarn is None:
-        return values | {"rope_scaling": None, "max_position_embeddings": 4096}
-    yarn = rope.yarn
-    scaling = {
-        "type": "yarn",
-        "rope_type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_length,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
-    # transformers ignores a 0.
-    if 0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1:
-        stretch = 0.1 * math.log(yarn.factor)
-        scaling["attention_factor"] = (stretch * yarn.mscale + 1) / (
-            stretch * yarn.mscale_all_dim + 1
-        )
-    return values | {
-        "rope_scaling": scaling,
-        "max_position_embeddings": int(yarn.factor * yarn.original_length),
-    }
-
-
-def _published_moe(config: ModelConfig) -> dict[str, Any]:
-    moe = config.moe
+def _published_moe(config: ModelConfig, kind: str) -> dict[str, Any]:
+    moe, every = config.moe, range(config.layers)
+    listed: dict[str, Any] = {}
+    if kind in LISTED:
+        kinds = ["sparse" if config.has_experts(index) else "dense" for index in every]
+        listed["mlp_layer_types"] = kinds
     if moe is None:
-        return {
-            "first_k_dense_replace": config.layers
-            + (config.mtp.depth if config.mtp is not None else 0)
-        }
+        depth = config.mtp.depth if config.mtp is not None else 0
+        return listed | {"first_k_dense_replace": config.layers + depth}
     router = moe.router
     limited = "group_limited_greedy" if router.groups > 1 else "greedy"
-    return {
+    method = {"deepseek_v2": limited, "mistral4": None}.get(kind, "noaux_tc")
+    return listed | {
         "n_routed_experts": moe.routed,
         "n_shared_experts": moe.shared,
         "num_experts_per_tok": moe.active,
@@ -419,7 +537,7 @@ def _published_moe(config: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": router.renormalise,
         "routed_scaling_factor": router.scale,
         "scoring_func": router.score,
-        "topk_method": limited if router.score == "softmax" else "noaux_tc",
+        "topk_method": method,
     }
 
 
@@ -463,17 +581,30 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
     """Maps transformers' parameters that no file holds, a layer's experts in one, to places."""
     table = {}
     for index in range(config.layers):
+        layer = f"model.layers.{index}"
+        if config.has_experts(index) and config.moe is not None and config.moe.norm_eps is not None:
+            norm = Place(f"blocks.{index}.ffn.norm.weight")
+            table[f"{layer}.mlp.post_mlp_layernorm.weight"] = norm
         if config.has_experts(index):
             for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-                table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
+                table[f"{layer}.mlp.experts.{theirs}"] = Place(
                     f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
                 )
     return table
 
 
+def canonical(name: str) -> str:
+    """Returns the name itself: all writers of such folders use the published ones."""
+    return name
+
+
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past: rotary frequencies, which the config gives."""
-    return name.endswith(".rotary_emb.inv_freq")
+    """Whether a tensor of a folder is read past.
+
+    These are rotary frequencies, which the config gives, and norms that A.X-K1's dense blocks have
+    and do not use.
+    """
+    return name.endswith((".rotary_emb.inv_freq", ".post_mlp_layernorm.weight"))
 
 
 def hollow(config: ModelConfig) -> dict[str, Place]:
@@ -488,7 +619,8 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
         f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place(
             "", transposed=name == "down_proj"
         )
-        for index in range(config.moe.first_dense, blocks)
+        for index in range(blocks)
+        if config.has_experts(index)
         for name in SWIGLU
     }
 
@@ -509,8 +641,15 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
             for name in BIASED
             if name not in absent
         }
+    if config.dsa is not None and index not in config.dsa.shared:
+        table |= {
+            f"{theirs}.self_attn.indexer.{name}": Place(f"{ours}.attention.indexer.{name}")
+            for name in INDEXER
+        }
     table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
     table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
+    if config.has_experts(index) and config.moe is not None and config.moe.norm_eps is not None:
+        table[f"{theirs}.post_mlp_layernorm.weight"] = Place(f"{ours}.ffn.norm.weight")
     if config.has_experts(index):
         return table | _experts(f"{theirs}.mlp", f"{ours}.ffn", config)
     return table | {
@@ -531,6 +670,10 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
             f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight")
             for name in SWIGLU
         }
+    if kind_of(config) == "mistral4":
+        for name, our_name in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+            table[f"{theirs}.experts.{name}"] = Place(f"{ours}.experts.{our_name}", (), True)
+        return table
     every = slice(None)
     for expert in range(moe.routed):
         for name, our_name, columns in (

@@ -7,8 +7,8 @@ state dict. checkpoints.py does the rest for all of them.
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from rorqual.hub import deepseek, qwen4_exp
-from rorqual.hub.places import Place, Sizes
+from rorqual.hub import deepseek, deepseek_moe, deepseek_v4, deepseek_v41, qwen4_exp
+from rorqual.hub.places import AnyPlace, Place, Sizes
 from rorqual.model_config import ModelConfig
 
 
@@ -32,13 +32,13 @@ class Family(Protocol):
     def foreign(self, config: ModelConfig) -> list[str]:
         """Describes the parts of a model that the family's format cannot express."""
 
-    def places(self, config: ModelConfig) -> dict[str, Place]:
+    def places(self, config: ModelConfig) -> Mapping[str, AnyPlace]:
         """Maps published names to places, for every tensor that a folder must have."""
 
     def copies(self, config: ModelConfig) -> dict[str, Place]:
         """Maps published names to places, for tensors that a folder may repeat."""
 
-    def aliases(self, config: ModelConfig) -> dict[str, Place]:
+    def aliases(self, config: ModelConfig) -> Mapping[str, AnyPlace]:
         """Maps the parameter names of the family's other readers to places, where no file has them.
 
         Golden folders name gradients so.
@@ -50,11 +50,20 @@ class Family(Protocol):
         Their place is "", for which the state dict needs an entry.
         """
 
+    def canonical(self, name: str) -> str:
+        """Returns the published name of a tensor that another writer's folders call otherwise."""
+
     def skipped(self, name: str) -> bool:
         """Whether a tensor of a folder is read past, as vision towers are."""
 
 
-FAMILIES: tuple[Family, ...] = (cast(Family, deepseek), cast(Family, qwen4_exp))
+FAMILIES: tuple[Family, ...] = (
+    cast(Family, deepseek),
+    cast(Family, deepseek_moe),
+    cast(Family, deepseek_v4),
+    cast(Family, deepseek_v41),
+    cast(Family, qwen4_exp),
+)
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.MODEL_TYPES)
 
 

@@ -563,6 +563,11 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
     return {}
 
 
+def canonical(name: str) -> str:
+    """Returns the name itself: `places` has those of both writers of such folders."""
+    return name
+
+
 def skipped(name: str) -> bool:
     """Whether a tensor of a folder is read past.
 

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rorqual.kernels import compiled
@@ -49,9 +49,9 @@ def _ordered(products, weights, start, end, ordered):  # pragma: no cover
 def _choose(ordered, end, topk_indices):  # pragma: no cover
     """Writes the columns of the largest of ordered[:end] into `topk_indices`, in ascending order.
 
-    Of equal values the last ones are selected.
+    Of equal values the last ones are selected. Returns whether there are more than are selected.
     """
-    prefix, mask, left = np.uint32(0), np.uint32(0), topk_indices.shape[0]
+    prefix, mask, left, equal = np.uint32(0), np.uint32(0), topk_indices.shape[0], 0
     for shift in (21, 10, 0):
         counts = np.zeros(2048, np.int64)
         for l in range(end):
@@ -61,14 +61,15 @@ def _choose(ordered, end, topk_indices):  # pragma: no cover
         while counts[digit] < left:
             left -= counts[digit]
             digit -= 1
-        prefix = np.uint32(prefix | np.uint32(digit << shift))
+        prefix, equal = np.uint32(prefix | np.uint32(digit << shift)), counts[digit]
         mask = np.uint32(mask | np.uint32((2047 << shift) & 0xFFFFFFFF))
-    n = topk_indices.shape[0]
+    n, tied = topk_indices.shape[0], equal > left
     for l in range(end - 1, -1, -1):
         if ordered[l] > prefix or (ordered[l] == prefix and left > 0):
             left -= ordered[l] == prefix
             n -= 1
             topk_indices[n] = l
+    return tied
 
 
 @_loop
@@ -140,12 +141,13 @@ def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no c
 
 @_loop
 def _tokens(
-    query, index_query, weights, ends, places, length, top_k, scale, out, first, last
+    query, index_query, weights, ends, places, length, top_k, scale, out, tied, first, last
 ):  # pragma: no cover
     """Computes tokens first .. last of B T.
 
     `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
-    bytes from one column to the next. A token reads the first ends[b, t] columns.
+    bytes from one column to the next. A token reads the first ends[b, t] columns. `tied` becomes
+    True where of several equal keys only some were selected.
     """
     (_, time, heads, width), (index_heads, narrow) = query.shape, index_query.shape[2:]
     products, ordered = np.empty((index_heads, _TILE), np.float32), np.empty(length, np.uint32)
@@ -160,7 +162,7 @@ def _tokens(
             score_tile(index_query[b, t], keys[start:stop], products, 0, stop - start)
             _ordered(products, weights[b, t], start, stop, ordered)
         count = min(top_k, end)
-        _choose(ordered, end, topk_indices[:count])
+        tied[b, t] = _choose(ordered, end, topk_indices[:count])
         for h in range(heads):
             for i in range(width):
                 scaled[h, i] = query[b, t, h, i] * scale
@@ -177,6 +179,7 @@ def attend_best(
     top_k: int,
     scale: float,
     ends: Int[Tensor, "B T"] | None = None,
+    tied: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
     """Computes layers.dsa.attend_best, within float32 rounding."""
     (batch, time), length = query.shape[:2], key.shape[1]
@@ -189,7 +192,15 @@ def attend_best(
     if ends is None:
         ends = torch.arange(length - time + 1, length + 1).expand(batch, -1)
     arguments = [x.detach().contiguous().numpy() for x in (query, index_query, weights, ends)]
-    rest = places, length, top_k, np.float32(scale), out.numpy()
+    equal = np.zeros((batch, time), np.bool_)
+    rest = places, length, top_k, np.float32(scale), out.numpy(), equal
     parts = min(torch.get_num_threads(), batch * time)
     compiled.spread(lambda _, *span: _tokens(*arguments, *rest, *span), batch * time, parts)
+    if tied is not None:
+        tied.copy_(torch.from_numpy(equal))
+        for b, t in zip(*equal.nonzero(), strict=True):
+            scores = weights[b, t] @ (index_query[b, t] @ key[b].T).relu()
+            scores[ends[b, t] :] = -torch.inf
+            keys = latent[b, scores.topk(top_k).indices]
+            out[b, t] = ((query[b, t] * scale) @ keys.T).softmax(-1) @ keys
     return out

@@ -35,53 +35,6 @@ def norm(x, weight, eps, out):  # pragma: no cover
         out[i] = x[i] * factor * weight[i]
 
 
-@_any_order
-def rows(weight, x, out, start, end):  # pragma: no cover
-    """Adds weight[r] . x to out[r].
-
-    Four rows are computed at a time, so that their sums do not wait for each other.
-    """
-    r = start
-    while r + 4 <= end:
-        a, b, c, d = weight[r], weight[r + 1], weight[r + 2], weight[r + 3]
-        p, q, s, t = ZERO, ZERO, ZERO, ZERO
-        for i in range(x.shape[0]):
-            p += a[i] * x[i]
-            q += b[i] * x[i]
-            s += c[i] * x[i]
-            t += d[i] * x[i]
-        out[r] += p
-        out[r + 1] += q
-        out[r + 2] += s
-        out[r + 3] += t
-        r += 4
-    for k in range(r, end):
-        p = ZERO
-        for i in range(x.shape[0]):
-            p += weight[k, i] * x[i]
-        out[k] += p
-
-
-@_any_order
-def columns(weight, x, out, start, end):  # pragma: no cover
-    """Adds x @ weight[:, start:end] to out[start:end], four rows of the weight at a time."""
-    target, i = out[start:end], 0
-    while i + 4 <= x.shape[0]:
-        a, b, c, d = (
-            weight[i, start:end],
-            weight[i + 1, start:end],
-            weight[i + 2, start:end],
-            weight[i + 3, start:end],
-        )
-        p, q, s, t = x[i], x[i + 1], x[i + 2], x[i + 3]
-        for j in range(target.shape[0]):
-            target[j] += p * a[j] + q * b[j] + s * c[j] + t * d[j]
-        i += 4
-    for k in range(i, x.shape[0]):
-        for j in range(target.shape[0]):
-            target[j] += x[k] * weight[k, start + j]
-
-
 @compiled
 def rotate(x, cos, sin, interleaved):  # pragma: no cover
     """Rotates each pair by its angle, in place."""
@@ -342,18 +295,17 @@ def score_tile(queries, keys, scores, start, end):  # pragma: no cover
 
 
 @_any_order
-def sum_tile(weights, values, out, start, end):  # pragma: no cover
-    """Adds the sum over l from `start` to `end` of weights[h, l] values[l] to out[h].
+def sum_rows(weights, first, step, count, out):  # pragma: no cover
+    """Adds the sum over l < count of weights[h, l] times row l to out[h].
 
-    Of each value only the first out.shape[1] numbers are used.
+    Row l is at address `first` + l `step`; its first out.shape[1] numbers are used.
     """
-    l, first, step = start, values.ctypes.data, values.strides[0]
-    while l + 4 <= end:
+    whole = count // 4 * 4
+    for l in range(0, whole, 4):
         a = first + l * step
         sums(weights, l, a, a + step, a + 2 * step, a + 3 * step, out)
-        l += 4
-    for k in range(l, end):
+    for l in range(whole, count):
+        row = matrix_at(first + l * step, 1, out.shape[1])[0]
         for h in range(out.shape[0]):
-            x = weights[h, k]
             for i in range(out.shape[1]):
-                out[h, i] += x * values[k, i]
+                out[h, i] += weights[h, l] * row[i]

@@ -72,7 +72,7 @@ class MLA(nn.Module):
     def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig):
         super().__init__()
         self.config, self.interleaved = config, rope.interleaved
-        self.rope_dim = config.rope_dim
+        self.rope_dim, self.query_scale = config.rope_dim, rope.query_scale
         self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * softmax_factor(rope)
         query = config.heads * (config.nope_dim + config.rope_dim)
         if config.q_lora_rank is None:
@@ -140,7 +140,12 @@ class MLA(nn.Module):
         """Returns the unrotated queries and the rotated ones."""
         c = self.config
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
-        nope, rope = query.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], dim=-1)
+        query = query.unflatten(-1, (c.heads, -1))
+        if self.query_scale is not None:
+            beta, length = self.query_scale.beta, self.query_scale.original_length
+            scale = 1 + beta * (1 + ctx.positions // length).float().log()
+            query = query * scale[..., None, None].to(query.dtype)
+        nope, rope = query.split([c.nope_dim, c.rope_dim], dim=-1)
         return nope, ctx.rotate(rope, self.interleaved)
 
     def absorbs(self, ctx: Context) -> bool:

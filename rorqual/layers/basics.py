@@ -1,10 +1,11 @@
 """Basic functions and modules: norms, rotary positions, SwiGLU, cross-entropy and top-k indices.
 
 RMSNorm(x)     = x / sqrt(mean(x^2) + eps) * weight                 float32 inside
-swiglu(x)      = W_down (silu(W_gate x) * W_up x)
+swiglu(x)      = W_down (silu(W_gate x) * W_up x)                  both factors may be clipped
 rotate(x)      = (a cos - b sin, a sin + b cos) for each pair (a, b)
                  rotary positions, arXiv:2104.09864
 YaRN           = rotary frequencies stretched where they are slow   arXiv:2309.00071
+                 (and linear, dynamic, llama3 and longrope, see rope_frequencies)
 convolve       = a causal depthwise convolution over time
 chunked_cross_entropy = cross-entropy of hidden @ weight.T, never holding all logits
 """
@@ -79,6 +80,13 @@ class RMSNorm(nn.Module):
         return out.to(x.dtype)
 
 
+def gated(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
+    """Computes silu(gate) * up; with a limit gate is at most that, and up within plus and minus."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
 class CentredRMSNorm(nn.Module):
     """Root-mean-square norm whose weight is stored less one, so that it starts at zero.
 
@@ -102,16 +110,20 @@ class CentredRMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Computes W_down (silu(W_gate x) * W_up x), without biases: from dim over width to dim."""
+    """Computes W_down (silu(W_gate x) * W_up x), without biases: from dim over width to dim.
 
-    def __init__(self, dim: int, width: int):
+    With a `limit` the two factors are clipped (DeepSeek-V4).
+    """
+
+    def __init__(self, dim: int, width: int, limit: float | None = None):
         super().__init__()
+        self.limit = limit
         self.gate_proj = nn.Linear(dim, width, bias=False)
         self.up_proj = nn.Linear(dim, width, bias=False)
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.limit))
 
 
 def convolve(
@@ -155,37 +167,97 @@ def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
     return float(low), high + 0.001 if low == high else float(high)
 
 
-def rope_frequencies(config: RopeConfig, dim: int) -> Float[Tensor, " F"]:
+def rope_frequencies(
+    config: RopeConfig, dim: int, length: Int[Tensor, ""] | None = None
+) -> Float[Tensor, " F"]:
     """Computes the rotary frequencies of the dim/2 pairs, in radians a token.
 
         f_i = base^(-2i/dim), and with YaRN f (1 - ramp) + f/s ramp,
         ramp(i) = clamp((i - low) / (high - low), 0, 1)
 
-    ValueError if dim is odd.
+    | kind     | frequency                                                                   |
+    |----------|-----------------------------------------------------------------------------|
+    | linear   | f / s                                                                       |
+    | dynamic  | base' = base (s n / N - s + 1)^(dim / (dim - 2)), n = max(`length`, N)      |
+    | llama3   | f (1 - ramp) / s + f ramp, ramp = clamp((N f / 2 pi - low) / (high - low))  |
+    | longrope | f / short_i, or f / long_i where `length` is more than N                    |
+
+    N is original_length; `length` is one more than the longest position of a call, and None counts
+    as N. ValueError if dim is odd.
     """
     if dim % 2:
         raise ValueError(f"got a rotary width of {dim}, expected an even one")
-    frequencies = 1.0 / config.base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    if length is not None:
+        exponents = exponents.to(length.device)
+    if (dynamic := config.dynamic) is not None and length is not None:
+        if dim < 4:
+            raise ValueError(f"rope.dynamic: got a rotary width of {dim}, expected at least 4")
+        longest = length.clamp_min(dynamic.original_length)
+        raised = dynamic.factor * longest / dynamic.original_length - (dynamic.factor - 1)
+        return 1.0 / (config.base * raised ** (dim / (dim - 2))) ** exponents
+    frequencies = 1.0 / config.base**exponents
+    if config.linear is not None:
+        return frequencies / config.linear.factor
+    if (llama3 := config.llama3) is not None:
+        turns = llama3.original_length * frequencies / (2 * math.pi)
+        ramp = (turns - llama3.low_turns) / (llama3.high_turns - llama3.low_turns)
+        ramp = ramp.clamp(0, 1)
+        return frequencies * (1 - ramp) / llama3.factor + frequencies * ramp
+    if (longrope := config.longrope) is not None:
+        if len(longrope.short) != dim // 2:
+            raise ValueError(
+                f"rope.longrope: got {len(longrope.short)} factors, "
+                f"expected one for each of the {dim // 2} pairs"
+            )
+        short, long = (exponents.new_tensor(factors) for factors in (longrope.short, longrope.long))
+        if length is not None:
+            short = torch.where(length > longrope.original_length, long, short)
+        return frequencies / short
     if config.yarn is None:
         return frequencies
     low, high = _ramp_ends(config.yarn, config.base, dim)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
+    ramp = ((ramp - low) / (high - low)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / config.yarn.factor * ramp
 
 
 def rope_tables(
-    config: RopeConfig, dim: int, positions: Int[Tensor, "B T"]
+    config: RopeConfig,
+    dim: int,
+    positions: Int[Tensor, "B T"],
+    length: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B T F"]]:
     """Computes cos and sin of position * frequency in float32.
 
-    With YaRN both are multiplied by mscale(s, mscale) / mscale(s, mscale_all_dim).
+    With YaRN both are multiplied by mscale(s, mscale) / mscale(s, mscale_all_dim), with LongRoPE by
+    its attention factor. `length` is one more than the longest position that counts for dynamic and
+    LongRoPE; None: of all positions.
     """
-    angles = positions.unsqueeze(-1).float() * rope_frequencies(config, dim).to(positions.device)
-    if config.yarn is None:
+    if config.varies and length is None and positions.numel():
+        length = positions.max() + 1
+    frequencies = rope_frequencies(config, dim, length).to(positions.device)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    if (yarn := config.yarn) is not None:
+        factor = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    elif (longrope := config.longrope) is not None:
+        factor = longrope.attention_factor or math.sqrt(
+            1 + math.log(longrope.factor) / math.log(longrope.original_length)
+        )
+    else:
         return angles.cos(), angles.sin()
-    yarn = config.yarn
-    factor = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def rope_factor(config: RopeConfig) -> float:
+    """Returns YaRN's factor on cos and sin, or 1 without YaRN.
+
+    It is mscale(s, mscale) / mscale(s, mscale_all_dim).
+    """
+    if config.yarn is None:
+        return 1.0
+    yarn = config.yarn
+    return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def rotate(

@@ -241,6 +241,8 @@ class Past:
             return None
         return torch.tensor(self.lengths, device=device)
 
+    clear = reset
+
     def take(self, batch: int) -> None:
         """Checks the size of a call's batch; an empty cache takes one of any size."""
         if batch == self.batch:
@@ -359,13 +361,14 @@ class Cache:
         """Number of tokens cached in each sequence."""
         return tuple(self.past.lengths)
 
-    def _states(self) -> list[Any]:
+    def states(self) -> list[Any]:
+        """Returns the containers of all blocks, without those of drafts."""
         states = [state for layer in self.layers for state in layer.states()]
         return states if self.ids is None else [self.ids, *states]
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
         rows = index.tolist()
-        for state in self._states():
+        for state in self.states():
             state.select(index, self.length)
         self.past.select(rows, index)
         for draft in self.drafts:
@@ -387,7 +390,7 @@ class Cache:
                 "both: run the model on the empty one first"
             )
         self.past.join(other.past)
-        for state, more in zip(self._states(), other._states(), strict=True):
+        for state, more in zip(self.states(), other.states(), strict=True):
             state.join(more, lengths)
         self.drafts = ()
 
@@ -400,7 +403,7 @@ class Cache:
         past = self.past
         counts = [k] * past.batch if isinstance(k, int) else list(k)
         slack = min(
-            (state.slack for state in self._states() if hasattr(state, "slack")), default=None
+            (state.slack for state in self.states() if hasattr(state, "slack")), default=None
         )
         for length, longest, count in zip(past.lengths, past.longest, counts, strict=True):
             far = longest - (length - count)
@@ -432,7 +435,7 @@ class Cache:
                 f"reserve_slack: got a cache of {self.length} tokens, expected an empty one: "
                 "reset it first"
             )
-        for state in [*self._states(), *self._draft_states()]:
+        for state in [*self.states(), *self._draft_states()]:
             if hasattr(state, "slack"):
                 state.slack = k
                 state.clear()
@@ -447,5 +450,5 @@ class Cache:
         """Removes all tokens and frees the buffers; the next batch may have another size."""
         for past in (self.past, *(draft.past for draft in self.drafts)):
             past.reset()
-        for state in [*self._states(), *self._draft_states()]:
+        for state in [*self.states(), *self._draft_states()]:
             state.clear()

@@ -4,8 +4,10 @@
     past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
     cos, sin                         rotary tables of the new tokens
+    compressed_cos, compressed_sin   the same of blocks with compressed entries (layers/csa.py)
     ids, lookup_mask, rows           token ids, where Engram looks up, the block's table rows
     cache                            the block's cache between calls
+    shared                           what earlier blocks leave for this one
     indexer_warmup, last_only        DSA's indexer warm-up; whether only the last position is needed
 
 A context is built once per call, and layers take `(x, ctx)`. A fact that a new layer needs is a new
@@ -24,9 +26,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from rorqual.layers.basics import rope_tables, rotate
+from rorqual.layers.basics import rope_factor, rope_frequencies, rope_tables, rotate
 from rorqual.layers.cache import Past
 from rorqual.model_config import RopeConfig
+
+# Fields of Context that have a value for each new token, or are None.
+PER_TOKEN = (
+    "positions",
+    "columns",
+    "document_ids",
+    "cos",
+    "sin",
+    "compressed_cos",
+    "compressed_sin",
+    "ids",
+    "lookup_mask",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +67,20 @@ class Context:
     mask: Bool[Tensor, "B 1 T L"] | None = None
     cos: Float[Tensor, "B T F"] | None = None
     sin: Float[Tensor, "B T F"] | None = None
+    # The same of blocks with compressed entries, whose rotary base is another one.
+    compressed_cos: Float[Tensor, "B T F"] | None = None
+    compressed_sin: Float[Tensor, "B T F"] | None = None
+    # What they are made of, for entries at other positions: radians a token, YaRN's factor.
+    compressed_frequencies: Float[Tensor, " F"] | None = None
+    compressed_factor: float = 1.0
     ids: Int[Tensor, "B T"] | None = None
     lookup_mask: Bool[Tensor, "B T"] | None = None  # False where Engram looks nothing up
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
     rows: Any = None
     cache: Any = None  # the block's BlockCache
+    # What the attention of an earlier block leaves for later ones: the columns that DSA selected,
+    # or a csa2.Shared.
+    shared: Any = None
     indexer_warmup: bool | None = None  # whether the indexers warm up; None: they are not trained
     # Attention returns only its last position; the other positions serve as its keys.
     last_only: bool = False
@@ -125,7 +149,7 @@ class Context:
             mask = self.last_of(mask.transpose(1, 2)).transpose(1, 2)
         per_token: dict[str, Any] = {
             name: value if value is None else self.last_of(value)
-            for name in ("positions", "columns", "document_ids", "cos", "sin", "ids", "lookup_mask")
+            for name in PER_TOKEN
             for value in (getattr(self, name),)
         }
         return replace(
@@ -189,14 +213,16 @@ def context(
     lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
     past: Past | None = None,
     rope: tuple[RopeConfig, int] | None = None,
+    compress_rope: RopeConfig | None = None,
     **more: Any,
 ) -> Context:
     """Builds the context of `time` new tokens in each sequence and appends them to `past`.
 
     `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
     which padding follows; None if there is no padding. `rope` is the config and the rotary width of
-    the model's attention; without it there are no cos and sin. `more` are other fields of Context.
-    New tokens without `document_ids` continue the last document of their sequence.
+    the model's attention; without it there are no cos and sin. `compress_rope` is the config of
+    blocks with compressed entries, of the same width. `more` are other fields of Context. New
+    tokens without `document_ids` continue the last document of their sequence.
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:
@@ -223,10 +249,21 @@ def context(
         }
     elif span.starts is not None:
         fields["mask"] = _causal(columns, length)[:, None]
-    if rope is not None:
-        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"])
     if counts is not None:
         fields["lengths"] = torch.tensor(counts, device=device)
+    if rope is not None:
+        longest = None
+        if rope[0].varies and counts is not None:
+            # Padding does not count.
+            padding = torch.arange(time, device=device) >= fields["lengths"][:, None]
+            longest = fields["positions"].masked_fill(padding, 0).max() + 1
+        fields["cos"], fields["sin"] = rope_tables(*rope, fields["positions"], longest)
+        if compress_rope is not None:
+            tables = rope_tables(compress_rope, rope[1], fields["positions"])
+            fields["compressed_cos"], fields["compressed_sin"] = tables
+            frequencies = rope_frequencies(compress_rope, rope[1]).to(device)
+            fields["compressed_frequencies"] = frequencies
+            fields["compressed_factor"] = rope_factor(compress_rope)
     return Context(past=span.past, starts=span.starts, key_count=length, **fields, **more)
 
 

@@ -2,21 +2,25 @@
 
     I[t, s] = heads^-1/2 sum_j w[t, j] relu(dim^-1/2 <q_j[t], k[s]>)        float32
     q_j     = rope(W_q c)_j    k = rope(layer_norm(W_k x))    w = W_w x      c: MLA's query latent
-    S[t]    = the `top_k` keys of largest I[t, .] among those t may see, of equal ones the latest
+    S[t]    = the `top_k` keys of largest I[t, .] among those t may see; of equal ones see `ties`
     loss    = mean_t KL(mean_h p_h[t, .] || softmax(I[t, .]))    p_h: probabilities of MLA's head h
 
 This is DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv 2512.02556). The indexer's rope rotates the
-pairs (i, i + rope/2) of the first rope_dim values, unlike MLA's. The selection carries no gradient;
-the indexer is trained by the loss alone, from detached inputs. During the dense warm-up (1000
-steps) the loss is over every key and MLA attends to all of them; then it is over S and MLA attends
-to S, where p_h are its probabilities.
+pairs (i, i + rope/2) of the first rope_dim values, unlike MLA's, or (2i, 2i + 1) if it is
+`interleaved` (GLM). The selection carries no gradient; the indexer is trained by the loss alone,
+from detached inputs. During the dense warm-up (1000 steps) the loss is over every key and MLA
+attends to all of them; then it is over S and MLA attends to S, where p_h are its probabilities.
+
+A block of `shared` has no indexer and attends to the S of the nearest block before that has one
+(GLM, arXiv 2603.12201). S then leaves the block in Aux and enters the next as ctx.shared.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -44,6 +48,8 @@ class IndexerLoss(NamedTuple):
     # Share of the probability over every key that the selected keys carry, over queries with more
     # keys than they may select.
     recall: Float[Tensor, ""]
+    # The loss of an indexer that gives the same score to every key that the loss is over.
+    uniform: Float[Tensor, ""]
 
 
 def mean_indexer_loss(indexer_losses: list[IndexerLoss]) -> IndexerLoss | None:
@@ -96,67 +102,120 @@ class Indexer(nn.Module):
         ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
-        return IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
+        selection = IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
+        if self.config.ties == "latest":
+            return selection
+        cached = None if ctx.cache is None else ctx.cache.attention.ties
+        return selection._replace(ties=key.shape[1], cached_ties=cached)
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         assert ctx.cos is not None and ctx.sin is not None
-        return torch.cat([rotate(turned, ctx.cos, ctx.sin, interleaved=False), rest], dim=-1)
+        turned = rotate(turned, ctx.cos, ctx.sin, interleaved=self.config.interleaved)
+        return torch.cat([turned, rest], dim=-1)
+
+
+class Ties:
+    """Remembers whether torch.topk had to choose among keys of equal score.
+
+    Which it takes depends on the number of columns. So a model that selects as transformers' models
+    do may select other keys for the cached tokens when there are more tokens; it then computes them
+    again (LanguageModel.hidden).
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def note(self, tied: Bool[Tensor, "B T"]) -> None:
+        self.noted = self.noted or bool(tied.any())
+
+    def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Does nothing: one answer serves the whole batch."""
+
+    def join(self, other: "Ties", lengths: tuple[int, int]) -> None:
+        self.noted = self.noted or other.noted
+
+    def clear(self) -> None:
+        self.noted = False
 
 
 @dataclass(eq=False)
 class DSACache(MLACache):
-    """MLA's cache and the indexer's keys, `dim` values a token."""
+    """MLA's cache and the indexer's keys, `dim` values a token; None without an indexer."""
 
-    index_keys: Appended
+    index_keys: Appended | None
+    ties: Ties | None = None  # None if the selection does not depend on the call
 
 
 class DSA(MLA):
-    """Multi-head latent attention to the keys that an indexer selects."""
+    """Multi-head latent attention to the keys that an indexer selects.
 
-    def __init__(self, config: DSAConfig, mla: MLAConfig, dim: int, rope: RopeConfig):
+    While `dense` is True it attends to every key and its indexer is not trained; `switch` sets it.
+    """
+
+    def __init__(
+        self, config: DSAConfig, mla: MLAConfig, dim: int, rope: RopeConfig, index: int = 0
+    ):
+        """Builds the attention of the block with this index, without an indexer if it is shared."""
         super().__init__(mla, dim, rope)
-        self.indexer = Indexer(config, mla, dim)
+        self.indexer = None if index in config.shared else Indexer(config, mla, dim)
+        self.publishes, self.dense = index + 1 in config.shared, False
+        self.top_k = config.top_k
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> DSACache:
         """Returns an empty cache for `capacity` tokens."""
-        return DSACache(Appended(capacity), Appended(capacity))
+        if self.indexer is None:
+            return DSACache(Appended(capacity), None)
+        ties = Ties() if self.indexer.config.ties == "topk" else None
+        return DSACache(Appended(capacity), Appended(capacity), ties)
 
     def forward(
         self,
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
-    ) -> tuple[Float[Tensor, "B T2 D"], IndexerLoss | None]:
+    ) -> tuple:
         """Returns the output of the new tokens, and an IndexerLoss if the indexer is trained.
 
-        With `ctx.last_only` only the last token of each sequence has an output. During the indexer
-        warm-up every key is attended to. Queries with few keys mask those that are not selected;
-        those after them gather the selected keys. The split is where one becomes cheaper.
+        The selected columns are third if the next block attends to the same keys; None is every
+        key. With `ctx.last_only` only the last token of each sequence has an output. During the
+        indexer warm-up every key is attended to. Queries with few keys mask those that are not
+        selected; those after them gather the selected keys. The split is where one becomes cheaper.
         """
         latent = self.latents(hidden, ctx)
-        index_key = self.indexer.keys(hidden, ctx)
+        index_key = None
+        if self.indexer is not None and (ctx.cache is not None or not self.dense):
+            index_key = self.indexer.keys(hidden, ctx)
         if ctx.last_only:
-            hidden, ctx = ctx.last_of(hidden), ctx.last()
+            shared = None if ctx.shared is None else ctx.last_of(ctx.shared)
+            hidden, ctx = ctx.last_of(hidden), replace(ctx.last(), shared=shared)
         query_latent = self.query_latent(hidden)
-        nope, rope = self.queries(query_latent, ctx)
-        selection = self.indexer.select(hidden, query_latent, index_key, ctx)
-        absorbing, scale = self.absorbs(ctx), self.scale
+        queries = self.queries(query_latent, ctx)
+        if self.indexer is None or index_key is None or self.dense:
+            selection = shared_selection(latent, ctx, self.top_k)
+        else:
+            selection = self.indexer.select(hidden, query_latent, index_key, ctx)
+        if self.publishes and not self.dense and not ctx.indexer_warmup:
+            selection = selection._replace(indices=selection.topk_indices())
         if ctx.indexer_warmup is not None:
-            query, key, value = self.expand(nope, rope, latent)
-            loss = selection.kl_loss(query, key, scale, ctx.indexer_warmup, ctx.valid)
+            query, key, value = self.expand(*queries, latent)
+            loss = None
+            if self.indexer is not None and not self.dense:
+                loss = selection.kl_loss(query, key, self.scale, ctx.indexer_warmup, ctx.valid)
             if selection.selects and not ctx.indexer_warmup:
-                out = selection.attend_masked(query, key, value, scale)
+                out = selection.attend_masked(query, key, value, self.scale)
             else:
-                out = attend(query, key, value, scale, *visibility(ctx))
-            return self.o_proj(out.flatten(2)), loss
+                out = attend(query, key, value, self.scale, *visibility(ctx))
+            return self._returned(out, loss, selection)
+        absorbing = self.absorbs(ctx)
         if not selection.selects:
             form = self.absorbed if absorbing else self.expanded
-            return self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)), None
+            return self._returned(form(*queries, latent, *visibility(ctx)), None, selection)
+        (nope, rope), outs = queries, []
         graded = torch.is_grad_enabled() and latent.requires_grad
         cut = nope.shape[1] if graded else self._gathers_from(selection, absorbing)
-        (early, late), outs = selection.split(cut), []
+        early, late = selection.split(cut)
         if cut and absorbing:
             for run in early.runs():
                 mask = selected_mask(early, run, early.select(run))
@@ -164,16 +223,29 @@ class DSA(MLA):
                 outs.append(self.absorbed(nope[:, run], rope[:, run], keys, mask))
         elif cut:
             arguments = self.expand(nope[:, :cut], rope[:, :cut], latent[:, : ctx.past + cut])
-            outs.append(early.attend_masked(*arguments, scale))
+            outs.append(early.attend_masked(*arguments, self.scale))
         if cut < nope.shape[1]:
             query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
             inputs = query, latent, late.query, late.key, late.weights
-            if late.small_batch and attend_best.choose(*inputs) is not None:
-                out = attend_best(*inputs, late.top_k, scale, late.ends)
+            # The kernel scores and selects by itself.
+            compiled = late.small_batch and late.indices is None
+            if compiled and attend_best.choose(*inputs) is not None:
+                tied = None
+                if late.ties is not None:
+                    tied = torch.zeros(late.query.shape[:2], dtype=torch.bool)
+                out = attend_best(*inputs, late.top_k, self.scale, late.ends, tied)
+                if tied is not None and late.cached_ties is not None:
+                    late.cached_ties.note(tied)
             else:
-                out = late.attend_gathered(query, latent, scale)
+                out = late.attend_gathered(query, latent, self.scale)
             outs.append(self.lift(out, value_up))
-        return self.o_proj(torch.cat(outs, dim=1).flatten(2)), None
+        return self._returned(torch.cat(outs, dim=1), None, selection)
+
+    def _returned(
+        self, out: Tensor, loss: IndexerLoss | None, selection: "IndexerSelection"
+    ) -> tuple:
+        out = self.o_proj(out.flatten(2))
+        return (out, loss, selection.indices) if self.publishes else (out, loss)
 
     def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""
@@ -197,6 +269,13 @@ class IndexerSelection(NamedTuple):
     top_k: int  # keys that a query may select
     # The number of keys that each query sees, if `mask` only says that these are the first ones.
     ends: Int[Tensor, "B T"] | None = None
+    # Of equal keys those are selected that torch.topk returns for a row of so many columns, those
+    # that a query may not see among them; None: the latest.
+    ties: int | None = None
+    # The columns of the selected keys, those that a query may not see among them; None: the keys of
+    # largest score.
+    indices: Int[Tensor, "B T K"] | None = None
+    cached_ties: "Ties | None" = None  # where queries are noted whose selection `ties` decided
 
     @property
     def selects(self) -> bool:
@@ -214,7 +293,8 @@ class IndexerSelection(NamedTuple):
         Scores of the indexer's heads and of `heads` others are counted.
         """
         batch, time, index_heads, _ = self.query.shape
-        step = max(1, min(QUERIES, SCORES // (batch * (index_heads + heads) * self.key.shape[1])))
+        each = max(1, batch * (index_heads + heads) * self.key.shape[1])
+        step = max(1, min(QUERIES, SCORES // each))
         return (slice(column, min(column + step, time)) for column in range(0, time, step))
 
     def end(self, run: slice) -> int:
@@ -230,26 +310,57 @@ class IndexerSelection(NamedTuple):
         )
 
     def select(
-        self, run: slice, scores: Float[Tensor, "B T end"] | None = None
+        self,
+        run: slice,
+        scores: Float[Tensor, "B T end"] | None = None,
+        every_column: bool = False,
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
         """Returns the selected keys of each query, and which of them it may see (None: all).
 
         Returns None if every key is selected. `scores` are those of index_scores, if they are
-        already known.
+        already known. What a query may not see may be at any column, at one below `end` unless
+        `every_column` is True.
         """
         end, count = self.end(run), run.stop - run.start
         if end <= self.top_k:
             return None
         # torch.compile cannot trace no_grad as a decorator on a method of a tuple.
         with torch.no_grad():
+            if self.indices is not None:
+                index = self.indices[:, run]
+                inside = index.clamp_max(end - 1)
+                visible = self.visible(run)[:, 0].expand(len(index), -1, -1)
+                return inside, visible.gather(-1, inside) & (index < end)
             if scores is None:
                 scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
             if self.mask is not None or count > 1:
                 scores = scores.masked_fill(~self.visible(run)[:, 0], -torch.inf)
-            index = largest(scores, self.top_k)
+            if self.ties is None:
+                index = largest(scores, self.top_k)
+            else:
+                scores = F.pad(scores, (0, self.ties - end), value=-torch.inf)
+                index = scores.topk(self.top_k, dim=-1).indices
+                if self.cached_ties is not None:
+                    self.cached_ties.note(choices_open(scores, index))
             if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
-            return index, scores.gather(-1, index) > -torch.inf
+            real = scores.gather(-1, index) > -torch.inf
+            return (index if every_column else index.clamp_max(end - 1)), real
+
+    def topk_indices(self) -> Int[Tensor, "B T K"] | None:
+        """Returns the columns of all queries' selected keys, None if every key is selected."""
+        if not self.selects or self.indices is not None:
+            return self.indices
+        parts = []
+        for run in self.runs():
+            selected = self.select(run, every_column=True)
+            if selected is None:
+                # The first keys are all that these queries see.
+                shape = len(self.query), run.stop - run.start, self.top_k
+                parts.append(torch.arange(self.top_k, device=self.key.device).expand(shape))
+            else:
+                parts.append(selected[0])
+        return torch.cat(parts, dim=1)
 
     def split(self, count: int) -> tuple["IndexerSelection", "IndexerSelection"]:
         """Splits into the first `count` queries, with the keys up to them, and the others."""
@@ -258,21 +369,20 @@ class IndexerSelection(NamedTuple):
             (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
         )
         return (
-            IndexerSelection(
-                self.query[:, :count],
-                self.weights[:, :count],
-                self.key[:, :length],
-                before,
-                self.top_k,
-                None if self.ends is None else self.ends[:, :count],
+            self._replace(
+                query=self.query[:, :count],
+                weights=self.weights[:, :count],
+                key=self.key[:, :length],
+                mask=before,
+                ends=None if self.ends is None else self.ends[:, :count],
+                indices=None if self.indices is None else self.indices[:, :count],
             ),
-            IndexerSelection(
-                self.query[:, count:],
-                self.weights[:, count:],
-                self.key,
-                after,
-                self.top_k,
-                None if self.ends is None else self.ends[:, count:],
+            self._replace(
+                query=self.query[:, count:],
+                weights=self.weights[:, count:],
+                mask=after,
+                ends=None if self.ends is None else self.ends[:, count:],
+                indices=None if self.indices is None else self.indices[:, count:],
             ),
         )
 
@@ -335,9 +445,33 @@ class IndexerSelection(NamedTuple):
         scores are in memory at a time: the gradient is formed together with the loss.
         """
         attention = query.detach(), key.detach(), scale, indexer_warmup
-        summed, captured, queries, choosing = _Divergence.apply(*self[:5], *attention, valid)
+        sums = _Divergence.apply(*self[:5], *attention, valid, self.ties)
+        summed, captured, queries, choosing, uniform = sums
         recall = torch.where(choosing > 0, captured / choosing.clamp_min(1), 1.0)
-        return IndexerLoss(summed / queries.clamp_min(1), recall)
+        count = queries.clamp_min(1)
+        return IndexerLoss(summed / count, recall, uniform / count)
+
+
+def shared_selection(
+    latent: Float[Tensor, "B L R"], ctx: Context, top_k: int
+) -> "IndexerSelection":
+    """Returns the selection of an earlier block, ctx.shared, as one of this block.
+
+    The indexer's queries and keys have no values. Without ctx.shared every key is selected.
+    """
+    if ctx.shared is None:
+        top_k = latent.shape[1]
+    queries = latent.new_empty(*ctx.positions.shape, 0)
+    return IndexerSelection(
+        queries[..., None], queries, latent[..., :0], ctx.mask, top_k, indices=ctx.shared
+    )
+
+
+def switch(model: nn.Module, dense: bool) -> None:
+    """Lets every DSA of a model attend to every key without training its indexer, or ends that."""
+    for module in model.modules():
+        if isinstance(module, DSA):
+            module.dense = dense
 
 
 def selected_mask(
@@ -350,7 +484,9 @@ def selected_mask(
         return selection.visible(run)
     index, real = selected
     mask = torch.zeros(*index.shape[:2], selection.end(run), dtype=torch.bool, device=index.device)
-    return mask.scatter_(-1, index, True if real is None else real)[:, None]
+    mask = mask.scatter_(-1, index, True)[:, None]
+    # A query that selected keys it may not see sees no more than it may select.
+    return mask if real is None else mask & selection.visible(run)
 
 
 @kernel(numba="rorqual.kernels.dsa:attend_best")
@@ -363,25 +499,42 @@ def attend_best(
     top_k: int,
     scale: float,
     ends: Int[Tensor, "B T"] | None = None,
+    tied: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H R"]:
     """Attends from each token to the `top_k` latents of best score among its first `ends` ones.
 
     `index_query` are the indexer's queries, and `key` and `weights` its keys and head weights.
-    Without `ends` the tokens are the last of all sequences. This says what the kernel computes;
-    where no kernel runs, IndexerSelection.attend_gathered computes it in bounded memory.
+    Without `ends` the tokens are the last of all sequences. Of equal scores the latest are taken,
+    or with `tied` those that torch.topk returns; it becomes True where it had to choose. This says
+    what the kernel computes; where no kernel runs, IndexerSelection.attend_gathered computes it in
+    bounded memory.
     """
     scores = index_scores(index_query, key, weights)
     if ends is None:
         length = key.shape[1]
         ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
     visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
-    index = largest(scores.masked_fill(~visible, -torch.inf), top_k)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    index = largest(scores, top_k) if tied is None else scores.topk(top_k, dim=-1).indices
+    if tied is not None:
+        tied.copy_(choices_open(scores, index))
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
     rows = []
     for row, places in enumerate(index):
         keys = latent[row].index_select(0, places.flatten()).unflatten(0, places.shape)
         rows.append(attend_shared(query[row].unsqueeze(1), keys, scale, real[row]).squeeze(1))
     return torch.stack(rows)
+
+
+def choices_open(
+    scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
+) -> Bool[Tensor, "B T"]:
+    """Returns whether a key that is not selected has the score of one that is.
+
+    Keys that a query may not see, of score -inf, do not count.
+    """
+    lowest = scores.gather(-1, index).amin(-1, keepdim=True)
+    return ((scores >= lowest).sum(-1) > index.shape[-1]) & (lowest[..., 0] > -torch.inf)
 
 
 def index_scores(
@@ -425,20 +578,31 @@ def attention_target(
 class _Divergence(torch.autograd.Function):
     """Sums the KL divergence and the recall over queries, and counts the queries of each.
 
-    The divergence is KL(target || softmax(I)). The recall is over queries that have more keys than
-    they may select. The gradients, with s_j = <q_j, k>, are
+    The divergence is KL(target || softmax(I)), and in the last sum that of equal scores. The recall
+    is over queries that have more keys than they may select. With s_j = <q_j, k> the gradients are
 
         e = dKL/dI = softmax(I) - target    dw_j = sum_s e relu(s_j)    ds_j = e w_j [s_j > 0]
     """
 
     @staticmethod
     def forward(
-        ctx, query, weights, key, mask, top_k, attended, attended_key, scale, indexer_warmup, valid
+        ctx,
+        query,
+        weights,
+        key,
+        mask,
+        top_k,
+        attended,
+        attended_key,
+        scale,
+        indexer_warmup,
+        valid,
+        ties,
     ):
-        selection = IndexerSelection(query, weights, key, mask, top_k)
+        selection = IndexerSelection(query, weights, key, mask, top_k, ties=ties)
         graded = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in selection[:3]] if graded else []
-        sums = torch.zeros(4, device=query.device)
+        sums = torch.zeros(5, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             for run in selection.runs(attended.shape[2]):
                 keys, visible = key[:, : selection.end(run)], selection.visible(run)
@@ -449,9 +613,9 @@ class _Divergence(torch.autograd.Function):
                 seen = selected_mask(selection, run, selection.select(run, scores))
                 heads = attended[:, run], attended_key[:, : selection.end(run)]
                 target, captured = attention_target(*heads, visible, seen, scale, indexer_warmup)
-                terms, error = _compared(
-                    scores, target, (visible if indexer_warmup else seen)[:, 0]
-                )
+                over = (visible if indexer_warmup else seen)[:, 0]
+                terms, error = _compared(scores, target, over)
+                uniform = torch.special.xlogy(target, target).sum(-1) + over.sum(-1).log()
                 counts = torch.ones_like(terms) if valid is None else valid[:, run].float()
                 choosing = counts * (visible[:, 0].sum(-1) > top_k)
                 sums += torch.stack(
@@ -460,6 +624,7 @@ class _Divergence(torch.autograd.Function):
                         (choosing * captured).sum(),
                         counts.sum(),
                         choosing.sum(),
+                        (counts * uniform).sum(),
                     ]
                 )
                 if graded:
@@ -472,7 +637,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        return *(grad * grads[0] for grad in ctx.grads), *(None,) * 7
+        return *(grad * grads[0] for grad in ctx.grads), *(None,) * 8
 
 
 def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:

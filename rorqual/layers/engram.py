@@ -233,8 +233,8 @@ class Engram(nn.Module):
         conv_norm = norm_weight(self.conv_norm, offset) if config.conv else None
         if key is None or config.gating != "streams" or _hooked(self.gate):
             return weigh(self.gate(hidden, key), value, conv_norm, lookup_mask, config.conv_eps)
-        gate_norms = (self.gate.query_norm, self.gate.key_norm)
-        norms = (*(norm_weight(x, offset) for x in gate_norms), conv_norm)
+        query_norm = norm_weight(self.gate.query_norm, offset)
+        norms = (query_norm, norm_weight(self.gate.key_norm, offset), conv_norm)
         constants = (config.sign, config.eps, config.conv_eps)
         return fuse(hidden, key, value, *norms, lookup_mask, *constants)
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rorqual.layers.basics import gated
+
 ALIGNED = 16  # bytes; the grouped product needs rows of a multiple of it
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -152,10 +154,11 @@ _traced.register_autograd(_traced_backward, setup_context=_keep)
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts without biases, from dim over width to dim."""
+    """E SwiGLU experts without biases, from dim over width to dim; clipped as SwiGLU is."""
 
-    def __init__(self, experts: int, dim: int, width: int) -> None:
+    def __init__(self, experts: int, dim: int, width: int, limit: float | None = None) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_up = nn.Parameter(torch.randn(experts, dim, 2 * width) * dim**-0.5)  # gate first
         self.down = nn.Parameter(torch.randn(experts, width, dim) * width**-0.5)
 
@@ -169,7 +172,7 @@ class Experts(nn.Module):
         """
         dtype = _dtype(rows)
         gate, up = grouped_product(rows.to(dtype), self.gate_up.to(dtype), counts).chunk(2, dim=-1)
-        return grouped_product(F.silu(gate) * up, self.down.to(dtype), counts)
+        return grouped_product(gated(gate, up, self.limit), self.down.to(dtype), counts)
 
     def small_batch(
         self, rows: Float[Tensor, "N D"], topk_indices: Int[Tensor, "N K"]
@@ -181,7 +184,7 @@ class Experts(nn.Module):
             row @ self.gate_up[expert].to(dtype) for row, expert in zip(copies, slots, strict=True)
         ]
         gate, up = torch.cat(inner).chunk(2, dim=-1)
-        hidden = (F.silu(gate) * up).split(1)
+        hidden = gated(gate, up, self.limit).split(1)
         out = [row @ self.down[expert].to(dtype) for row, expert in zip(hidden, slots, strict=True)]
         return torch.cat(out).view(*topk_indices.shape, -1)
 

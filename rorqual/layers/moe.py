@@ -1,6 +1,6 @@
 """Mixture of experts: the shared experts and the few routed experts of each token.
 
-    y = shared(u) + sum over the K chosen of weight_i * expert_i(u)
+    y = shared(u) + sum over the K chosen of weight_i * expert_i(u)      norm(y) with norm_eps
     y = sigmoid(<w, u>) shared(u) + ...          with shared_gate, as Qwen trains it
 
 Tokens are copied to K slots, slots are sorted by expert so that all experts are one grouped
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import SwiGLU
+from rorqual.layers.basics import RMSNorm, SwiGLU
 from rorqual.layers.context import Context
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router, Routing
@@ -134,9 +134,11 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = Router(config.router, dim, config.routed, config.active, layer, vocab_size)
-        self.experts = Experts(config.routed, dim, config.width)
-        self.shared = SwiGLU(dim, config.shared_hidden) if config.shared else None
+        limit = config.swiglu_limit
+        self.experts = Experts(config.routed, dim, config.width, limit)
+        self.shared = SwiGLU(dim, config.shared_hidden, limit) if config.shared else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if config.shared_gate else None
+        self.norm = RMSNorm(dim, config.norm_eps) if config.norm_eps is not None else None
         self.exchange: Exchange | None = None
 
     def forward(
@@ -164,12 +166,12 @@ class MoE(nn.Module):
                 run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots
             )
         out = out.to(hidden.dtype).view_as(hidden)
-        if self.shared is None:
-            return out, routing
-        shared = self.shared(hidden)
-        if self.shared_gate is not None:
-            shared = shared * self.shared_gate(hidden).sigmoid()
-        return out + shared, routing
+        if self.shared is not None:
+            shared = self.shared(hidden)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(hidden).sigmoid()
+            out = out + shared
+        return (out if self.norm is None else self.norm(out)), routing
 
     def _few(self, routing: Routing) -> bool:
         """Whether one product for each slot is cheaper than sorting.

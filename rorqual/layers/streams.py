@@ -74,6 +74,7 @@ class _Sinkhorn(torch.autograd.Function):
         return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
 
 
+@kernel(numba="rorqual.kernels.sinkhorn:sinkhorn")
 def sinkhorn(
     logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6
 ) -> Float[Tensor, "S S N"]:

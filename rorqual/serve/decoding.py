@@ -22,7 +22,7 @@ from rorqual.layers.cache import Cache
 from rorqual.layers.mtp import MTP
 from rorqual.model import LanguageModel
 from rorqual.serve.sampling import GREEDY, Sampling, sample
-from rorqual.serve.step import decoder
+from rorqual.serve.step import Decoder
 
 
 def pad(
@@ -74,9 +74,9 @@ def decode(
     cache = model.new_cache(len(prompts), capacity=ids.shape[1] + max_new_tokens)
     active = list(range(len(prompts)))
     logits = model.logits(model.hidden(ids, lengths=lengths, cache=cache, last=True)[0])[:, 0]
-    step = decoder(model, cache, len(prompts))
+    step = Decoder(model)
     for turn in range(max_new_tokens):
-        logits = (step(ids) if turn else logits)[:, :vocab_size]
+        logits = (step(ids, cache) if turn else logits)[:, :vocab_size]
         drawn = sample(logits, sampling, [generators[row] for row in active], seen)
         drawn_ids = dict(zip(active, drawn.tolist(), strict=True))
         yield [drawn_ids.get(row) for row in range(len(prompts))]

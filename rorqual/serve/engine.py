@@ -24,6 +24,7 @@ from rorqual.layers.cache import Cache
 from rorqual.model import LanguageModel
 from rorqual.serve.decoding import occurred, pad
 from rorqual.serve.sampling import GREEDY, Sampling, sample
+from rorqual.serve.step import Decoder
 
 # A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
 # more the longer it is.
@@ -86,6 +87,7 @@ class Engine:
         self._lock = threading.Lock()
         self._admitted: list[Request] = []
         self._cache: Cache | None = None
+        self._decoder = Decoder(model)
 
     def submit(
         self,
@@ -162,7 +164,7 @@ class Engine:
             last = torch.tensor(
                 [[request.ids[-1]] for request in self.running], device=self._device
             )
-            self._give(self.running, last, None, self._cache)
+            self._give(self.running, self._decoder(last, self._cache))
         filled = [(requests, self._prefill(requests)) for requests in by_length(admitted)]
         for requests, cache in filled:
             if self.running and self._cache is not None:
@@ -177,7 +179,8 @@ class Engine:
         """Decodes the first id of each request; returns the cache of their prompts."""
         ids, lengths = pad([request.prompt for request in requests], self.pad_id, self._device)
         cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + 64)
-        self._give(requests, ids, lengths, cache)
+        hidden = self.model.hidden(ids, lengths=lengths, cache=cache, last=True)[0]
+        self._give(requests, self.model.logits(hidden)[:, 0])
         return cache
 
     @property
@@ -203,11 +206,8 @@ class Engine:
         elif self._cache is not None:
             self._cache.select(torch.tensor(remaining, device=self._device))
 
-    def _give(
-        self, requests: list[Request], ids: Tensor, lengths: list[int] | None, cache: Cache
-    ) -> None:
-        hidden = self.model.hidden(ids, lengths=lengths, cache=cache, last=True)[0]
-        logits = self.model.logits(hidden)[:, 0, : self.vocab_size]
+    def _give(self, requests: list[Request], logits: Tensor) -> None:
+        logits = logits[:, : self.vocab_size]
         for row, request in enumerate(requests):
             seen = None
             if request.sampling.repetition_penalty != 1.0:

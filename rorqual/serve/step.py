@@ -1,18 +1,20 @@
 """Computes the logits of the next token with the fastest decoding step that fits the model.
 
     reference   the model itself: any model, any batch
-    decode_step kernels.step, one compiled call: a DeepSeek model (MLA; dense or MoE), one sequence
-                without padding or documents, float32 on the CPU, without hooks, adapters or
-                replaced modules
+    decode_step kernels.step, compiled: MLA, dense or MoE, one residual stream or several, Engram
+                in any blocks; at most BATCH sequences of any lengths without documents; float32 on
+                the CPU, without hooks, adapters or replaced modules
 
-Both leave the same cache, so that either can continue after the other.
+Both leave the same cache, so that either can continue after the other. Engram itself is computed by
+its module between two compiled calls, wherever its table is.
 """
 
 import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -22,40 +24,49 @@ from torch import Tensor, nn
 
 from rorqual import kernels
 from rorqual.layers.attention import MLA
-from rorqual.layers.basics import RMSNorm, SwiGLU, rope_tables
-from rorqual.layers.cache import Appended, Cache
+from rorqual.layers.basics import RMSNorm, SwiGLU
+from rorqual.layers.cache import Cache
 from rorqual.layers.experts import Experts
-from rorqual.layers.hyper import Residual
+from rorqual.layers.hyper import Connection, Manifold, Residual, StreamReduction
 from rorqual.layers.moe import MoE
 from rorqual.layers.router import Router
 from rorqual.model import Block, LanguageModel
-from rorqual.model_config import ROUTER_SCORES
+from rorqual.model_config import ROUTER_SCORES, HyperConfig
 from rorqual.runtime import log
 
 # The module types that the compiled step implements; any other may be an adapter.
-KNOWN = (nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Block)
-TURNED = 256  # positions whose rotations are computed at once
+KNOWN = (
+    nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Connection,
+    Manifold, StreamReduction, Block,
+)  # fmt: skip
+BATCH = 32  # sequences; with more, products of large matrices are faster module by module
 
 # The class of the compiled step, where it can run; the model itself decodes where it cannot.
 STEP = kernels.choice("decode_step", __name__, numba="rorqual.kernels.step:Step")
 
-Decoder = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
+class Decoder:
+    """Computes the logits of the next token of every sequence, and extends the cache.
 
-def decoder(model: LanguageModel, cache: Cache, batch_size: int) -> Decoder:
-    """Returns a function from the last id of each of `batch_size` sequences to their logits.
-
-    Each call extends the cache. The function is for one generation: weights that are changed in
-    place take effect, weights that are replaced do not.
+    It is for one generation or one server: weights that are changed in place take effect, weights
+    that are replaced do not.
     """
 
-    def reference(ids: Tensor) -> Tensor:
-        return model.logits(model.hidden(ids, cache=cache)[0])[:, 0]
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._fits = fits(model)
+        # Made at the first step that it can run.
+        self.compiled: _Compiled | None = None
 
-    step = STEP.choose(model.embed.weight.detach())
-    if step is None or batch_size != 1 or not fits(model) or cache.past.named:
-        return reference
-    return _Compiled(step, model, cache) if built(step) else reference
+    def __call__(self, ids: Int[Tensor, "B 1"], cache: Cache) -> Float[Tensor, "B V"]:
+        """Reads the last id of each sequence, in the fastest way that fits."""
+        if self.compiled is None and self._fits:
+            step = STEP.choose(self.model.embed.weight.detach())
+            if step is not None and built(step):
+                self.compiled = _Compiled(step, self.model)
+        if self.compiled is None or len(ids) > BATCH or cache.past.named:
+            return self.model.logits(self.model.hidden(ids, cache=cache)[0])[:, 0]
+        return self.compiled(ids, cache)
 
 
 def built(step: Any) -> bool:
@@ -102,72 +113,96 @@ def _building(step: Any) -> subprocess.Popen | None:
 def fits(model: LanguageModel) -> bool:
     """Returns whether the compiled step computes what this model does."""
     c = model.config
-    if (
-        c.mla is None
-        or c.mla.bias
-        or model.training
-        or (c.dsa, c.engram, c.hyper) != (None, None, None)
-    ):
+    if c.mla is None or c.mla.bias or c.dsa is not None or model.training:
+        return False
+    if c.rope.varies or c.rope.query_scale is not None:
         return False
     if c.moe is not None and (
-        c.moe.router.adaptive_mass is not None or c.moe.router.token_id_layers
+        c.moe.router.adaptive_mass is not None
+        or c.moe.router.token_id_layers
+        or c.moe.swiglu_limit is not None
+        or c.moe.norm_eps is not None
+        or c.moe.shared_gate
     ):
         return False
-    modules = [
-        model.embed,
-        model.norm,
-        model.head,
-        *(module for block in model.blocks for module in block.modules()),
-    ]
+    hyper = c.hyper
+    if hyper is not None and (hyper.kind not in ("mhc", "single_pass") or hyper.mix != "sinkhorn"):
+        return False
+    compiled: list[nn.Module] = [model.embed, model.norm, model.head]
+    compiled += [] if model.reduction is None else [model.reduction]
+    for block in model.blocks:
+        children = [child for name, child in block.named_children() if name != "engram"]
+        compiled += [block, *(module for child in children for module in child.modules())]
+    values = [value for module in compiled for value in module.parameters(recurse=False)]
     return all(
         type(module) in KNOWN
         and module._forward_hooks == module._forward_pre_hooks == {}
         and "forward" not in module.__dict__
         and getattr(module, "exchange", None) is None
-        for module in modules
-    ) and all(
-        p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in model.parameters()
-    )
+        for module in compiled
+    ) and all(p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in values)
 
 
 class _Compiled:
     """Runs kernels.step.Step, the class `step`, which needs numba and is imported when it runs."""
 
-    def __init__(self, step: Any, model: LanguageModel, cache: Cache) -> None:
-        self.model, self.cache, self.turned = model, cache, -1
+    def __init__(self, step: Any, model: LanguageModel) -> None:
+        self.model = model
         self.embed = model.embed.weight.detach()
         # Referenced, since the step reads their memory.
         self.weights = [value.detach() for value in (*model.parameters(), *model.buffers())]
-        self.latents = [
-            cast(Appended, layer.attention.latent) for layer in cast(Iterable, cache.layers)
-        ]
-        blocks = [cast(Block, block) for block in model.blocks]
-        self.places = np.array([_places(block, step.PLACES) for block in blocks], np.int64)
-        widths = np.array([_width(block) for block in blocks], np.int64)
-        ends = np.array([model.norm.weight.data_ptr(), model.head.weight.data_ptr()], np.int64)
+        self.blocks = [cast(Block, block) for block in model.blocks]
+        self.places = np.array([_places(block, step.PLACES) for block in self.blocks], np.int64)
+        widths = np.array([_width(block) for block in self.blocks], np.int64)
+        ends = np.array(_ends(model, step.ENDS), np.int64)
         self.latent = step.PLACES.index("latent")
-        ours = sizes(model, step.SIZES)
-        self.step = step(self.places, widths, ends, ours, torch.get_num_threads())
+        # Engram comes before the rest of its block.
+        memories = [index for index, block in enumerate(self.blocks) if block.engram is not None]
+        self.edges = sorted({0, *memories, len(self.blocks)})
+        self.step = step(
+            self.places, widths, ends, sizes(model, step.SIZES), torch.get_num_threads()
+        )
 
-    def __call__(self, ids: Int[Tensor, "1 1"]) -> Float[Tensor, "1 V"]:
-        length = self.cache.past.length
-        for layer, latent in enumerate(self.latents):
-            assert latent.buffer is not None
-            buffer = latent.reserve(latent.buffer, length + 1)
+    def __call__(self, ids: Int[Tensor, "B 1"], cache: Cache) -> Float[Tensor, "B V"]:
+        model, batch, streams = self.model, len(ids), self.model.config.streams
+        lengths = np.array(cache.past.lengths, np.int64)
+        ctx, pending = model.prepare(ids, cache)
+        pages = self._pages(cache, lengths)
+        x = self.embed[ids[:, 0]][:, None].repeat(1, streams, 1)  # [B, S, D]
+        # single_pass reads stream 0 first.
+        pre = np.zeros((batch, streams), np.float32)
+        pre[:, 0] = 1
+        assert ctx.cos is not None and ctx.sin is not None
+        cos, sin = (table[:, 0].expand(batch, -1).contiguous() for table in (ctx.cos, ctx.sin))
+        tokens = self.step.TOKENS(x.numpy(), pre, lengths, pages, cos.numpy(), sin.numpy())
+        logits = np.empty((batch, self.step.sizes.vocab_size), np.float32)
+        for first, last in pairwise(self.edges):
+            engram = self.blocks[first].engram
+            if engram is not None:
+                of_block = ctx.for_block(cache.layers[first], pending[first])
+                x += engram(x[:, None], of_block)[:, 0]
+            ends = last == len(self.blocks)
+            self.step(tokens, first, last, logits if ends else logits[:0])
+        return torch.from_numpy(logits)
+
+    def _pages(self, cache: Cache, lengths: np.ndarray) -> np.ndarray:
+        """Reserves room for one more latent and returns where each sequence's pages begin."""
+        longest, capacity = int(lengths.max()) + 1, 0
+        for layer, block_cache in enumerate(cache.layers):
+            latent = block_cache.attention.latent
+            buffer = latent.reserve(latent.buffer, longest)
             self.places[layer, self.latent] = buffer.data_ptr()
-        self.cache.past.append([1])
-        cos, sin = self._rotation(length)
-        embedded = self.embed[ids[0, 0]].numpy().copy()
-        return torch.from_numpy(self.step(embedded, length, cos, sin))[None]
+            capacity = buffer.shape[1]
+        page = self.step.PAGE
+        return np.arange(len(lengths))[:, None] * capacity + np.arange(0, longest, page)[None]
 
-    def _rotation(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        index = position % TURNED
-        if position - index != self.turned:
-            self.turned = position - index
-            positions = torch.arange(self.turned, self.turned + TURNED)[None]
-            tables = rope_tables(self.model.config.rope, self.model.rope_dim, positions)
-            self.cos, self.sin = (table[0].numpy() for table in tables)
-        return self.cos[index], self.sin[index]
+
+def _ends(model: LanguageModel, names: Sequence[str]) -> list[int]:
+    """Returns the addresses of the weights after the last block; 0 for a missing one."""
+    weights = {"norm": model.norm.weight, "head": model.head.weight}
+    if model.reduction is not None:
+        weights |= dict(cast(nn.Module, model.reduction).named_parameters())
+    return [weights[name].data_ptr() if name in weights else 0 for name in names]
 
 
 def _places(block: Block, names: Sequence[str]) -> list[int]:
@@ -176,7 +211,7 @@ def _places(block: Block, names: Sequence[str]) -> list[int]:
     plain = ffn.shared if isinstance(ffn, MoE) else ffn
     lora = attention.config.q_lora_rank is not None
     weights: dict[str, Tensor | None] = {
-        "attention_norm": block.attention_norm.weight,
+        "attention_norm": cast(RMSNorm, block.attention_norm).weight,
         "q_a": attention.q_a_proj.weight if lora else None,
         "q_norm": attention.q_a_layernorm.weight if lora else None,
         "q_b": attention.q_b_proj.weight if lora else attention.q_proj.weight,
@@ -184,13 +219,16 @@ def _places(block: Block, names: Sequence[str]) -> list[int]:
         "kv_norm": attention.kv_a_layernorm.weight,
         "kv_b": attention.kv_b_proj.weight,
         "o": attention.o_proj.weight,
-        "ffn_norm": block.ffn_norm.weight,
+        "ffn_norm": cast(RMSNorm, block.ffn_norm).weight,
     }
     if plain is not None:
         weights |= {name: getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")}
     if isinstance(ffn, MoE):
         weights |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
         weights |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
+    for site in ("attention", "ffn"):
+        mapping = getattr(block, f"{site}_residual").named_parameters()
+        weights |= {f"{site}_{name.removeprefix('mixer.')}": value for name, value in mapping}
     pointers = (weights.get(name) for name in names)
     return [0 if weight is None else weight.data_ptr() for weight in pointers]
 
@@ -211,6 +249,7 @@ def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
     )
     assert mla is not None and isinstance(attention, MLA)
     router = moe.router if moe is not None else None
+    hyper = c.hyper or HyperConfig(streams=1)
     return make(
         dim=c.dim,
         vocab_size=c.vocab_size,
@@ -233,4 +272,9 @@ def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
         by_two=router is not None and router.group_score == "top2",
         renormalise=router is not None and router.renormalise,
         weight_scale=router.scale if router is not None else 1.0,
+        streams=hyper.streams,
+        single_pass=hyper.kind == "single_pass",
+        iterations=hyper.iterations,
+        hyper_eps=hyper.eps,
+        hyper_norm_eps=hyper.norm_eps,
     )

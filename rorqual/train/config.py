@@ -113,9 +113,9 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if self.validate_every is not None and self.validate_every < 0:
             raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
-        if self.indexer_alone and self.model.dsa is None:
+        if self.indexer_alone and self.model.indexer is None:
             raise ValueError(
-                "indexer_alone: got a model without DSA, "
+                "indexer_alone: got a model without DSA or CSA, "
                 "expected --model.dsa, whose indexers it is about"
             )
         if not 0 <= self.bias_rest <= 1:

@@ -9,8 +9,10 @@ metrics.jsonl has a line for every step and for every validation:
 Losses are nats a token. "sample" is the model's continuation of "prompt", the beginning of a
 held-out document. Further fields of a step:
 
-    indexer, indexer_recall     with DSA: the indexers' loss in nats a query, and the share of the
+    indexer_kl, indexer_recall  with DSA: the indexers' loss in nats a query, and the share of the
                                 attention on the selected keys; means over layers
+    indexer_kl_uniform          the loss of equal scores for the keys that the loss is over
+    indexer_kl_captured         the share of it that the indexers remove, 1 - kl / uniform
     load, max_violation         with experts: the tokens routed to each expert, a list for every
                                 layer of experts (MTP's last), and the worst layer's violation
     row_gain, column_gain,      with residual streams, in step 1 and every 50 steps after it: gains
@@ -117,6 +119,8 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step, **metrics}
         if expert_counts is not None:
             line["load"] = expert_counts.tolist()
+        if line.get("indexer_kl_uniform"):
+            line["indexer_kl_captured"] = 1 - line["indexer_kl"] / line["indexer_kl_uniform"]
         if "skipped_steps" in line:
             line["skipped_steps"] = int(line["skipped_steps"])
         line["tokens"] = step * self.tokens_per_step

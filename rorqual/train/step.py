@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rorqual import parallel, runtime
+from rorqual.layers import dsa
 from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.hyper import health
 from rorqual.layers.moba import switch
@@ -120,8 +121,8 @@ class TrainStep:
         """Returns the weighted sum of losses that this step minimises."""
         config = self.model.config
         if loss.indexer_loss is not None and self.only_indexers_learn(step):
-            assert config.dsa is not None
-            return config.dsa.weight * loss.indexer_loss.loss
+            assert config.indexer is not None
+            return config.indexer.weight * loss.indexer_loss.loss
         late = 3 * step > 2 * self.config.steps
         if loss.mtp is not None and self.config.mtp_late is not None and late:
             assert config.mtp is not None
@@ -129,9 +130,12 @@ class TrainStep:
         return loss.total
 
     def indexer_warmup(self, step: int) -> bool:
-        """Whether DSA's indexers warm up in this step."""
-        dsa = self.model.config.dsa
-        return dsa is not None and step <= dsa.warmup
+        """Whether the indexers warm up in this step, after the steps of dense attention."""
+        indexer = self.model.config.indexer
+        if indexer is None:
+            return False
+        dense = getattr(indexer, "dense", 0)
+        return dense < step <= dense + indexer.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
         """Whether only the indexers are trained, during their warm-up."""
@@ -168,12 +172,19 @@ class TrainStep:
             return
         for mixture, counts in zip(self.mixtures, expert_counts, strict=True):
             rate = mixture.config.balance.bias_rate
-            if rate:
-                update_bias(mixture.router.e_score_correction_bias, counts, rate)
+            bias = mixture.router.e_score_correction_bias
+            # A router without one selects by token id.
+            if rate and bias is not None:
+                update_bias(bias, counts, rate)
 
     def prepare_model(self, step: int) -> None:
-        """Sets the model to training mode, and MoBA to full attention in its last phase."""
+        """Sets the model to training mode, and MoBA and DSA to the phase that the step is in.
+
+        MoBA attends fully in its last phase, DSA in its first.
+        """
         self.model.train()
+        if self.model.config.dsa is not None:
+            dsa.switch(self.model, step <= self.model.config.dsa.dense)
         moba = self.model.config.moba
         if moba is not None:
             switch(self.model, step > moba.full_from * self.config.steps)
@@ -204,7 +215,8 @@ def named_losses(loss: Loss) -> dict[str, Tensor]:
     if loss.mtp is not None:
         losses["mtp"] = loss.mtp
     if loss.indexer_loss is not None:
-        losses["indexer"] = loss.indexer_loss.loss
+        losses["indexer_kl"] = loss.indexer_loss.loss
+        losses["indexer_kl_uniform"] = loss.indexer_loss.uniform
         losses["indexer_recall"] = loss.indexer_loss.recall
     return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
 

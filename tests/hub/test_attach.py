@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DeepseekV32Config,
     DynamicCache,
     GPT2Config,
     LlamaConfig,
@@ -75,10 +76,14 @@ def config_of(kind: str):
         "moe_intermediate_size": 16,
         "first_k_dense_replace": 1,
     }
+    if kind == "deepseek_v32":
+        # So many index heads that no key scores 0, between which topk would choose.
+        indexer = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 5, "q_lora_rank": 12}
+        return DeepseekV32Config(**sizes, **names, **latent | indexer, **experts)
     return DeepseekV3Config(**sizes, **names, **latent, **experts)
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen3", "deepseek_v3"])
+@pytest.fixture(params=["llama", "gpt2", "qwen3", "deepseek_v3", "deepseek_v32"])
 def host(request):
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config_of(request.param)).eval()

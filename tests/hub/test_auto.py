@@ -23,6 +23,8 @@ from rorqual.checkpoint import save_model
 from rorqual.data.tokenizer import train
 from rorqual.hub.auto import RorqualCache, RorqualConfig, RorqualForCausalLM, fast_tokenizer
 from rorqual.hub.padding import Packing
+from rorqual.layers.attention import MLAConfig
+from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
@@ -41,6 +43,13 @@ CONFIGS = {
         mtp=MTPConfig(),
     ),
     "tied": ModelConfig(**SMALL, dense_width=48, tied=True),
+    "v3.2": ModelConfig(
+        **SMALL,
+        mla=MLAConfig(q_lora_rank=12),
+        dsa=DSAConfig(heads=3, dim=16, top_k=4, shared=(1,), ties="topk"),
+        moe=MoEConfig(routed=6, active=2, width=16, first_dense=1),
+        mtp=MTPConfig(),
+    ),
 }
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [200, 3, 3]]
 
@@ -174,6 +183,7 @@ def test_loss_is_the_models(face, model):
     torch.testing.assert_close(face(ids, attention_mask=mask, labels=labels).loss, ours.next_token)
     face.train()
     trained = face(ids, attention_mask=mask, labels=labels).loss
+    ours = model.loss(packed.pack(ids), following, lengths=packed.lengths)
     face.eval()
     torch.testing.assert_close(trained, ours.total)
     trained.backward()

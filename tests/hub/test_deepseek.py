@@ -179,7 +179,11 @@ def test_a_description_survives_the_round_trip(description):
         ({"topk_method": "greedy"}, "topk_method: got 'greedy'"),
         ({"num_key_value_heads": 8}, "num_key_value_heads: got 8"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method: got 'gptq'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type: got 'linear'"),
+        ({"rope_scaling": {"type": "axial", "factor": 2}}, "rope_scaling.type: got 'axial'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "mscale_all_dim": 1}},
+            "mscale_all_dim: got 1 with type 'linear'",
+        ),
         ({"quantization_config": ["fp8"]}, "quant_method: got"),
         ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate: got False"),
         (

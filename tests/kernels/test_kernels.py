@@ -128,6 +128,12 @@ def collapsing(dtype: torch.dtype) -> Arguments:
         yield streams, m, scale, base, None, 1, 0.0
 
 
+def mixing(dtype: torch.dtype) -> Arguments:
+    for tokens, count, _ in STREAMS:
+        yield 2 * torch.randn(count, count, tokens).to(dtype), 20, 1e-6
+        yield 9 * torch.randn(count, count, tokens).to(dtype), 1, 0.0
+
+
 def writing(dtype: torch.dtype) -> Arguments:
     for tokens, count, dim in STREAMS:
         streams = torch.randn(tokens, count, dim).to(dtype)
@@ -321,6 +327,7 @@ CASES = {
     "lookup": Case(records),
     "read_rows": Case(files),
     "fuse": Case(gates, triton=2e-5, bfloat16=3e-2),
+    "sinkhorn": Case(mixing, 1e-6),
     "pre_mapping": Case(collapsing, triton=3e-6, bfloat16=2**-6),
     "post_mapping": Case(writing, triton=3e-6, bfloat16=2**-6),
     "selected_attention": Case(selecting, 6e-7, 3e-6, 2**-5, many_selections),

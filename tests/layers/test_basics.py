@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 
 from rorqual.layers.basics import (
     RMSNorm,
@@ -20,6 +23,12 @@ from rorqual.layers.basics import (
     rope_tables,
     rotate,
     softmax_factor,
+)
+from rorqual.model_config import (
+    DynamicRopeConfig,
+    LinearRopeConfig,
+    Llama3RopeConfig,
+    LongRopeConfig,
 )
 
 
@@ -129,6 +138,76 @@ def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, f
     torch.testing.assert_close(sin[0, 1], (3 * frequencies).sin() * on_tables, rtol=1e-4, atol=1e-5)
     oracle = DeepseekV3Attention(replace_sizes(theirs, dim), layer_idx=0)
     assert softmax_factor(config) * (4 + dim) ** -0.5 == pytest.approx(oracle.scaling, rel=1e-9)
+
+
+FACTORS = tuple(1 + 0.3 * n for n in range(8))
+STRETCHED = {
+    "linear": (RopeConfig(linear=LinearRopeConfig(factor=3.0)), {"factor": 3.0}),
+    "dynamic": (
+        RopeConfig(dynamic=DynamicRopeConfig(factor=2.5, original_length=40)),
+        {"factor": 2.5},
+    ),
+    "llama3": (
+        RopeConfig(
+            llama3=Llama3RopeConfig(factor=6.0, low_turns=0.5, high_turns=3.0, original_length=90)
+        ),
+        {
+            "factor": 6.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 3.0,
+            "original_max_position_embeddings": 90,
+        },
+    ),
+    "longrope": (
+        RopeConfig(
+            longrope=LongRopeConfig(
+                short=FACTORS, long=FACTORS[::-1], factor=4.0, original_length=40
+            )
+        ),
+        {
+            "factor": 4.0,
+            "short_factor": list(FACTORS),
+            "long_factor": list(FACTORS[::-1]),
+            "original_max_position_embeddings": 40,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("longest", [1, 39, 40, 41, 200])
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_other_kinds_of_rope_agree_with_transformers(kind, longest):
+    """The longest position of the call is on both sides of the original length."""
+    config, parameters = STRETCHED[kind]
+    theirs = DeepseekV3Config(
+        qk_rope_head_dim=16,
+        max_position_embeddings=40,
+        rope_parameters=parameters | {"rope_type": kind, "rope_theta": 10000.0},
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, seq_len=longest + 1)
+    length = torch.tensor(longest + 1)
+    torch.testing.assert_close(rope_frequencies(config, 16, length), frequencies, rtol=1e-6, atol=0)
+    positions = torch.tensor([[0, longest]])
+    cos, sin = rope_tables(config, 16, positions)
+    angles = positions[..., None] * frequencies
+    torch.testing.assert_close(cos, angles.cos() * factor, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(sin, angles.sin() * factor, rtol=1e-5, atol=2e-5)
+    oracle = DeepseekV3RotaryEmbedding(theirs)(torch.zeros(1), positions)
+    torch.testing.assert_close(cos, oracle[0][..., :8], rtol=1e-5, atol=2e-5)
+
+
+def test_kinds_of_rope_exclude_each_other():
+    with pytest.raises(ValueError, match="got yarn and linear, expected at most one"):
+        RopeConfig(yarn=YarnConfig(), linear=LinearRopeConfig())
+    for make in (LinearRopeConfig, DynamicRopeConfig, Llama3RopeConfig, LongRopeConfig):
+        with pytest.raises(ValueError, match=r"got factor 0.5 .* expected at least 1"):
+            make(factor=0.5)
+    with pytest.raises(ValueError, match="got 2 short and 1 long factors"):
+        LongRopeConfig(short=(1.0, 2.0), long=(1.0,))
+    with pytest.raises(ValueError, match="got 1 factors, expected one for each of the 4 pairs"):
+        rope_frequencies(RopeConfig(longrope=LongRopeConfig()), 8)
+    with pytest.raises(ValueError, match="low_turns 5"):
+        Llama3RopeConfig(low_turns=5.0)
 
 
 def replace_sizes(config, dim):

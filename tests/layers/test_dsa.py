@@ -29,6 +29,8 @@ from rorqual.layers.dsa import (
     mean_indexer_loss,
     selected_mask,
 )
+from rorqual.model import LanguageModel
+from rorqual.model_config import ModelConfig, MoEConfig, MTPConfig
 
 ROPE = RopeConfig(base=50.0)
 LATENT = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=10, nope_dim=6, rope_dim=4, value_dim=7)
@@ -313,6 +315,84 @@ def test_of_equal_keys_the_kernel_chooses_the_last(references):
         assert way(*arguments).item() == pytest.approx(7.0)  # the mean of 6, 7 and 8
 
 
+@pytest.mark.parametrize("case", [(1, 1, 60), (2, 3, 60), (2, 2, 900)], ids=str)
+def test_the_kernel_leaves_ties_to_topk_where_that_is_asked(case, references):
+    """Queries and weights are round, so that many keys tie; a tie is reported."""
+    batch, time, length = case
+    arguments = best_case(batch, time, 4, 20, length, 2, 8, 11, ties=True)
+    reported = [torch.zeros(batch, time, dtype=torch.bool) for _ in range(2)]
+    ours = kernel.attend_best(*arguments, None, reported[0])
+    torch.testing.assert_close(ours, attend_best(*arguments, None, reported[1]), atol=5e-6, rtol=0)
+    assert torch.equal(*reported) and reported[0].any()
+
+
+@pytest.mark.parametrize("top_k", [2, 5, 9])
+@pytest.mark.parametrize("runs", [512, 4])
+def test_ties_are_topks_where_that_is_asked(top_k, runs, monkeypatch):
+    """The row that topk gets has all columns of the call, whichever queries are a slice."""
+    monkeypatch.setattr(dsa, "QUERIES", runs)
+    key, query, weights = torch.randn(2, 24, 4), torch.randn(2, 24, 1, 4), torch.randn(2, 24, 1)
+    selection = IndexerSelection(query, weights, key, None, top_k, ties=24)
+    scores = index_scores(query, key, weights)
+    causal = torch.ones(24, 24, dtype=torch.bool).tril()
+    expected = scores.masked_fill(~causal, -torch.inf).topk(top_k, dim=-1).indices
+    wanted = torch.zeros(2, 24, 24, dtype=torch.bool).scatter_(-1, expected, True) & causal
+    latest = IndexerSelection(query, weights, key, None, top_k)
+    differ = 0
+    for run in selection.runs():
+        mask = selected_mask(selection, run, selection.select(run))[:, 0]
+        assert torch.equal(mask.expand(2, -1, -1), wanted[:, run, : run.stop])
+        other = selected_mask(latest, run, latest.select(run))[:, 0]
+        differ += (mask ^ other).sum().item()
+    assert differ > 0
+    indices = selection.topk_indices()
+    again = selection._replace(indices=indices, query=query[..., :0, :0], weights=weights[..., :0])
+    for run in selection.runs():
+        mask = selected_mask(again, run, again.select(run))[:, 0]
+        assert torch.equal(mask.expand(2, -1, -1), wanted[:, run, : run.stop])
+
+
+def test_a_block_without_an_indexer_attends_to_the_keys_of_the_block_before(way):
+    config = DSAConfig(heads=3, dim=8, top_k=4, shared=(1,))
+    first, second = (stirred(DSA(config, LATENT, 20, ROPE, index)) for index in range(2))
+    assert second.indexer is None and first.publishes and not second.publishes
+    hidden = torch.randn(2, 13, 20)
+    where = context(2, 13, "cpu", rope=(ROPE, 4))
+    _, indexed = first(hidden, where)
+    assert indexed.loss is None and indexed.selected.shape == (2, 13, 4)
+    out, loss = second(hidden, replace(where, selected=indexed.selected))
+    mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
+    mask = mask.scatter_(-1, indexed.selected[:, None], True) & where.visible()
+    expected = dense(second)(hidden, replace(where, mask=mask))[0]
+    assert loss is None
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    every = second(hidden, where)[0]  # nothing was selected: all keys
+    torch.testing.assert_close(every, dense(second)(hidden, where)[0], atol=1e-5, rtol=0)
+
+
+def test_a_dense_layer_has_no_indexer_loss():
+    attention, hidden = layer(4), torch.randn(2, 13, 20)
+    dsa.switch(attention, True)
+    for indexer_warmup in (None, False, True):
+        where = context(2, 13, "cpu", rope=(ROPE, 4), indexer_warmup=indexer_warmup)
+        out, loss = attention(hidden, where)
+        assert loss is None
+        torch.testing.assert_close(out, dense(attention)(hidden, where)[0], atol=1e-5, rtol=0)
+    dsa.switch(attention, False)
+    assert (run(attention, hidden) - out).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("indexer_warmup", [True, False])
+def test_the_loss_of_equal_scores_is_the_baseline(indexer_warmup):
+    """An indexer whose weights are 0 scores all keys alike."""
+    attention, hidden = layer(4), torch.randn(2, 13, 20)
+    torch.nn.init.zeros_(attention.indexer.weights_proj.weight)
+    losses = []
+    run(attention, hidden, indexer_losses=losses, indexer_warmup=indexer_warmup)
+    torch.testing.assert_close(losses[0].loss, losses[0].uniform, atol=1e-6, rtol=1e-5)
+    assert losses[0].loss > 0.01
+
+
 def slowly(selection, query, key, scale, indexer_warmup, valid=None, visible=None):
     """Computes the loss and the recall one query at a time, in float64, with a gradient."""
     scores, terms, captured = index_scores_slowly(selection), [], []
@@ -579,12 +659,56 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
         torch.testing.assert_close(compiled(hidden), run(attention, hidden), atol=1e-5, rtol=0)
 
 
+@pytest.mark.compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("ties", ["latest", "topk"])
+def test_a_compiled_model_is_one_graph(ties):
+    """Compiles the logits and the loss of a whole model, whose last block has no indexer."""
+    config = ModelConfig(
+        vocab_size=50,
+        dim=16,
+        layers=3,
+        dense_width=24,
+        mla=MLAConfig(heads=2, q_lora_rank=8, kv_lora_rank=8, nope_dim=4, rope_dim=4, value_dim=4),
+        dsa=DSAConfig(heads=3, dim=8, top_k=5, shared=(2,), ties=ties),
+        moe=MoEConfig(routed=4, active=2, width=8, first_dense=1),
+        mtp=MTPConfig(),
+        init_std=0.3,
+    )
+    model, ids = LanguageModel(config), torch.randint(50, (2, 17))
+    document_ids = torch.arange(17).expand(2, -1) // 9
+
+    def logits(ids):
+        return model(ids, document_ids=document_ids)
+
+    def losses(ids):
+        loss = model.loss(ids, ids, document_ids=document_ids)
+        return loss.total, *loss.indexer_loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(logits, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), logits(ids), atol=1e-5, rtol=0)
+    model.train()
+    torch._dynamo.reset()
+    results = []
+    for function in (torch.compile(losses, fullgraph=True, backend="aot_eager"), losses):
+        model.zero_grad()
+        total, *others = function(ids)
+        total.backward()
+        results.append((total, others, {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
 def test_refuses_what_cannot_be():
     for name in ("heads", "dim", "top_k"):
         with pytest.raises(ValueError, match=f"dsa.{name}: got 0, expected at least 1"):
             DSAConfig(**{name: 0})
-    for name in ("warmup", "weight"):
+    for name in ("warmup", "weight", "dense"):
         with pytest.raises(ValueError, match=f"dsa.{name}: got -1, expected 0 or more"):
             DSAConfig(**{name: -1})
+    with pytest.raises(ValueError, match=r"dsa.shared: got \(0,\), expected block indices from 1"):
+        DSAConfig(shared=(0,))
+    with pytest.raises(ValueError, match=r"dsa.shared: got \[3\], expected block indices 1..2"):
+        ModelConfig(layers=3, dsa=DSAConfig(shared=(3,)))
     with pytest.raises(ValueError, match=r"dsa.dim: got 2, expected at least mla.rope_dim, 4"):
         DSA(DSAConfig(dim=2), LATENT, 20, ROPE)

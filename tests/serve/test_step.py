@@ -5,6 +5,7 @@ All others must be left to the model itself.
 
 import fcntl
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from rorqual.kernels import step as kernel
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
+from rorqual.layers.cache import Cache
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
@@ -24,7 +26,8 @@ from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve import step as serve_step
 from rorqual.serve.decoding import decode
-from rorqual.serve.step import _Compiled, decoder, fits
+from rorqual.serve.engine import Engine
+from rorqual.serve.step import Decoder, fits
 
 pytestmark = pytest.mark.skipif(
     serve_step.STEP.kind(torch.device("cpu")) == "reference",
@@ -41,6 +44,7 @@ BASE = ModelConfig(
     ),
     init_std=0.4,
 )
+ENGRAM = EngramConfig(layers=(1,), rows_per_head=(40, 50), heads=2, head_dim=4)
 SIZES = {
     "v3": BASE,
     "no query latent": replace(BASE, mla=replace(BASE.mla, q_lora_rank=None, heads=1, value_dim=8)),
@@ -63,6 +67,16 @@ SIZES = {
     "even sizes": replace(
         BASE, mla=replace(BASE.mla, heads=8, kv_lora_rank=16, nope_dim=8, value_dim=8)
     ),
+    "streams": replace(BASE, hyper=HyperConfig(streams=3, scale=0.5)),
+    "two streams of the paper": replace(BASE, hyper=HyperConfig(streams=2, eps=0.0, scale=0.5)),
+    "single pass": replace(
+        BASE, hyper=HyperConfig(kind="single_pass", iterations=4, norm_eps=1e-3, scale=0.5)
+    ),
+    "memory": replace(BASE, engram=ENGRAM),
+    "memory in the first block": replace(
+        BASE, engram=replace(ENGRAM, layers=(0, 2), gating="shared"), moe=None
+    ),
+    "all of it": replace(BASE, engram=ENGRAM, hyper=HyperConfig(scale=0.5)),
 }
 
 
@@ -76,7 +90,7 @@ def build(config: ModelConfig) -> LanguageModel:
 
     They affect the selection of experts and not their weights.
     """
-    model = LanguageModel(config, seed=1).eval()
+    model = LanguageModel(config, torch.arange(config.vocab_size), seed=1).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("correction_bias"):
             buffer.copy_(
@@ -88,8 +102,14 @@ def build(config: ModelConfig) -> LanguageModel:
     return model
 
 
-def ids_of(length: int) -> torch.Tensor:
-    return torch.randint(0, 67, (1, length), generator=torch.Generator().manual_seed(length))
+def ids_of(length: int, batch: int = 1) -> torch.Tensor:
+    return torch.randint(0, 67, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def decoder(model: LanguageModel, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a step over one cache."""
+    step = Decoder(model)
+    return lambda ids: step(ids, cache)
 
 
 @torch.inference_mode()
@@ -99,7 +119,7 @@ def steps(model, ids, prompt_length, capacity=4):
     """
     cache = model.new_cache(1, capacity)
     model.hidden(ids[:, :prompt_length], cache=cache)
-    step = decoder(model, cache, 1)
+    step = decoder(model, cache)
     return torch.stack(
         [step(ids[:, t : t + 1]) for t in range(prompt_length, ids.shape[1])], 1
     ), cache
@@ -125,6 +145,50 @@ def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", SIZES)
+def test_sequences_of_different_lengths_get_what_each_gets_alone(
+    name, threads, poisoned, monkeypatch
+):
+    """They get the same bits, but with Engram, whose products are torch's."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, ids, lengths = build(SIZES[name]), ids_of(75, 6), [61, 3, 60, 1, 64, 13]
+    prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    caches = []
+    for prompt in prompts:
+        caches.append(model.new_cache(1))
+        model.hidden(prompt[None], cache=caches[-1])
+    alone = [decoder(model, cache) for cache in caches]
+    expected = [
+        [step(row[None, t : t + 1]) for t in range(64, 75)]
+        for row, step in zip(ids, alone, strict=True)
+    ]
+    together = model.new_cache(1)
+    model.hidden(prompts[0][None], cache=together)
+    for prompt in prompts[1:]:
+        other = model.new_cache(1)
+        model.hidden(prompt[None], cache=other)
+        together.join(other)
+    step = decoder(model, together)
+    for t in range(64, 75):
+        result = step(ids[:, t : t + 1])
+        wanted = torch.cat([steps[t - 64] for steps in expected])
+        within = 0 if model.config.engram is None else 1e-5 * wanted.abs().max().item()
+        torch.testing.assert_close(result, wanted, rtol=0, atol=within)
+    assert together.lengths == tuple(length + 11 for length in lengths)
+
+
+@torch.inference_mode()
+def test_the_engine_gives_every_request_what_it_gets_alone():
+    model, prompts = build(SIZES["all of it"]), ids_of(20, 5).tolist()
+    prompts = [prompt[: 4 + 3 * row] for row, prompt in enumerate(prompts)]
+    engine = Engine(model, max_batch_size=3)
+    generated = engine.run(prompts, max_new_tokens=25)
+    for prompt, ids in zip(prompts, generated, strict=True):
+        assert ids == [token for (token,) in decode(model, [prompt], max_new_tokens=25)]
+
+
+@torch.inference_mode()
 def test_a_long_context_crosses_every_tile():
     model, ids = build(SIZES["even sizes"]), ids_of(331)
     result, _ = steps(model, ids, 250, capacity=400)
@@ -138,7 +202,7 @@ def test_the_model_goes_on_where_the_step_stopped_and_back():
     _, cache = steps(model, ids[:, :12], 6)
     cache.crop(2)
     middle = model(ids[:, 10:18], cache=cache)
-    step = decoder(model, cache, 1)
+    step = decoder(model, cache)
     last = torch.stack([step(ids[:, t : t + 1]) for t in range(18, 24)], 1)
     expected = model(ids)[:, 10:]
     scale = 1e-5 * expected.abs().max().item()
@@ -150,7 +214,7 @@ def test_weights_changed_in_place_are_seen():
     model, ids = build(BASE), ids_of(8)
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
-    step = decoder(model, cache, 1)
+    step = decoder(model, cache)
     model.head.weight.mul_(2)
     expected = model(ids)[:, -1]
     torch.testing.assert_close(
@@ -163,8 +227,7 @@ def test_three_hundred_steps_while_the_cache_grows_and_drops():
     model, ids = build(SIZES["even sizes"]), ids_of(320)
     cache = model.new_cache(1, 2)
     model.hidden(ids[:, :20], cache=cache)
-    step, result = decoder(model, cache, 1), []
-    assert isinstance(step, _Compiled)
+    step, result = decoder(model, cache), []
     for t in range(20, 320):
         if t % 50 == 0:  # drafts that were rejected
             for wrong in range(3):
@@ -197,9 +260,11 @@ def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
     model, ids = build(BASE), ids_of(9)
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
-    step = decoder(model, cache, 1)
+    decode_step = Decoder(model)
+    step = lambda ids: decode_step(ids, cache)  # noqa: E731
     step(ids[:, 7:8])
-    submit, calls = step.step.pool.submit, []
+    pool = decode_step.compiled.step.pool
+    submit, calls = pool.submit, []
 
     def interrupted(*prompt_length):
         calls.append(prompt_length)
@@ -208,7 +273,7 @@ def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
         return submit(*prompt_length)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step.step.pool, "submit", interrupted)
+        patch.setattr(pool, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(ids[:, 8:])
     cache.crop(1)
@@ -224,7 +289,7 @@ def test_weights_that_are_replaced_go_on_to_the_end_of_the_generation():
     expected = model(ids)[:, 7:]
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
-    step = decoder(model, cache, 1)
+    step = decoder(model, cache)
     results = [step(ids[:, 7:8])]
     model.load_state_dict(
         {name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True
@@ -349,10 +414,8 @@ def test_what_it_does_not_know_it_leaves_alone(change):
     [
         replace(BASE, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)),
         replace(BASE, dsa=DSAConfig(heads=2, dim=8, top_k=6)),
-        replace(BASE, hyper=HyperConfig(streams=2)),
-        replace(
-            BASE, engram=EngramConfig(layers=(1,), rows_per_head=(40, 50), heads=2, head_dim=4)
-        ),
+        replace(BASE, hyper=HyperConfig(kind="hc")),
+        replace(BASE, hyper=HyperConfig(mix="identity")),
         replace(BASE, mla=replace(BASE.mla, bias=True)),
         replace(BASE, moe=replace(BASE.moe, router=RouterConfig(adaptive_mass=0.9))),
         replace(BASE, moe=replace(BASE.moe, router=RouterConfig(token_id_layers=2))),
@@ -376,7 +439,7 @@ def test_padding_and_documents_are_the_models_own():
         both = model.new_cache(1)
         model.hidden(ids, cache=both, **reference)
         expected = model(ids[:, :1], cache=both)[:, 0]
-        torch.testing.assert_close(decoder(model, cache, 1)(ids[:, :1]), expected)
+        torch.testing.assert_close(decoder(model, cache)(ids[:, :1]), expected)
 
 
 def test_the_environment_chooses_the_reference(monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from olmo_core.train.callbacks import Callback
 
 from rorqual import checkpoint
+from rorqual.layers.dsa import DSAConfig
 from rorqual.train.engine import (
     Loader,
     MetricsCallback,
@@ -100,6 +101,37 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path,
     assert one == other
     assert [line["step"] for line in one] == list(range(1, 2 * half + 1))
     assert one[-1]["loss"] < one[0]["loss"]
+
+
+@pytest.mark.parametrize("boundary", [2, 5])
+def test_a_run_stopped_between_two_stages_of_dsa_is_one_run_to_the_last_bit(
+    small, run, tmp_path, boundary
+):
+    """The stages are dense attention, indexers alone and both; metrics are compared too."""
+    dsa = DSAConfig(heads=2, dim=8, top_k=3, dense=2, warmup=3)
+    options = {"config": replace(small.config, dsa=dsa), "indexer_alone": True}
+    torch.manual_seed(1)
+    straight = small.step(8, **options)
+    assert run(tmp_path / "straight", straight) == 8
+    torch.manual_seed(1)
+    stopped = small.step(8, **options)
+    assert run(tmp_path / "stopped", stopped, stop=At(boundary, cancel)) == boundary
+    torch.rand(17)
+    resumed = small.step(8, **options)
+    assert run(tmp_path / "stopped", resumed) == 8
+    for name, tensor in state_of(straight).items():
+        assert torch.equal(state_of(resumed)[name], tensor), name
+    timing = {"tokens_per_second", "seconds", "seconds_left"}
+    one, other = (
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
+        for f in ("straight", "stopped")
+    )
+    assert one == other
+    for line in one:
+        assert ("indexer_kl" in line) == (line["step"] > 2)
+        if "indexer_kl" in line:
+            share = 1 - line["indexer_kl"] / line["indexer_kl_uniform"]
+            assert line["indexer_kl_captured"] == pytest.approx(share)
 
 
 def test_a_checkpoint_written_beside_training_is_of_its_own_step(small, run, tmp_path):

@@ -186,6 +186,34 @@ def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(small, indexe
     assert any(not torch.equal(warmed[name], last[name]) for name in biases)
 
 
+def test_three_stages_train_the_model_then_the_indexers_then_both(small, indexed):
+    """In the first every key is attended to, and nothing is measured of the indexers."""
+    staged = small.without_noise(replace(indexed, dsa=replace(indexed.dsa, dense=2)))
+    step, stream = small.step(steps=9, config=staged, indexer_alone=True), small.stream()
+    plain = small.step(steps=9, config=replace(staged, dsa=None))
+    plain.model.load_state_dict(
+        {name: v for name, v in step.model.state_dict().items() if ".indexer." not in name}
+    )
+    first, dense = state_of(step), run(step, stream, 1, 2)
+    for result, expected in zip(dense, run(plain, small.stream(), 1, 2), strict=True):
+        assert not [name for name in result.means if name.startswith("indexer")]
+        assert torch.equal(result.means["loss"], expected.means["loss"])
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(step.model.state_dict()[name], tensor), name
+    second, alone = state_of(step), run(step, stream, 3, 5)
+    third, joint = state_of(step), run(step, stream, 6, 9)
+    for result in (*alone, *joint):
+        assert 0 < result.means["indexer_kl"] < 5
+        assert result.means["indexer_kl_uniform"] > 0
+    names = [name for name in step.model.state_dict() if ".indexer." in name]
+    for name in names:
+        assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(second[name], third[name]), name
+    for name in step.model.state_dict().keys() - set(names):
+        assert torch.equal(second[name], third[name]), name
+    assert not torch.equal(third["head.weight"], state_of(step)["head.weight"])
+
+
 def test_the_indexers_warm_up_is_given_by_the_number_of_the_step(small, indexed, monkeypatch):
     phases = []
     loss = LanguageModel.loss
@@ -198,7 +226,7 @@ def test_the_indexers_warm_up_is_given_by_the_number_of_the_step(small, indexed,
     results = run(small.step(6, config=small.without_noise(indexed)), small.stream(), 2, 5)
     assert phases == [True, True, False, False]
     for result in results:
-        assert 0 < result.means["indexer"] < 5
+        assert 0 < result.means["indexer_kl"] < result.means["indexer_kl_uniform"] + 1 < 5
         assert 0.2 < result.means["indexer_recall"] <= 1
 
 
@@ -244,7 +272,9 @@ def test_training_makes_indexers_find_what_attention_looks_at(small):
             optimizer.step()
             measured.append(torch.stack(loss.indexer_loss).detach())
         results[weight] = [torch.stack(measured[end - 10 : end]).mean(0) for end in (40, 80)]
-    for (loss, recall), (idle_loss, idle_lookup) in zip(results[1.0], results[0.0], strict=True):
+    for trained, idle in zip(results[1.0], results[0.0], strict=True):
+        (loss, recall, uniform), (idle_loss, idle_lookup, _) = trained, idle
+        assert loss < uniform
         assert loss < 0.6 * idle_loss
         assert recall > idle_lookup + 0.05
 

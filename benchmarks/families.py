@@ -1,0 +1,197 @@
+"""Compares folders of random configurations of a family with the library that wrote them.
+
+    python benchmarks/families.py deepseek_v32 --count 40
+    python benchmarks/families.py                           lists the families
+
+For each seed it draws a configuration and a model of transformers, lets that write its folder with
+what tests/golden/check.py reads (logits, hidden states, loss, gradients, a greedy continuation,
+each id from an uncached forward), and holds ours against it: everything to 1e-5, the continuation
+from an empty cache and without one. Then our model is exported, transformers loads it, and its
+logits are compared with the first ones. The exit status is 1 if any configuration differs.
+
+Families are the entries of FAMILIES in tests/hub/random_*.py: name -> a function that maps a seed
+to a configuration of transformers. A module may define `build(config)` if AutoModelForCausalLM does
+not know its models, and `again(folder)` that loads an exported folder.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rorqual.hub import checkpoints  # noqa: E402
+
+TOLERANCE = 1e-5
+SPREAD = 0.15  # standard deviation of the weights, so that logits are apart
+PROMPT = 12  # ids of the greedy continuation that are given
+
+
+@cache
+def module_of(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def families() -> dict[str, ModuleType]:
+    """Returns the module of each family."""
+    modules = [module_of(path) for path in sorted((ROOT / "tests/hub").glob("random_*.py"))]
+    return {name: module for module in modules for name in module.FAMILIES}
+
+
+class Result(NamedTuple):
+    """The largest errors of one configuration, and what was wrong in words."""
+
+    errors: dict[str, float]
+    wrong: list[str]
+
+
+def build(config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)
+
+
+def again(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def stir(model: nn.Module, seed: int) -> None:
+    """Draws every parameter, and the buffers that are saved, so that each has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict(keep_vars=True)
+    for name, value in saved.items():
+        if not value.is_floating_point():
+            continue
+        noise = torch.randn(value.shape, generator=generator)
+        if value.dim() == 1 and name.endswith("weight"):
+            value.copy_(1 + 0.2 * noise)
+        elif name.endswith("e_score_correction_bias"):
+            value.copy_(0.1 * noise)
+        else:
+            value.copy_(noise * (SPREAD if value.dim() > 1 else 0.1))
+
+
+def write_expected(model: nn.Module, folder: Path, ids: Tensor, new: int) -> Tensor:
+    """Writes expected.safetensors beside a saved model; returns the logits."""
+    model.zero_grad()
+    out = model(ids, output_hidden_states=True, use_cache=False)
+    flat = out.logits[:, :-1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
+    loss.backward()
+    expected = {"ids": ids, "logits": out.logits.detach(), "loss": loss.detach()}
+    if out.hidden_states is not None and all(state.dim() == 3 for state in out.hidden_states):
+        expected |= {f"hidden.{i}": state.detach() for i, state in enumerate(out.hidden_states)}
+    expected |= {
+        f"grad.{name}": parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not name.startswith("model.rotary")
+    }
+    greedy = ids[:1, :PROMPT]
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(greedy, use_cache=False).logits[:, -1]
+            greedy = torch.cat([greedy, logits.argmax(-1, keepdim=True)], dim=1)
+    expected["greedy"] = greedy
+    tensors = {name: value.contiguous().clone() for name, value in expected.items()}
+    save_file(tensors, folder / "expected.safetensors")
+    return out.logits.detach()
+
+
+def compare(name: str, seed: int, *, new: int = 16) -> Result:
+    """Holds one configuration of a family against the library that defines it."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    module = families()[name]
+    config = module.FAMILIES[name](seed)
+    torch.manual_seed(seed)
+    model = getattr(module, "build", build)(config).float().eval()
+    stir(model, seed)
+    time_steps = 20 + seed * 7 % 40
+    ids = torch.randint(config.get_text_config().vocab_size, (2, time_steps))
+    errors: dict[str, float] = {}
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, exported = Path(scratch, "theirs"), Path(scratch, "ours")
+        model.save_pretrained(folder)
+        logits = write_expected(model, folder, ids, new)
+        for item in module_of(ROOT / "tests/golden/check.py").check(folder):
+            kind = item.name.split(".")[0].split(":")[0]
+            if item.error is not None:
+                errors[kind] = max(errors.get(kind, 0.0), item.error)
+            if not item.right:
+                wrong.append(str(item))
+        checkpoints.export(checkpoints.load(folder, dtype=torch.float32), exported)
+        theirs = getattr(module, "again", again)(exported).eval()
+        with torch.no_grad():
+            out = theirs(ids, use_cache=False).logits
+        errors["export"] = ((out - logits).abs().max() / logits.abs().max()).item()
+        if not errors["export"] <= TOLERANCE:
+            wrong.append(f"export: {errors['export']:.2e}")
+    return Result(errors, wrong)
+
+
+def results(name: str, seeds: range, compared: Callable[..., Result] = compare) -> Iterator[str]:
+    """Yields a line for each configuration."""
+    for seed in seeds:
+        began = time.perf_counter()
+        try:
+            errors, wrong = compared(name, seed)
+        except Exception as error:  # one broken configuration is one result
+            message = " ".join(str(error).split())[:300]
+            yield f"WRONG {name} {seed}: {type(error).__name__}: {message}"
+            continue
+        largest = json.dumps({kind: float(f"{error:.1e}") for kind, error in errors.items()})
+        seconds = time.perf_counter() - began
+        yield f"{'WRONG' if wrong else 'ok   '} {name} {seed} ({seconds:.1f} s) {largest}"
+        yield from (f"      {line}" for line in wrong)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--count", type=int, default=40, help="configurations of each family")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    arguments = parser.parse_args()
+    if not arguments.families:
+        print("\n".join(families()))
+        return 0
+    if unknown := set(arguments.families) - families().keys():
+        parser.error(f"got {', '.join(sorted(unknown))}, expected {', '.join(families())}")
+    failed = 0
+    for name in arguments.families:
+        count = 0
+        for line in results(name, range(arguments.first, arguments.first + arguments.count)):
+            print(line, flush=True)
+            count += line.startswith("WRONG")
+        print(f"{name}: {arguments.count - count} of {arguments.count} agree", flush=True)
+        failed += count
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

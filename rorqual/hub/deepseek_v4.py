@@ -1,0 +1,495 @@
+"""DeepSeek-V4: config.json and tensor names, ours and theirs.
+
+    layers.1.attn.compressor.wkv.weight   <->  blocks.1.attention.compressor.wkv.weight
+    layers.1.ffn.experts.7.w1.weight      <->  blocks.1.ffn.experts.gate_up[7, :, :F] transposed
+    layers.1.ffn.gate.tid2eid [V, K]      <->  blocks.1.ffn.router.table
+    layers.1.hc_attn_fn, hc_head_fn       <->  blocks.1.attention_residual.mixer.fn, reduction.fn
+
+transformers writes some of these names otherwise (`canonical`). Blocks see compressed entries as
+`layer_types` or the published `compress_ratios` say, and select experts by token id as
+`mlp_layer_types` or `num_hash_layers` say. Fields that transformers ignores (norm_topk_prob,
+n_shared_experts, router_jitter_noise) are ignored, and so are those of auxiliary losses. What our
+model cannot express is refused by name. transformers ignores the blocks of multi-token prediction
+(`mtp.*`), and so do we.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rorqual.hub.places import Place, Sizes
+from rorqual.model_config import (
+    CSAConfig,
+    CSAKind,
+    HyperConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnConfig,
+)
+
+MODEL_TYPES = ("deepseek_v4",)
+EMBEDDING = "embed.weight"
+SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.")
+
+KINDS: dict[str, CSAKind] = {
+    "sliding_attention": "window",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+RATIOS: dict[int, CSAKind] = {0: "window", 4: "csa", 128: "hca"}
+DEFAULTS: dict[str, Any] = {  # transformers' DeepseekV4Config
+    "vocab_size": 129280, "hidden_size": 4096, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 43, "num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512,
+    "q_lora_rank": 1024, "num_experts_per_tok": 6, "n_routed_experts": 256,
+    "scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5,
+    "max_position_embeddings": 1048576, "rope_theta": 10000.0, "compress_rope_theta": 160000.0,
+    "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "swiglu_limit": 10.0,
+    "sliding_window": 128, "o_groups": 8, "o_lora_rank": 1024, "index_n_heads": 64,
+    "index_head_dim": 128, "index_topk": 512, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+ALIASES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
+ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
+    "hidden_act": ("silu", None),
+    "num_key_value_heads": (1, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "scoring_func": ("sqrtsoftplus", "sigmoid"),
+}
+NO_LIMIT = 3e38  # of swiglu_limit, which transformers asks for: more than any activation
+ATTENTION = ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")
+EXPERT = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# transformers' parameters, where they differ from the published names, in the order of replacing
+THEIRS = (
+    (".attn.indexer.compressor.", ".self_attn.compressor.indexer."),
+    (".attn.indexer.wq_b.", ".self_attn.compressor.indexer.q_b_proj."),
+    (".attn.indexer.weights_proj.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+    (".attn.attn_sink", ".self_attn.sinks"),
+    (".attn.", ".self_attn."),
+    (".wq_a.", ".q_a_proj."),
+    (".q_norm.", ".q_a_norm."),
+    (".wq_b.", ".q_b_proj."),
+    (".wkv.", ".kv_proj."),
+    (".wgate.", ".gate_proj."),
+    (".wo_a.", ".o_a_proj."),
+    (".wo_b.", ".o_b_proj."),
+    (".norm.", ".kv_norm."),
+    (".ape", ".position_bias"),
+    (".attn_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+    (".hc_attn_", ".attn_hc."),
+    (".hc_ffn_", ".ffn_hc."),
+    (".ffn.gate.bias", ".mlp.gate.e_score_correction_bias"),
+    (".ffn.", ".mlp."),
+    (".w1.", ".gate_proj."),
+    (".w2.", ".down_proj."),
+    (".w3.", ".up_proj."),
+)
+
+
+def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
+    """Converts a published config.json; missing fields have transformers' defaults.
+
+    ValueError for values that our model cannot express.
+    """
+    if description.get("model_type") not in MODEL_TYPES:
+        got = description.get("model_type")
+        raise ValueError(f"model_type: got {got!r}, expected {' or '.join(MODEL_TYPES)}")
+    fields = {ALIASES.get(key, key): value for key, value in description.items()}
+    d = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
+    for key, allowed in ONLY.items():
+        if (value := d.get(key)) not in allowed:
+            expected = " or ".join(str(x) for x in allowed if x is not None)
+            raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
+    layers, head_dim = _whole(d, "num_hidden_layers"), _whole(d, "head_dim")
+    main, compress, rope_dim = _ropes(d, head_dim)
+    rates = d.get("compress_rates") or {}
+    eps = _number(d, "rms_norm_eps")
+    return ModelConfig(
+        vocab_size=_whole(d, "vocab_size"),
+        dim=_whole(d, "hidden_size"),
+        layers=layers,
+        mla=None,
+        csa=CSAConfig(
+            heads=_whole(d, "num_attention_heads"),
+            head_dim=head_dim,
+            rope_dim=rope_dim,
+            q_lora_rank=_whole(d, "q_lora_rank"),
+            groups=_whole(d, "o_groups"),
+            o_lora_rank=_whole(d, "o_lora_rank"),
+            window=_whole(d, "sliding_window"),
+            kinds=_kinds(d, layers),
+            ratio=_rate(d, rates, "compressed_sparse_attention", "compress_rate_csa", 4),
+            heavy_ratio=_rate(d, rates, "heavily_compressed_attention", "compress_rate_hca", 128),
+            index_heads=_whole(d, "index_n_heads"),
+            index_dim=_whole(d, "index_head_dim"),
+            top_k=_whole(d, "index_topk"),
+            compress_rope=compress,
+            ties="topk",
+        ),
+        rope=main,
+        moe=MoEConfig(
+            routed=_whole(d, "n_routed_experts"),
+            active=_whole(d, "num_experts_per_tok"),
+            shared=1,
+            width=_whole(d, "moe_intermediate_size"),
+            swiglu_limit=_number(d, "swiglu_limit"),
+            router=RouterConfig(
+                score=d["scoring_func"],
+                scale=_number(d, "routed_scaling_factor"),
+                token_id_layers=_hash_layers(d, layers),
+            ),
+        ),
+        hyper=HyperConfig(
+            streams=_whole(d, "hc_mult"),
+            iterations=_whole(d, "hc_sinkhorn_iters"),
+            eps=_number(d, "hc_eps"),
+            norm_eps=eps,
+        ),
+        tied=bool(d["tie_word_embeddings"]),
+        eps=eps,
+        init_std=_number(d, "initializer_range"),
+    )
+
+
+def _number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
+    return float(value)
+
+
+def _whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
+    value = _number(fields, key, within)
+    if value != value // 1:
+        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
+    return int(value)
+
+
+def _rate(d: Mapping[str, Any], rates: Any, kind: str, scalar: str, default: int) -> int:
+    """Reads the tokens of an entry: of `compress_rates`, or of the field before it."""
+    if not isinstance(rates, Mapping):
+        raise ValueError(f"config.json: compress_rates: got {rates!r}, expected a number a kind")
+    if d.get(scalar) is not None:
+        return _whole(d, scalar)
+    return _whole({kind: default, **rates}, kind, "compress_rates.")
+
+
+def _kinds(d: Mapping[str, Any], layers: int) -> tuple[CSAKind, ...]:
+    """Reads what each block sees: layer_types, or compress_ratios, or transformers' default."""
+    for key, table in (("layer_types", KINDS), ("compress_ratios", RATIOS)):
+        listed = d.get(key)
+        if listed is None:
+            continue
+        if not isinstance(listed, list) or len(listed) < layers:
+            got = f"{len(listed)} values" if isinstance(listed, list) else repr(listed)
+            raise ValueError(
+                f"config.json: {key}: got {got}, expected a list of one for each of {layers} layers"
+            )
+        if wrong := [value for value in listed[:layers] if value not in table]:
+            expected = ", ".join(map(str, table))
+            raise ValueError(f"config.json: {key}: got {wrong[0]!r}, expected one of {expected}")
+        return tuple(table[value] for value in listed[:layers])
+    return tuple("csa" if i >= 2 and i % 2 else "hca" for i in range(layers))
+
+
+def _hash_layers(d: Mapping[str, Any], layers: int) -> int:
+    """Reads how many first blocks select experts by token id."""
+    listed = d.get("mlp_layer_types")
+    if listed is None:
+        return min(layers, _whole({"num_hash_layers": 3, **d}, "num_hash_layers"))
+    count = next((i for i, kind in enumerate(listed) if kind != "hash_moe"), len(listed))
+    if len(listed) < layers or listed[count:layers] != ["moe"] * (layers - count):
+        raise ValueError(
+            f"config.json: mlp_layer_types: got {listed}, "
+            f"expected hash_moe for the first layers and moe for the others, {layers} in all"
+        )
+    return min(count, layers)
+
+
+def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig, int]:
+    """Reads both rotary bases, nested in rope_parameters or as published, and the rotated width."""
+    key = "rope_scaling" if d.get("rope_scaling") else "rope_parameters"
+    rope = d.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: {key}: got {rope!r}, expected fields such as rope_theta")
+    share = d.get("partial_rotary_factor")
+    if isinstance(rope.get("main"), Mapping) and isinstance(rope.get("compress"), Mapping):
+        nested = {"rope_theta": d["rope_theta"], "partial_rotary_factor": share or 1.0}
+        both = {name: {**nested, **rope[name]} for name in ("main", "compress")}
+    else:
+        if share is None:
+            width = d.get("qk_rope_head_dim")
+            share = 64 / 512 if width is None else _whole(d, "qk_rope_head_dim") / head_dim
+        flat = {name: value for name, value in rope.items() if name not in ("main", "compress")}
+        both = {"main": {"rope_theta": d["rope_theta"]}}
+        both["compress"] = {**flat, "rope_theta": d["compress_rope_theta"]}
+        both["compress"].setdefault("attention_factor", 1.0)
+        for each in both.values():
+            each["partial_rotary_factor"] = share
+    widths = {
+        name: int(head_dim * _number(each, "partial_rotary_factor", f"{key}.{name}."))
+        for name, each in both.items()
+    }
+    if widths["main"] != widths["compress"]:
+        raise ValueError(
+            f"config.json: {key}: got rotary widths {widths['main']} of main and "
+            f"{widths['compress']} of compress, expected the same"
+        )
+    main, compress = (_rope(d, each, f"{key}.{name}.") for name, each in both.items())
+    return main, compress, widths["main"]
+
+
+def _rope(d: Mapping[str, Any], rope: Mapping[str, Any], within: str) -> RopeConfig:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"config.json: {within}rope_type: got {kind!r}, expected default or yarn")
+    base = _number(rope, "rope_theta", within)
+    if kind == "default":
+        return RopeConfig(base=base)
+    if rope.get("truncate", True) is not True:
+        raise ValueError(f"config.json: {within}truncate: got {rope['truncate']!r}, expected true")
+    length = "original_max_position_embeddings"
+    fields = {length: d["max_position_embeddings"], "beta_fast": 32, "beta_slow": 1}
+    fields |= {key: value for key, value in rope.items() if value}
+    factor = _number(fields, "factor", within)
+    # One factor on cos and sin, and none on the softmax.
+    stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
+    wanted = 1 + stretch
+    if rope.get("attention_factor") is not None:
+        wanted = _number(rope, "attention_factor", within)
+    elif "mscale" in fields and "mscale_all_dim" in fields:
+        scales = (_number(fields, name, within) for name in ("mscale", "mscale_all_dim"))
+        above, below = (stretch * scale + 1 for scale in scales)
+        wanted = above / below
+    if wanted != 1 and not stretch:
+        raise ValueError(
+            f"config.json: {within}attention_factor: got {wanted} with factor {factor}, expected 1"
+        )
+    return RopeConfig(
+        base=base,
+        yarn=YarnConfig(
+            factor=factor,
+            original_length=_whole(fields, length, within),
+            beta_fast=_number(fields, "beta_fast", within),
+            beta_slow=_number(fields, "beta_slow", within),
+            mscale=(wanted - 1) / stretch if stretch else 0.0,
+            mscale_all_dim=0.0,
+        ),
+    )
+
+
+def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
+    """Returns the config.json that transformers' DeepseekV4Config reads, with `fields` added.
+
+    ValueError with the parts of our model that the format cannot express.
+    """
+    if lacking := foreign(config):
+        raise ValueError(f"a DeepSeek-V4 folder cannot hold {', '.join(lacking)}")
+    csa, moe, hyper = config.csa, config.moe, config.hyper
+    assert csa is not None and moe is not None and hyper is not None
+    named = {kind: name for name, kind in KINDS.items()}
+    hashed = min(moe.router.token_id_layers, config.layers)
+    yarn = csa.compress_rope.yarn
+    longest = 1048576 if yarn is None else int(yarn.factor * yarn.original_length)
+    share = csa.rope_dim / csa.head_dim
+    description = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": csa.heads,
+        "num_key_value_heads": 1,
+        "head_dim": csa.head_dim,
+        "q_lora_rank": csa.q_lora_rank,
+        "o_groups": csa.groups,
+        "o_lora_rank": csa.o_lora_rank,
+        "sliding_window": csa.window,
+        "layer_types": [named[csa.kind(i)] for i in range(config.layers)],
+        "compress_rates": {
+            "compressed_sparse_attention": csa.ratio,
+            "heavily_compressed_attention": csa.heavy_ratio,
+        },
+        "index_n_heads": csa.index_heads,
+        "index_head_dim": csa.index_dim,
+        "index_topk": csa.top_k,
+        "n_routed_experts": moe.routed,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": moe.active,
+        "moe_intermediate_size": moe.width,
+        "scoring_func": moe.router.score,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": moe.router.scale,
+        "swiglu_limit": NO_LIMIT if moe.swiglu_limit is None else moe.swiglu_limit,
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config.layers - hashed),
+        "hc_mult": hyper.streams,
+        "hc_sinkhorn_iters": hyper.iterations,
+        "hc_eps": hyper.eps,
+        "rms_norm_eps": config.eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "rope_theta": config.rope.base,
+        "compress_rope_theta": csa.compress_rope.base,
+        "partial_rotary_factor": share,
+        "qk_rope_head_dim": csa.rope_dim,
+        "rope_parameters": {
+            "main": _published_rope(config.rope, share),
+            "compress": _published_rope(csa.compress_rope, share),
+        },
+        "max_position_embeddings": longest,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return description | fields
+
+
+def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
+    values = {"rope_type": "default", "rope_theta": rope.base, "partial_rotary_factor": share}
+    if rope.yarn is None:
+        return values
+    yarn = rope.yarn
+    stretch = 0.1 * math.log(yarn.factor) if yarn.factor > 1 else 0.0
+    return values | {
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_length,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "attention_factor": (stretch * yarn.mscale + 1) / (stretch * yarn.mscale_all_dim + 1),
+    }
+
+
+def foreign(config: ModelConfig) -> list[str]:
+    """Describes the parts of a model that DeepSeek-V4's format does not have."""
+    differences = [
+        name
+        for name in ("mla", "gqa", "nsa", "moba", "dsa", "engram", "mtp")
+        if getattr(config, name) is not None
+    ]
+    csa, moe, hyper = config.csa, config.moe, config.hyper
+    for name, value in (("csa", csa), ("moe", moe), ("hyper", hyper)):
+        if value is None:
+            differences.append(f"a model without {name}")
+    if csa is None or moe is None or hyper is None:
+        return differences
+    router = moe.router
+    unlike = {
+        f"hyper.kind {hyper.kind}": hyper.kind != "mhc",
+        f"hyper.mix {hyper.mix}": hyper.mix != "sinkhorn",
+        f"hyper.norm_eps {hyper.norm_eps} (eps is {config.eps})": hyper.norm_eps != config.eps,
+        "blocks without experts": moe.first_dense > 0,
+        f"score {router.score}": router.score not in ("sigmoid", "sqrtsoftplus"),
+        "groups of experts": router.groups_kept < router.groups,
+        "weights that are not renormalised": not router.renormalise,
+        "a router without a bias": not router.bias,
+        "adaptive_mass": router.adaptive_mass is not None,
+        f"shared experts of width {moe.shared_hidden}": moe.shared_hidden != moe.width,
+    }
+    return differences + [name for name, true in unlike.items() if true]
+
+
+def places(config: ModelConfig) -> dict[str, Place]:
+    """Maps published names to places, for every tensor that a folder of this config must have."""
+    table = {"embed.weight": Place("embed.weight"), "norm.weight": Place("norm.weight")}
+    if not config.tied:
+        table["head.weight"] = Place("head.weight")
+    for name in ("fn", "base", "scale"):
+        table[f"hc_head_{name}"] = Place(f"reduction.{name}")
+    for index in range(config.layers):
+        table |= _block(f"layers.{index}", f"blocks.{index}", config, index)
+    return table
+
+
+def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+    csa, moe = config.csa, config.moe
+    assert csa is not None and moe is not None
+    table = {
+        f"{theirs}.attn_norm.weight": Place(f"{ours}.attention_norm.weight"),
+        f"{theirs}.ffn_norm.weight": Place(f"{ours}.ffn_norm.weight"),
+        f"{theirs}.attn.attn_sink": Place(f"{ours}.attention.attn_sink"),
+    }
+    for site, our_site in (("attn", "attention"), ("ffn", "ffn")):
+        for name in ("fn", "base", "scale"):
+            tensor_place = Place(f"{ours}.{our_site}_residual.mixer.{name}")
+            table[f"{theirs}.hc_{site}_{name}"] = tensor_place
+    tensors = [f"{name}.weight" for name in ATTENTION]
+    compressor = ("wkv.weight", "wgate.weight", "norm.weight", "ape")
+    if csa.kind(index) != "window":
+        tensors += [f"compressor.{name}" for name in compressor]
+    if csa.kind(index) == "csa":
+        tensors += ["indexer.wq_b.weight", "indexer.weights_proj.weight"]
+        tensors += [f"indexer.compressor.{name}" for name in compressor]
+    table |= {f"{theirs}.attn.{name}": Place(f"{ours}.attention.{name}") for name in tensors}
+    table[f"{theirs}.ffn.gate.weight"] = Place(f"{ours}.ffn.router.weight")
+    if index < moe.router.token_id_layers:
+        table[f"{theirs}.ffn.gate.tid2eid"] = Place(f"{ours}.ffn.router.table")
+    else:
+        table[f"{theirs}.ffn.gate.bias"] = Place(f"{ours}.ffn.router.e_score_correction_bias")
+    for name, our_name in EXPERT.items():
+        shared = f"{ours}.ffn.shared.{our_name}.weight"
+        table[f"{theirs}.ffn.shared_experts.{name}.weight"] = Place(shared)
+    every = slice(None)
+    columns = {"w1": slice(moe.width), "w3": slice(moe.width, None), "w2": every}
+    for expert in range(moe.routed):
+        for name in EXPERT:
+            our_name = f"{ours}.ffn.experts.{'down' if name == 'w2' else 'gate_up'}"
+            tensor_place = Place(our_name, (expert, every, columns[name]), transposed=True)
+            table[f"{theirs}.ffn.experts.{expert}.{name}.weight"] = tensor_place
+    return table
+
+
+def copies(config: ModelConfig) -> dict[str, Place]:
+    """Maps published names to places, for what a folder may repeat: a tied head."""
+    return {"head.weight": Place("embed.weight")} if config.tied else {}
+
+
+def hollow(config: ModelConfig) -> dict[str, Place]:
+    """Returns no tensors: transformers asks for none that our model lacks."""
+    return {}
+
+
+def aliases(config: ModelConfig) -> dict[str, Place]:
+    """Maps transformers' parameter names to places."""
+    table = {_theirs(name): each for name, each in places(config).items()}
+    table |= {_theirs(name): each for name, each in copies(config).items()}
+    for index in range(config.layers):
+        for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+            table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
+                f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
+            )
+    return table
+
+
+def _theirs(name: str) -> str:
+    """Returns transformers' parameter name of a published tensor."""
+    whole = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+    if name in whole:
+        return whole[name]
+    if name.startswith("hc_head_"):
+        return f"model.hc_head.hc_{name.removeprefix('hc_head_')}"
+    if name == "norm.weight":
+        return "model.norm.weight"
+    if name.startswith("layers."):
+        for published_name, theirs in THEIRS:
+            name = name.replace(published_name, theirs)
+    return f"model.{name}"
+
+
+def canonical(name: str) -> str:
+    """Returns the published name of a tensor that transformers' save_pretrained calls otherwise."""
+    name = name.removeprefix("model.")
+    name = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}.get(name, name)
+    name = name.replace("hc_head.hc_", "hc_head_")
+    return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
+
+
+def skipped(name: str) -> bool:
+    """Whether a tensor is read past: multi-token prediction, and rotary frequencies."""
+    return name.startswith("mtp.") or name.endswith("inv_freq")

@@ -1,0 +1,158 @@
+"""Tests folders of DeepSeek-V4 against transformers, in and out."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rorqual.hub import checkpoints, deepseek_v4
+from rorqual.model import LanguageModel
+from rorqual.presets import preset
+
+sys.path.insert(0, str(Path(__file__).parent))
+from random_deepseek_v4 import MODEL, oracle_config
+
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed >= 3 else ()) for seed in range(13)]
+
+
+def oracle(seed: int) -> MODEL:
+    """Returns transformers' model of a random configuration, with values that keep logits apart."""
+    torch.manual_seed(seed)
+    model = MODEL(oracle_config(seed)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):
+                experts = model.config.n_routed_experts
+                order = torch.rand(len(buffer), experts).argsort(-1)
+                buffer.copy_(order[:, : buffer.shape[1]])
+            elif name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
+    return model
+
+
+def close(result: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    largest = expected.abs().max().clamp_min(1e-6).item()
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_configuration_is_transformers_model(seed: int, tmp_path: Path) -> None:
+    """Logits, loss, gradients, greedy ids with a cache and without, and the export."""
+    theirs = oracle(seed)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = checkpoints.load(tmp_path / "theirs", dtype=torch.float32)
+    time = 150 if seed % 3 == 0 else 40
+    ids = torch.randint(theirs.config.vocab_size, (2, time))
+    expected = theirs(ids, labels=ids, use_cache=False)
+    result = ours(ids)
+    close(result, expected.logits)
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    loss = ours.loss(ids, labels).next_token
+    close(loss, expected.loss)
+    loss.backward()
+    expected.loss.backward()
+    table = deepseek_v4.aliases(ours.config)
+    largest = max(p.grad.abs().max().item() for p in theirs.parameters() if p.grad is not None)
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in ours.named_parameters()
+    }
+    for name, parameter in theirs.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        difference = (table[name].of(gradients) - grad).abs().max().item()
+        # Some gradients, those of scales, are small differences of large sums.
+        assert difference < 5e-5 * max(grad.abs().max().item(), 1e-2 * largest), name
+    with torch.no_grad():
+        cache, step, cached = ours.new_cache(2), ids[:, :20], ids[:, :20]
+        for _ in range(20):
+            logits = ours(step, cache=cache)[:, -1]
+            step = logits.argmax(-1, keepdim=True)
+            cached = torch.cat([cached, step], dim=1)
+            again = theirs(cached[:, :-1], use_cache=False).logits[:, -1]
+            assert torch.equal(step, again.argmax(-1, keepdim=True))
+    checkpoints.export(ours, tmp_path / "ours")
+    back = MODEL.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    with torch.no_grad():
+        close(back(ids, use_cache=False).logits, expected.logits)
+
+
+def test_published_names_are_read(tmp_path: Path) -> None:
+    """A folder of ours has the published names; transformers writes others, which are read too."""
+    theirs = oracle(1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = checkpoints.load(tmp_path / "theirs")
+    checkpoints.export(ours, tmp_path / "ours")
+    names = set(checkpoints.Files(tmp_path / "ours").where)
+    assert "embed.weight" in names
+    assert "layers.0.attn.kv_norm.weight" in names
+    again = checkpoints.load(tmp_path / "ours")
+    for name, value in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_multi_token_prediction_is_read_past(tmp_path: Path) -> None:
+    ours = LanguageModel(preset("v4-tiny")).eval()
+    checkpoints.export(ours, tmp_path / "a")
+    state = {
+        name: each.of(ours.state_dict()) for name, each in deepseek_v4.places(ours.config).items()
+    }
+    state = {name: value.clone().contiguous() for name, value in state.items()}
+    save_file(state | {"mtp.0.e_proj.weight": torch.ones(2, 2)}, tmp_path / "a/model.safetensors")
+    again = checkpoints.load(tmp_path / "a")
+    ids = torch.randint(4096, (1, 30))
+    torch.testing.assert_close(again(ids), ours(ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads: got 2"),
+        ({"attention_bias": True}, "attention_bias: got True"),
+        ({"mlp_bias": True}, "mlp_bias: got True"),
+        ({"attention_dropout": 0.1}, "attention_dropout: got 0.1"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+        ({"scoring_func": "softmax"}, "scoring_func: got 'softmax'"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types: got 1 values"),
+        ({"layer_types": None, "compress_ratios": [0, 4, 8, 128]}, "compress_ratios: got 8"),
+        ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]}, "mlp_layer_types: got"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type: got 'llama3'"),
+        ({"swiglu_limit": "much"}, "swiglu_limit: got 'much'"),
+        ({"head_dim": 16.5}, "head_dim: got 16.5"),
+    ],
+)
+def test_what_our_model_cannot_express_is_refused_by_name(change: dict, words: str) -> None:
+    description = deepseek_v4.published(preset("v4-tiny"))
+    assert deepseek_v4.config_of(description).csa.kinds == preset("v4-tiny").csa.kinds
+    with pytest.raises(ValueError, match=words):
+        deepseek_v4.config_of(json.loads(json.dumps(description | change)))
+
+
+def test_the_released_config_is_the_preset() -> None:
+    """The fields of DeepSeek-V4-Flash's config.json, and of Pro's."""
+    released = {
+        "model_type": "deepseek_v4",
+        "compress_ratios": [0, 0, 4, *[128, 4] * 20, 0],
+        "num_hash_layers": 3,
+        "qk_rope_head_dim": 64,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 65536,
+        },
+    }
+    config = deepseek_v4.config_of(released)
+    flash = preset("deepseek-v4-flash")
+    assert config.csa.kinds == flash.csa.kinds
+    assert config.csa.compress_rope == flash.csa.compress_rope
+    assert config.moe == flash.moe
