@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rorqual.model_config import (
+    CSA2Config,
     CSAConfig,
     DSAConfig,
     EngramConfig,
@@ -78,7 +79,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
 
     # Blocks with compressed entries, if there are any, see furthest.
     rope = config.rope
-    if config.csa is not None and set(config.csa.kinds) - {"window"}:
+    if config.csa is not None and (config.csa2 or set(config.csa.kinds) - {"window"}):
         rope = config.csa.compress_rope
 
     products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
@@ -139,6 +140,9 @@ def _block(config: ModelConfig, index: int) -> Parameters:
 
 def _attention(config: ModelConfig, index: int) -> Parameters:
     """Counts CSA, or MLA or GQA with its inner attention; MoBA has no parameters."""
+    if config.csa is not None and config.csa2 is not None:
+        sharing = _csa2(config.csa2, config.csa, config.dim, index)
+        return _csa(config.csa, config.dim, "window") + sharing
     if config.csa is not None:
         return _csa(config.csa, config.dim, config.csa.kind(index))
     if config.mla is not None:
@@ -187,6 +191,21 @@ def _csa(csa: CSAConfig, dim: int, kind: str) -> Parameters:
         total += _compressor(dim, csa.head_dim, csa.ratio, 2)
         total += _compressor(dim, csa.index_dim, csa.ratio, 2)
         total += Parameters((rank * csa.index_dim + dim) * csa.index_heads)
+    return total
+
+
+def _csa2(csa2: CSA2Config, csa: CSAConfig, dim: int, index: int) -> Parameters:
+    """Counts what a block of csa2 has besides its window.
+
+    A source has W_kv, W_gate where several tokens make an entry, the indexer's W_k and two norms; a
+    block that selects has the indexer's W_q and W_w.
+    """
+    total, ratio = Parameters(), csa2.ratio(index)
+    if index in csa2.kv_sources:
+        projections = (1 + (ratio > 1)) * dim * csa.head_dim + csa.head_dim * csa.index_dim
+        total += Parameters(projections, csa.head_dim + csa.index_dim)
+    if index in csa2.index_sources:
+        total += Parameters((csa.q_lora_rank * csa.index_dim + dim) * csa.index_heads)
     return total
 
 
@@ -291,6 +310,10 @@ def _attention_products(config: ModelConfig, context: int) -> int:
 
     It is the mean over the tokens of a context and over the blocks.
     """
+    if config.csa is not None and config.csa2 is not None:
+        blocks = range(config.layers)
+        parts = (_csa2_products(config.csa2, config.csa, index, context) for index in blocks)
+        return sum(parts) // config.layers
     if config.csa is not None:
         kinds = [config.csa.kind(index) for index in range(config.layers)]
         return sum(_csa_products(config.csa, kind, context) for kind in kinds) // config.layers
@@ -355,6 +378,21 @@ def _csa_products(csa: CSAConfig, kind: str, context: int) -> int:
         if context // ratio > csa.top_k:
             scored = csa.index_heads * (csa.index_dim + 1) * pairs
             pairs = _entries_seen(context, ratio, csa.top_k)
+    attended = csa.heads * csa.head_dim * (_seen(context, csa.window) + 2 * pairs)
+    return pooled + (scored + attended) // context
+
+
+def _csa2_products(csa2: CSA2Config, csa: CSAConfig, index: int, context: int) -> int:
+    """Counts pooling, the indexer's scores, and attention to the window and to entries.
+
+    A block that selects scores every entry. If no token has to choose, nothing is scored.
+    """
+    ratio, scored, pairs = csa2.ratio(index), 0, 0
+    if ratio:
+        pairs = _entries_seen(context, ratio, csa.top_k)
+        if index in csa2.index_sources and context // ratio > csa.top_k:
+            scored = csa.index_heads * (csa.index_dim + 1) * _entries_seen(context, ratio)
+    pooled = csa.head_dim if index in csa2.kv_sources and ratio > 1 else 0
     attended = csa.heads * csa.head_dim * (_seen(context, csa.window) + 2 * pairs)
     return pooled + (scored + attended) // context
 
@@ -431,7 +469,7 @@ def _cached_bytes(config: ModelConfig) -> int:
     """
     if config.csa is not None:
         far = 1 << 30  # tokens, over which entries are averaged
-        return _entry_bytes(config.csa, config.layers, far) // far
+        return _entry_bytes(config, far) // far
     if config.mla is not None:
         indexed = config.dsa.dim if config.dsa is not None else 0
         return 2 * config.layers * (config.mla.kv_lora_rank + config.mla.rope_dim + indexed)
@@ -457,15 +495,24 @@ def _cache_bytes(config: ModelConfig, context: int) -> int:
         return _cached_bytes(config) * context
     total = 2 * config.layers * (csa.window - 1) * csa.head_dim
     for index in range(config.layers):
-        if csa.kind(index) == "hca":
+        if config.csa2 is not None:
+            pending = config.csa2.ratio(index) - 1 if index in config.csa2.kv_sources else 0
+            total += 8 * pending * csa.head_dim  # in float32
+        elif csa.kind(index) == "hca":
             total += 4 * (csa.heavy_ratio - 1) * csa.head_dim
         elif csa.kind(index) == "csa":
             total += 8 * (2 * csa.ratio - 1) * (csa.head_dim + csa.index_dim)
-    return total + _entry_bytes(csa, config.layers, context)
+    return total + _entry_bytes(config, context)
 
 
-def _entry_bytes(csa: CSAConfig, layers: int, context: int) -> int:
-    """Counts the bytes of the entries of all blocks after `context` tokens."""
-    kinds = [csa.kind(index) for index in range(layers)]
-    sparse = kinds.count("csa") * (context // csa.ratio) * (csa.head_dim + csa.index_dim)
+def _entry_bytes(config: ModelConfig, context: int) -> int:
+    """Counts the bytes of the entries of all blocks, or of sources, after `context` tokens."""
+    csa = config.csa
+    assert csa is not None
+    width = csa.head_dim + csa.index_dim
+    if config.csa2 is not None:
+        sources = [index for index in config.csa2.kv_sources if index < config.layers]
+        return 2 * width * sum(context // config.csa2.ratio(index) for index in sources)
+    kinds = [csa.kind(index) for index in range(config.layers)]
+    sparse = kinds.count("csa") * (context // csa.ratio) * width
     return 2 * (sparse + kinds.count("hca") * (context // csa.heavy_ratio) * csa.head_dim)

@@ -12,7 +12,7 @@ DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import starmap
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from rorqual.layers.basics import RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.csa import CSA, HCA, SharedKV
+from rorqual.layers.csa2 import CSA2
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
 from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
@@ -60,9 +61,12 @@ class Aux(NamedTuple):
 
     indexer_loss: IndexerLoss | None  # loss of DSA's indexer, in training
     routing: Routing | None  # routing of its mixture of experts
+    shared: Any = None  # what its attention leaves for later blocks: Context.shared
 
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV:
+    if config.csa is not None and config.csa2 is not None:
+        return CSA2(config.csa2, config.csa, config.dim, config.eps, index)
     if config.csa is not None:
         cls = {"window": SharedKV, "hca": HCA, "csa": CSA}[config.csa.kind(index)]
         return cls(config.csa, config.dim, config.eps)
@@ -115,7 +119,8 @@ class Block(nn.Module):
         h, mapping = self.attention_residual.read(
             x
         )  # [B, T, D], and how its output is written back
-        out, indexer_loss = self.attention(self.attention_norm(h), ctx)
+        # Attentions that share leave a third value for later blocks.
+        out, indexer_loss, *shared = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
             mapping, ctx = mapping.last(ctx.lengths), ctx.last()
@@ -123,7 +128,8 @@ class Block(nn.Module):
         h, mapping = self.ffn_residual.read(x)
         h = self.ffn_norm(h)
         out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return self.ffn_residual.write(out, mapping), Aux(indexer_loss, routing)
+        aux = Aux(indexer_loss, routing, shared[0] if shared else None)
+        return self.ffn_residual.write(out, mapping), aux
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -242,7 +248,9 @@ class LanguageModel(nn.Module):
                     block_cache, pending.get(index), last and index == self.config.layers - 1
                 ),
             )
-            auxes.append(aux)
+            if aux.shared is not None:
+                ctx = replace(ctx, shared=aux.shared)
+            auxes.append(aux._replace(shared=None))
         return self.reduce_streams(x), auxes
 
     def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:

@@ -287,6 +287,93 @@ class CSAConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CSA2Config:
+    """Which blocks compress tokens to entries, and which use the entries of an earlier block.
+
+    It works inside `csa`, which has the sizes of heads, window and indexer. DeepSeek-V4.1-Flash: 2
+    blocks with a window alone, 18 of ratio 2, 20 of ratio 1; sources 2, 8, 14, 20; 24, 28, 32 and
+    36 select anew.
+    """
+
+    # Tokens of an entry in each block; 0: a window alone. Blocks after the last one of this list
+    # have a window alone.
+    ratios: tuple[int, ...] = ()
+    # Blocks that compress: their entries serve until the next of them. Each selects, too.
+    kv_sources: tuple[int, ...] = ()
+    index_sources: tuple[int, ...] = ()  # blocks that select entries; the others keep the selection
+    # A block of kv_sources that also selects coarse blocks of entries, among which later
+    # index_sources select; None: later ones select among all.
+    candidate_source: int | None = None
+    candidate_block: int = 8  # entries of a coarse block
+    candidate_blocks: int = 2048  # coarse blocks that a query keeps
+    # How cached values are rounded, in training, too: not at all, or as DeepSeek-V4.1 stores them
+    # (window keys fp8, entries nvfp4, the indexer's queries and keys mxfp4).
+    cache_formats: Literal["none", "published"] = "none"
+
+    def __post_init__(self) -> None:
+        if min(self.ratios, default=0) < 0:
+            raise ValueError(f"csa2.ratios: got {self.ratios}, expected 0 or more for each block")
+        for name in ("candidate_block", "candidate_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"csa2.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.cache_formats not in ("none", "published"):
+            raise ValueError(
+                f"csa2.cache_formats: got {self.cache_formats!r}, expected none or published"
+            )
+        for name in ("kv_sources", "index_sources"):
+            sources = getattr(self, name)
+            if list(sources) != sorted(set(sources)) or min(sources, default=0) < 0:
+                raise ValueError(
+                    f"csa2.{name}: got {sources}, expected rising block indices from 0"
+                )
+        if lacking := set(self.kv_sources) - set(self.index_sources):
+            raise ValueError(
+                f"csa2.index_sources: got {self.index_sources}, "
+                f"expected {min(lacking)}, too, which compresses"
+            )
+        if self.candidate_source is not None and self.candidate_source not in self.kv_sources:
+            raise ValueError(
+                f"csa2.candidate_source: got {self.candidate_source}, "
+                f"expected a block of kv_sources {self.kv_sources}, or none"
+            )
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        """Refuses blocks whose entries no block before them makes."""
+        ratio = 0
+        for index, own_ratio in enumerate(self.ratios):
+            if own_ratio == 0:
+                if index in self.index_sources:
+                    raise ValueError(
+                        f"csa2.index_sources: got block {index}, whose ratio is 0, "
+                        "expected blocks with entries"
+                    )
+                continue
+            if index in self.kv_sources:
+                ratio = own_ratio
+            if ratio != own_ratio:
+                raise ValueError(
+                    f"csa2.ratios: got {own_ratio} for block {index}, expected {ratio} as its "
+                    "entries have, or the block among kv_sources"
+                )
+        if late := [index for index in self.index_sources if index >= len(self.ratios)]:
+            raise ValueError(
+                f"csa2.index_sources: got block {late[0]}, expected one of the {len(self.ratios)} "
+                "that ratios names"
+            )
+        source = self.candidate_source
+        if source is not None and (later := [i for i in self.kv_sources if i > source]):
+            raise ValueError(
+                f"csa2.kv_sources: got {later[0]} after candidate_source {source}, whose coarse "
+                "blocks are of other entries, expected none after it"
+            )
+
+    def ratio(self, index: int) -> int:
+        """Returns the tokens of an entry in block `index`; 0 for a window alone."""
+        return self.ratios[index] if index < len(self.ratios) else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
     """How a token's experts are scored, selected and weighted."""
 
@@ -302,6 +389,8 @@ class RouterConfig:
     adaptive_mass: float | None = None
     min_active: int = 1  # experts that adaptive_mass takes at least
     token_id_layers: int = 0  # number of first layers that select experts by token id
+    # raw ids of image tokens, whose selection has a bias of its own; (): there is none
+    image_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("score", ROUTER_SCORES), ("group_score", GROUP_SCORES)):
@@ -445,6 +534,9 @@ class EngramConfig:
     layers: tuple[int, ...] = (1,)  # blocks with Engram, counted from 0
     # one for each n-gram order, 2 first; rounded up to primes
     rows_per_head: tuple[int, ...] = (4096, 4096)
+    # Rows of each layer's table where files pad it; None: as many as are looked up, the sum of the
+    # primes.
+    table_rows: tuple[int, ...] | None = None
     heads: int = 4  # hash heads of each order
     head_dim: int = 16  # width of a row
     kernel: int = 4  # taps of the convolution over time
@@ -478,6 +570,11 @@ class EngramConfig:
             raise ValueError(
                 f"engram.rows_per_head: got {self.rows_per_head}, "
                 "expected 2 or more for each n-gram order"
+            )
+        if self.table_rows is not None and len(self.table_rows) != len(self.layers):
+            raise ValueError(
+                f"engram.table_rows: got {len(self.table_rows)} tables, "
+                f"expected one for each of the {len(self.layers)} layers, or none"
             )
         for name in ("heads", "head_dim", "kernel", "dilation"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -560,8 +657,19 @@ def head_primes(config: EngramConfig) -> list[list[list[int]]]:
 
 
 def row_totals(config: EngramConfig) -> tuple[int, ...]:
-    """Returns the rows of each layer's table, the sums of its primes."""
-    return tuple(sum(map(sum, orders)) for orders in head_primes(config))
+    """Returns the rows of each layer's table: the sum of its primes, or `table_rows`.
+
+    ValueError if the table has fewer than are looked up.
+    """
+    sums = tuple(sum(map(sum, orders)) for orders in head_primes(config))
+    rows = config.table_rows or sums
+    for layer, got, least in zip(config.layers, rows, sums, strict=True):
+        if got < least:
+            raise ValueError(
+                f"engram.table_rows: got {got} for layer {layer}, expected at least the {least} "
+                "that are looked up"
+            )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -633,6 +741,7 @@ class ModelConfig:
     moba: MoBAConfig | None = None  # selects keys of gqa
     dsa: DSAConfig | None = None  # selects keys of mla
     csa: CSAConfig | None = None
+    csa2: CSA2Config | None = None  # entries of csa that blocks share
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig | None = None
     engram: EngramConfig | None = None
@@ -652,7 +761,7 @@ class ModelConfig:
                 f"attention: got {' and '.join(attention) or 'none'}, "
                 "expected exactly one of mla, gqa and csa"
             )
-        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla")):
+        for inner, outer in (("nsa", "gqa"), ("moba", "gqa"), ("dsa", "mla"), ("csa2", "csa")):
             if getattr(self, inner) is not None and getattr(self, outer) is None:
                 raise ValueError(
                     f"{inner}: got attention {attention[0]}, "
@@ -662,6 +771,15 @@ class ModelConfig:
             raise ValueError(
                 f"csa.kinds: got {len(self.csa.kinds)} kinds, "
                 f"expected one for each of the {self.layers} blocks, or none"
+            )
+        if self.csa2 is not None and self.csa is not None and self.csa.kinds:
+            raise ValueError(
+                "csa.kinds: got kinds together with csa2, expected none: csa2.ratios says it"
+            )
+        if self.csa2 is not None and len(self.csa2.ratios) < self.layers:
+            raise ValueError(
+                f"csa2.ratios: got {len(self.csa2.ratios)}, "
+                f"expected one for each of the {self.layers} blocks"
             )
         if self.nsa is not None and self.moba is not None:
             raise ValueError("sparse attention: got nsa and moba, expected at most one")
@@ -684,7 +802,7 @@ class ModelConfig:
     @property
     def indexer(self) -> DSAConfig | CSAConfig | None:
         """The config of what trains indexers, its `warmup` and `weight`; None without any."""
-        if self.csa is not None and "csa" in self.csa.kinds:
+        if self.csa is not None and ("csa" in self.csa.kinds or self.csa2 is not None):
             return self.csa
         return self.dsa
 

@@ -3,13 +3,11 @@
 `classroom` and the paper's four are built from published sizes; what a paper does not publish is
 marked `ours`. DeepSeek: arXiv 2401.06066, 2405.04434, 2412.19437. Engram's four: 2601.07372.
 
-Three presets publish a memory and stand for that alone; everything else in them that is not named
+Two presets publish a memory and stand for that alone; everything else in them that is not named
 here is ours.
 
     engram-demo           the authors' demo: memory, width 1024, 30 blocks, 4 streams; seed 0,
                           pad id 2
-    deepseek-v4.1-flash   memory, width 5120, 4 streams. Set engram.dead_tokens to the image tokens
-                          of your tokenizer
     qwen-ple              Qwen3.8-Flash-Next's memory, row for row: raw ids, splitmix64, texts that
                           end at id 248044, one layer of 320,001,446 rows x 160 (its files pad them
                           to a multiple of 128), width 2560. Ours: the residual streams, attention
@@ -21,6 +19,7 @@ from dataclasses import replace
 from rorqual.hints import choose
 from rorqual.model_config import (
     BalanceConfig,
+    CSA2Config,
     CSAConfig,
     EngramConfig,
     GQAConfig,
@@ -155,6 +154,58 @@ V4_TINY = ModelConfig(
     init_std=0.1,
 )
 
+# Every mechanism of DeepSeek-V4.1: a window alone, a source of each ratio, blocks that select anew
+# and that reuse, coarse blocks, single-pass streams, Engram.
+V4_1_TINY = ModelConfig(
+    vocab_size=4096,
+    dim=64,
+    layers=5,
+    mla=None,
+    csa=CSAConfig(
+        heads=4,
+        head_dim=32,
+        rope_dim=16,
+        q_lora_rank=32,
+        groups=2,
+        o_lora_rank=32,
+        window=32,
+        index_heads=4,
+        index_dim=32,
+        top_k=16,
+        warmup=100,
+    ),
+    csa2=CSA2Config(
+        ratios=(0, 2, 2, 1, 1),
+        kv_sources=(1, 3),
+        index_sources=(1, 3, 4),
+        candidate_source=3,
+        candidate_block=8,
+        candidate_blocks=8,
+        cache_formats="published",
+    ),
+    moe=MoEConfig(
+        routed=16,
+        active=2,
+        shared=1,
+        width=32,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5),
+        balance=BalanceConfig(bias_rate=0.01),
+    ),
+    engram=EngramConfig(
+        layers=(1,),
+        rows_per_head=(1024, 1024, 1024),
+        heads=4,
+        head_dim=32,
+        conv=False,
+        sign="copysign",
+        eps=1e-20,
+    ),
+    hyper=HyperConfig(kind="single_pass", norm_eps=1e-20),
+    eps=1e-20,
+    init_std=0.1,
+)
+
 CLASSROOM = ModelConfig(
     vocab_size=100,
     dim=64,
@@ -206,10 +257,47 @@ ENGRAM_DEMO = replace(
     ),
 )
 
-DEEPSEEK_V4_1_FLASH = replace(
-    DENSE_4B,
+# The draft layers are left out: their blocks have parts that those of MTPConfig have not.
+DEEPSEEK_V4_1_FLASH = ModelConfig(
+    vocab_size=129_280,
     dim=5120,
-    dense_width=13_824,
+    layers=40,
+    dense_width=2304,  # no block is dense
+    mla=None,
+    csa=CSAConfig(
+        heads=64,
+        head_dim=512,
+        rope_dim=64,
+        q_lora_rank=1280,
+        groups=8,
+        o_lora_rank=1024,
+        window=128,
+        index_heads=32,
+        index_dim=128,
+        top_k=512,
+        compress_rope=RopeConfig(
+            base=160_000.0,
+            yarn=YarnConfig(factor=16.0, original_length=65_536, mscale=0.0, mscale_all_dim=0.0),
+        ),
+        ties="topk",
+    ),
+    csa2=CSA2Config(
+        ratios=(0,) * 2 + (2,) * 18 + (1,) * 20,
+        kv_sources=(2, 8, 14, 20),
+        index_sources=(2, 8, 14, 20, 24, 28, 32, 36),
+        candidate_source=20,
+        candidate_block=8,
+        candidate_blocks=2048,
+        cache_formats="published",
+    ),
+    moe=MoEConfig(
+        routed=384,
+        active=6,
+        shared=1,
+        width=2304,
+        swiglu_limit=10.0,
+        router=RouterConfig(score="sqrtsoftplus", scale=1.5, image_ids=(129_264,)),
+    ),
     engram=EngramConfig(
         layers=(1, 14),
         rows_per_head=(16_000_000, 16_000_000, 16_000_000),
@@ -217,8 +305,13 @@ DEEPSEEK_V4_1_FLASH = replace(
         head_dim=256,
         conv=False,
         sign="copysign",
+        eps=1e-20,
         pad_id=2,
+        dead_tokens=(129_264,),
     ),
+    hyper=HyperConfig(kind="single_pass", norm_eps=1e-20),
+    eps=1e-20,
+    init_std=0.02,
 )
 
 QWEN_PLE = ModelConfig(
@@ -321,6 +414,7 @@ DEEPSEEKMOE_16B = replace(
 PRESETS: dict[str, ModelConfig] = {
     "tiny": TINY,
     "v4-tiny": V4_TINY,
+    "v4.1-tiny": V4_1_TINY,
     "small": SMALL,
     "classroom": CLASSROOM,
     "dense-4b": DENSE_4B,

@@ -16,6 +16,7 @@ import rorqual
 from rorqual import kernels
 from rorqual.model import LanguageModel
 from rorqual.model_config import (
+    CSA2Config,
     CSAConfig,
     DSAConfig,
     GQAConfig,
@@ -42,6 +43,13 @@ KINDS = {
     "moba tile": SPARSE | {"moba": MoBAConfig(block=4, top_k=3, choice="tile")},
     "csa": {"mla": None, "csa": CSA},
     "dsa": {"mla": MLAConfig(q_lora_rank=24), "dsa": DSAConfig(heads=2, dim=32, top_k=10)},
+    "csa2": {
+        "mla": None,
+        "csa": CSAConfig(window=5, top_k=3),
+        "csa2": CSA2Config(
+            ratios=(2, 2, 1), kv_sources=(0, 2), index_sources=(0, 2), cache_formats="published"
+        ),
+    },
 }
 
 

@@ -156,11 +156,18 @@ def wrong(items) -> list[str]:
     return [f"{item.name}: {item.error}" for item in items if not item.right]
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, "deepseek_v41_tiny"])
 def test_golden_hub_folders_agree(check, name):
     items = list(check.check(GOLDEN / name))
     assert len(items) > 12
     assert not wrong(items)
+
+
+def test_rounded_caches_are_compared_by_share(check):
+    (item,) = check.check(GOLDEN / "deepseek_v41_tiny_quantised")
+    assert item.right and item.tolerance == 0.01
+    assert not check.agreeing("", torch.zeros(99), torch.tensor([0.0] * 97 + [1.0] * 2)).right
+    assert not check.agreeing("", torch.zeros(2), torch.zeros(3)).right
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -1,7 +1,9 @@
 """Reads folders of published models into a LanguageModel, and writes such folders.
 
     x.weight float8 e4m3, x.weight_scale_inv [R/128, C/128]
-        ->   weight * its block's scale
+        ->   weight * its block's scale             (formats.py has all of these)
+    Engram's rows
+        ->   a table of ours, or where they are, read by position
 
 The names are those of a family (families.py), whose table of places is used in both directions.
 Weights are read file by file, tensor by tensor, into the model's own memory. JSON and safetensors
@@ -9,22 +11,40 @@ only: pickles are never opened, and code in the folder is never read.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from rorqual import runtime
+from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.families import Family, family_for, family_of
-from rorqual.hub.places import Place
+from rorqual.hub.formats import (
+    E4M3,
+    PACKED,
+    QUANTISED,
+    ROWS,
+    Block,
+    decode,
+    decoded_shape,
+    scale_shape,
+)
+from rorqual.hub.places import AnyPlace, Place, fill
 from rorqual.io import atomic_write, write_text
 from rorqual.model import LanguageModel
-from rorqual.model_config import ModelConfig
+from rorqual.model_config import ModelConfig, row_totals
+from rorqual.tables import Table, TableConfig, hot_rows
+from rorqual.tables.tensor_rows import Source, TensorRows
+from rorqual.tables.thread import BackgroundThread
 
 INTEGERS = ("I64", "I32")  # dtypes of token ids' experts
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
@@ -102,6 +122,31 @@ class Files:
     def close(self) -> None:
         self._open, self._read = None, 0
 
+    def source(self, name: str, first_row: int) -> Source:
+        """Returns where a tensor of rows is stored; it begins with row `first_row` of its table."""
+        return Source(self.where[name], self._stored.get(name, name), first_row)
+
+    def scale_of(self, name: str) -> str | None:
+        """Returns the name of a tensor's scales: that of DeepSeek-V3, or V4's; None without any."""
+        candidates = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
+        return next((scale for scale in candidates if scale in self.where and scale != name), None)
+
+    def block_of(self, name: str, described: Block | None) -> Block | None:
+        """Returns the rows and columns of a tensor that share a scale.
+
+        They are what config.json describes for names as V3's; V4's files have several, of which one
+        has the shape of the stored scales.
+        """
+        scale = self.scale_of(name)
+        if scale is None or scale.endswith("_scale_inv"):
+            return described
+        if math.prod(self.shapes[scale]) == 1:
+            return None
+        shape = decoded_shape(self.shapes[name], self.dtypes[name])
+        blocks = [ROWS, *([] if described is None else [described]), (32, 32), (128, 128)]
+        fitting = (block for block in blocks if scale_shape(shape, block) == self.shapes[scale])
+        return next(fitting, described)
+
 
 def _handle(path: Path) -> Any:
     try:
@@ -126,25 +171,19 @@ def _some(names: list[str], limit: int = 8) -> str:
     )
 
 
-def dequantise(
-    weight: Float[Tensor, "R C"], scale: Float[Tensor, "r c"], block: tuple[int, int] = (128, 128)
-) -> Float[Tensor, "R C"]:
-    """Multiplies float8 weights by their block's scale, in float32.
-
-    The last block of an axis may be incomplete.
-    """
-    out = weight.to(torch.float32, copy=True)
-    for rows, our_name in zip(out.split(block[0]), scale.float(), strict=True):
-        rows *= our_name.repeat_interleave(block[1])[: out.shape[1]]
-    return out
-
-
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tables: TableConfig | None = None,
+    cache_formats: Literal["none", "published"] | None = None,
 ) -> LanguageModel:
     """Loads a folder of a published model, or of transformers' save_pretrained of one.
 
     dtype None keeps the stored one (float8 becomes bfloat16); router biases are always float32.
+    Engram's tables go to the placement that `tables` names; on a disk they stay in the folder's
+    files, where their rows are read by position. `cache_formats` replaces that of CSA2Config.
     ValueError, with the names, for another architecture, missing files, and tensors that are
     missing, unknown or of the wrong shape.
     """
@@ -153,11 +192,20 @@ def load(
     family = family_of(description)
     files.rename(family.canonical)
     config = family.config_of(description, files.where)
+    if cache_formats is not None:
+        config = _with_cache_formats(config, cache_formats)
     block = _scale_block(description)
+    if config.engram is None and tables not in (None, TableConfig()):
+        raise ValueError(
+            f"{folder}: got {tables} for a model without Engram, expected none, or a run of "
+            "rorqual's own, whose tables can lie elsewhere"
+        )
     _check_sizes(files, config, family)
+    canonical_map = _canonical_map(folder, config, family, description)
+    apart = tables is not None and tables.placement != "device"
     try:
         with torch.device("meta"):
-            model = LanguageModel(config, seed=None)
+            model = LanguageModel(config, canonical_map, seed=None)
     except (RuntimeError, OverflowError, TypeError) as error:
         message = str(error).splitlines()[0]
         raise ValueError(
@@ -165,17 +213,121 @@ def load(
             f"expected those of the weights: {message}"
         ) from error
     _check(files, config, family, model.state_dict(), block)
+    if apart and tables is not None:
+        model.tables = nn.ModuleList(open_published(files, config, family, tables))
     dtype = dtype or _stored_dtype(files, family)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     if config.tied:
         model.head.weight = model.embed.weight
-    _fill(model.state_dict(), files, (family.places(config), family.copies(config)), block)
+    places = {
+        name: tensor_place
+        for name, tensor_place in family.places(config).items()
+        if not (apart and tensor_place.name.startswith("tables."))
+    }
+    _fill(model.state_dict(), files, (places, family.copies(config)), block)
+    _report(folder, files, family)
     return model.eval()
 
 
-def _scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
+def _with_cache_formats(config: ModelConfig, wanted: Literal["none", "published"]) -> ModelConfig:
+    if config.csa2 is None:
+        raise ValueError(
+            f"cache_formats: got {wanted!r} for a model without csa2, expected none: its caches "
+            "have the model's dtype"
+        )
+    return replace(config, csa2=replace(config.csa2, cache_formats=wanted))
+
+
+def _canonical_map(
+    folder: Path, config: ModelConfig, family: Family, description: Mapping[str, Any]
+) -> np.ndarray | None:
+    """Returns the map from raw to canonical ids of the folder's tokenizer, for Engram.
+
+    ValueError if there is none, or if it has another number of canonical ids than the config says.
+    """
+    if config.engram is None or not config.engram.canonical:
+        return None
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder}: no tokenizer.json, expected the tokenizer whose canonical ids Engram hashes"
+        )
+    canonical_map = Tokenizer.load(folder).canonical_map()
+    count_of = getattr(family, "canonical_count", None)
+    expected = None if count_of is None else count_of(description)
+    if expected not in (None, got := int(canonical_map.max()) + 1):
+        raise ValueError(
+            f"{folder}: tokenizer.json: got {got} canonical ids, expected the {expected} of "
+            "config.json: Engram's hash depends on their number"
+        )
+    return canonical_map
+
+
+def open_published(
+    files: Files, config: ModelConfig, family: Family, tables: TableConfig
+) -> list[Table]:
+    """Opens Engram's tables in the files of a published folder, and copies them if asked to.
+
+    One thread fetches for all of them. TableError for files that are not sound.
+    """
+    if config.engram is None:
+        return []
+    by_table: dict[str, list[tuple[int, str]]] = {}
+    for name, tensor_place in family.places(config).items():
+        if isinstance(tensor_place, Place) and tensor_place.name.startswith("tables."):
+            first = tensor_place.slices[0].start if tensor_place.slices else 0  # type: ignore[union-attr]
+            by_table.setdefault(tensor_place.name, []).append((first or 0, name))
+    thread, opened = BackgroundThread(), []
+    hot = hot_rows(Path(tables.hot)) if tables.hot is not None else {}
+    fetching: dict[str, Any] = {"prefetch": tables.prefetch, "thread": thread}
+    for n, rows in enumerate(row_totals(config.engram)):
+        shards = sorted(by_table[f"tables.{n}.weight"])
+        file = _rows_of(files, [(name, first) for first, name in shards], rows)
+        if tables.placement == "disk":
+            rows_in_memory = hot.get(str(n))
+            opened.append(
+                Table.of_rows(
+                    file, cache_bytes=tables.hot_bytes, cached_rows=rows_in_memory, **fetching
+                )
+            )
+        else:
+            values = file.stored(0, rows)
+            file.close()
+            opened.append(Table.of_values(values, **fetching))
+    return opened
+
+
+def _rows_of(files: Files, shards: list[tuple[str, int]], rows: int) -> TensorRows:
+    """Opens the tensors of one table, each with the number of its first row."""
+    sources = [files.source(name, first) for name, first in shards]
+    scales = [(files.scale_of(name), first) for name, first in shards]
+    names = [name for name, _ in scales if name is not None]
+    if not names:
+        return TensorRows(sources, rows=rows)
+    if all(math.prod(files.shapes[name]) == 1 for name in names):
+        values = {files.tensor(name).float().item() for name in names}
+        files.close()
+        if len(values) == 1:
+            return TensorRows(sources, scale=values.pop(), rows=rows)
+        raise ValueError(f"{names[0]}: got {len(values)} scales of one table, expected one")
+    of_rows = [files.source(name, first) for name, first in scales if name is not None]
+    return TensorRows(sources, of_rows, rows=rows)
+
+
+def _report(folder: Path, files: Files, family: Family) -> None:
+    """Says in one line which tensors were read past, apart from those that say nothing new."""
+    groups: Counter[str] = Counter()
+    for name in files.where:
+        first = name.partition(".")[0]
+        if family.skipped(name) and first not in ("model", "layers"):
+            groups[first] += 1
+    if groups:
+        parts = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(groups.items()))
+        runtime.log(f"{folder}: left out {parts}: this model does not run them")
+
+
+def _scale_block(description: Mapping[str, Any]) -> Block | None:
     """Returns the rows and columns that share a scale of float8 weights.
 
     None where a whole tensor has one scale.
@@ -236,37 +388,45 @@ def _check(
     config: ModelConfig,
     family: Family,
     state: Mapping[str, Tensor],
-    block: tuple[int, int] | None,
+    block: Block | None,
 ) -> None:
     """Raises ValueError with every disagreement between the stored tensors and the config."""
     needed = family.places(config)
     all_places = {**needed, **family.copies(config)}
+    read = {name for name in files.where if not family.skipped(name)}
     scales = {
-        f"{name}_scale_inv": name for name, dtype in files.dtypes.items() if dtype == "F8_E4M3"
+        files.scale_of(name) or f"{name}_scale_inv": name
+        for name in read
+        if files.dtypes[name] == E4M3 or (files.dtypes[name] in PACKED and files.scale_of(name))
     }
     # An empty tensor (of no shared expert) has nothing to check.
-    stored = {
-        name for name in files.where if not family.skipped(name) and 0 not in files.shapes[name]
-    }
+    stored = {name for name in read if 0 not in files.shapes[name]}
     expected = {
         name: tuple(tensor_place.of(state).shape) for name, tensor_place in all_places.items()
     }
-    expected |= {scale: _scale_shape(files.shapes[name], block) for scale, name in scales.items()}
+    shapes = {name: files.shapes[name] for name in stored}
+    for scale, name in scales.items():
+        shapes[name] = decoded_shape(files.shapes[name], files.dtypes[name])
+        if scale in stored:
+            expected[scale] = scale_shape(shapes[name], files.block_of(name, block))
     whole = {scale for scale in scales if block is None}  # one value, in whatever shape
+    floats = {*FLOATS, *(files.dtypes[name] for name in scales.values())}
     problems = {
         "missing": sorted((needed.keys() | scales.keys()) - stored),
         "not in this architecture": sorted(stored - all_places.keys() - scales.keys()),
         "misshapen": [
-            f"{name} {files.shapes[name]}, expected {shape}"
+            f"{name} {shapes[name]}, expected {shape}"
             for name, shape in expected.items()
             if name in stored
-            and files.shapes[name] != shape
-            and not (name in whole and set(files.shapes[name]) <= {1})
+            and shapes[name] != shape
+            and not (name in whole and set(shapes[name]) <= {1})
         ],
         f"of a dtype other than {', '.join(FLOATS)}": [
             f"{name} {files.dtypes[name]}"
             for name in all_places
-            if name in stored and files.dtypes[name] not in _dtypes(all_places[name], state)
+            if name in stored
+            and files.dtypes[name]
+            not in (floats if name in scales.values() else _dtypes(all_places[name], state))
         ],
     }
     if any(problems.values()):
@@ -274,30 +434,22 @@ def _check(
         raise ValueError(f"{files.folder}: tensors disagree with config.json. {message}")
 
 
-def _dtypes(tensor_place: Place, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _dtypes(tensor_place: AnyPlace, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Returns the stored dtypes that a tensor of ours is read from."""
     return FLOATS if state[tensor_place.name].is_floating_point() else INTEGERS
-
-
-def _scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
-    return (
-        (1, 1)
-        if block is None
-        else tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
-    )
 
 
 @torch.no_grad()
 def _fill(
     state: Mapping[str, Tensor],
     files: Files,
-    tables: tuple[dict[str, Place], dict[str, Place]],
-    block: tuple[int, int] | None,
+    tables: tuple[Mapping[str, AnyPlace], Mapping[str, AnyPlace]],
+    block: Block | None,
 ) -> None:
     """Copies the tensors of the first table, and checks those of the second, which repeat some."""
     table, repeated = tables
     for name in sorted(table, key=lambda name: files.where[name]):
-        table[name].of(state).copy_(_read(files, name, block))
+        fill(table[name], state, _read(files, name, block))
     for name, tensor_place in repeated.items():
         if name in files.where and not torch.equal(
             tensor_place.of(state).cpu(), _read(files, name, block).to(tensor_place.of(state).dtype)
@@ -309,13 +461,11 @@ def _fill(
     files.close()
 
 
-def _read(files: Files, name: str, block: tuple[int, int] | None) -> Tensor:
-    if files.dtypes[name] != "F8_E4M3":
+def _read(files: Files, name: str, block: Block | None) -> Tensor:
+    scale = files.scale_of(name)
+    if scale is None or files.dtypes[name] not in QUANTISED:
         return files.tensor(name)
-    weight, scale = files.tensor(name), files.tensor(f"{name}_scale_inv")
-    if block is None:
-        block, scale = (weight.shape[0], weight.shape[1]), scale.view(1, 1)
-    return dequantise(weight, scale.float(), block)
+    return decode(files.tensor(name), files.tensor(scale), files.block_of(name, block))
 
 
 def export(
@@ -329,6 +479,8 @@ def export(
     """
     folder, config = Path(folder), model.config
     family = family_for(config)
+    if model.addresses is not None and model.addresses.config.canonical:
+        fields.setdefault("canonical_ids", int(model.addresses.canonical_map.max()) + 1)
     description = family.published(
         config, dtype=str(model.embed.weight.dtype).removeprefix("torch."), **fields
     )
@@ -371,7 +523,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _shards(
-    state: Mapping[str, Tensor], table: Mapping[str, Place], limit: int
+    state: Mapping[str, Tensor], table: Mapping[str, AnyPlace], limit: int
 ) -> Iterator[list[str]]:
     """Yields the names of the table, in order, in groups of at most `limit` bytes."""
     names: list[str] = []

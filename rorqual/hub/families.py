@@ -7,8 +7,8 @@ state dict. checkpoints.py does the rest for all of them.
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from rorqual.hub import deepseek, deepseek_v4
-from rorqual.hub.places import Place, Sizes
+from rorqual.hub import deepseek, deepseek_v4, deepseek_v41
+from rorqual.hub.places import AnyPlace, Place, Sizes
 from rorqual.model_config import ModelConfig
 
 
@@ -32,13 +32,13 @@ class Family(Protocol):
     def foreign(self, config: ModelConfig) -> list[str]:
         """Describes the parts of a model that the family's format cannot express."""
 
-    def places(self, config: ModelConfig) -> dict[str, Place]:
+    def places(self, config: ModelConfig) -> Mapping[str, AnyPlace]:
         """Maps published names to places, for every tensor that a folder must have."""
 
     def copies(self, config: ModelConfig) -> dict[str, Place]:
         """Maps published names to places, for tensors that a folder may repeat."""
 
-    def aliases(self, config: ModelConfig) -> dict[str, Place]:
+    def aliases(self, config: ModelConfig) -> Mapping[str, AnyPlace]:
         """Maps the parameter names of the family's other readers to places, where no file has them.
 
         Golden folders name gradients so.
@@ -57,7 +57,11 @@ class Family(Protocol):
         """Whether a tensor of a folder is read past, as vision towers are."""
 
 
-FAMILIES: tuple[Family, ...] = (cast(Family, deepseek), cast(Family, deepseek_v4))
+FAMILIES: tuple[Family, ...] = (
+    cast(Family, deepseek),
+    cast(Family, deepseek_v4),
+    cast(Family, deepseek_v41),
+)
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.MODEL_TYPES)
 
 

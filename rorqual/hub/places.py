@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,34 @@ class Place(NamedTuple):
         """Returns the part of our state dict, a view, in the published shape."""
         tensor = state[self.name][self.slices] if self.slices else state[self.name]
         return tensor.mT if self.transposed else tensor
+
+
+class Joined(NamedTuple):
+    """The places of one published tensor that is several of ours, one after another by rows."""
+
+    parts: tuple[Place, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the first of them in our state dict."""
+        return self.parts[0].name
+
+    def of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Returns the published tensor, a copy."""
+        return torch.cat([each.of(state) for each in self.parts])
+
+
+AnyPlace = Place | Joined
+
+
+def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) -> None:
+    """Copies a published tensor into our state dict."""
+    parts = tensor_place.parts if isinstance(tensor_place, Joined) else (tensor_place,)
+    row = 0
+    for each in parts:
+        target = each.of(state)
+        target.copy_(values[row : row + len(target)] if len(parts) > 1 else values)
+        row += len(target)
 
 
 class Sizes(NamedTuple):

@@ -7,6 +7,7 @@
     compressed_cos, compressed_sin   the same of blocks with compressed entries (layers/csa.py)
     ids, lookup_mask, rows           token ids, where Engram looks up, the block's table rows
     cache                            the block's cache between calls
+    shared                           what earlier blocks leave for this one
     indexer_warmup, last_only        DSA's indexer warm-up; whether only the last position is needed
 
 A context is built once per call, and layers take `(x, ctx)`. A fact that a new layer needs is a new
@@ -77,6 +78,8 @@ class Context:
     # Prefetched rows of the block's Engram table: `rows.wait()` is float [B, T, R, head_dim].
     rows: Any = None
     cache: Any = None  # the block's BlockCache
+    # What the attention of an earlier block leaves for later ones (layers/csa2.py), a named tuple.
+    shared: Any = None
     indexer_warmup: bool | None = None  # whether the indexers warm up; None: they are not trained
     # Attention returns only its last position; the other positions serve as its keys.
     last_only: bool = False
@@ -217,8 +220,8 @@ def context(
     `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
     which padding follows; None if there is no padding. `rope` is the config and the rotary width of
     the model's attention; without it there are no cos and sin. `compress_rope` is the config of
-    blocks with compressed entries, of the same width. `more` are other fields of Context.
-    New tokens without `document_ids` continue the last document of their sequence.
+    blocks with compressed entries, of the same width. `more` are other fields of Context. New
+    tokens without `document_ids` continue the last document of their sequence.
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:

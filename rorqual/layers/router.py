@@ -151,6 +151,9 @@ class Router(nn.Module):
             "e_score_correction_bias",
             torch.zeros(experts) if config.bias_of(layer) else None,
         )
+        # The bias of image tokens: it stays as it is loaded, since no image is trained on here.
+        self.image_bias: Tensor | None
+        self.register_buffer("image_bias", torch.zeros(experts) if config.image_ids else None)
         self.table: Tensor | None
         self.register_buffer("table", None)
         if layer < config.token_id_layers:
@@ -182,11 +185,12 @@ class Router(nn.Module):
 
         Steps of 0.001 would be lost in bfloat16.
         """
-        before = self.e_score_correction_bias
+        biases = {name: getattr(self, name) for name in ("e_score_correction_bias", "image_bias")}
         super()._apply(fn, recurse)
-        after = self.e_score_correction_bias
-        if before is not None and after is not None and after.dtype != before.dtype:
-            self.e_score_correction_bias = before.to(after.device)
+        for name, before in biases.items():
+            after = getattr(self, name)
+            if before is not None and after is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
         return self
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -201,12 +205,12 @@ class Router(nn.Module):
                     "router: got no token ids, expected them in a layer that chooses by token id"
                 )
             return self.table[ids]
-        biased = (
-            scores
-            if self.e_score_correction_bias is None
-            else scores + self.e_score_correction_bias
-        )
-        config = self.config
+        config, bias = self.config, self.e_score_correction_bias
+        if self.image_bias is not None and ids is not None:
+            images = torch.isin(ids, torch.tensor(config.image_ids, device=ids.device))
+            other = torch.zeros_like(self.image_bias) if bias is None else bias
+            bias = torch.where(images[..., None], self.image_bias, other)
+        biased = scores if bias is None else scores + bias
         allowed = within_groups(biased, config.groups, config.groups_kept, config.group_score)
         return allowed.topk(self.active, -1).indices
 

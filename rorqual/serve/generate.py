@@ -424,6 +424,7 @@ def load(
     device: str = "auto",
     dtype: str | None = None,
     placement: Placement = "device",
+    tables: Placement | None = None,
     **sizes: Any,
 ) -> Run:
     """Loads a run folder, a published model's, a folder of RorqualForCausalLM, or a hub id.
@@ -431,8 +432,9 @@ def load(
     Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is
     that checkpoint. The log names the step.
 
-    `placement` is that of Engram's tables, and `sizes` are other fields of TableConfig
-    (hot_bytes, folder).
+    `placement`, or `tables`, is that of Engram's tables, and `sizes` are other fields of
+    TableConfig (hot_bytes, folder). On a disk, the tables of a published model stay in its own
+    files: the rows that are looked up are read by position.
 
     Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the
     stored one. FileNotFoundError where nothing is found; ValueError where a folder is not a model
@@ -440,7 +442,7 @@ def load(
     """
     folder = find(where)
     wanted = None if dtype is None else runtime.dtype(dtype)
-    model = read(folder, TableConfig(placement=placement, **sizes), wanted)
+    model = read(folder, TableConfig(placement=tables or placement, **sizes), wanted)
     model.to(device=runtime.device(device), dtype=wanted)
     folder = checkpoint.run_of(folder)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
@@ -540,12 +542,12 @@ def read(
     if checkpoint.is_checkpoint(folder) or checkpoint.is_run(folder):
         return checkpoint.load_model(folder, tables=tables)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if tables not in (None, TableConfig()):
-        raise ValueError(
-            f"{folder}: got {tables}, expected a run of rorqual's own, "
-            "whose tables can lie elsewhere"
-        )
     if kind == "rorqual":
+        if tables not in (None, TableConfig()):
+            raise ValueError(
+                f"{folder}: got {tables}, expected a run of rorqual's own, "
+                "whose tables can lie elsewhere"
+            )
         from rorqual.hub.auto import RorqualConfig, RorqualForCausalLM
 
         if (weights := folder / "model.safetensors").is_file():
@@ -556,7 +558,7 @@ def read(
     if kind not in MODEL_TYPES:
         types = ", ".join(MODEL_TYPES)
         raise ValueError(f"{folder} is a {kind} model, expected a rorqual run, or one of {types}")
-    return checkpoints.load(folder, dtype=dtype)
+    return checkpoints.load(folder, dtype=dtype, tables=tables)
 
 
 def chat_template(folder: Path) -> bool:

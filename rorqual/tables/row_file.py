@@ -25,14 +25,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from rorqual.io import BINARY, read_at, write_all_at
 from rorqual.kernels import kernel
-from rorqual.tables.fp8 import BLOCK, FP8
+from rorqual.tables.fp8 import BLOCK, FP8, dequantise
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": FP8}
+# bytes of a number in each dtype whose extent is checked, as safetensors names them
+SIZES = {name: dtype.itemsize for name, dtype in KINDS.items()} | {"F8_E4M3": 1, "F8_E8M0": 1}
 FORMAT = "fp8-e4m3-e8m0-32"
 BLANK = "0" * 16  # stands for the header's checksum while it is computed
 CHECKED_BYTES = 1 << 20  # bytes that share a checksum
@@ -108,7 +110,9 @@ def read_from(
     def read(piece: slice) -> None:
         wanted, target = ids[piece], into[piece]
         done = 0
-        while (done := done + _read(files, first_rows, wanted[done:], target[done:])) < len(wanted):
+        while (done := done + read_once(files, first_rows, wanted[done:], target[done:])) < len(
+            wanted
+        ):
             # This row is read once more, for the reason why it could not be read.
             n = int(np.searchsorted(first_rows, wanted[done], side="right")) - 1
             row = int(wanted[done] - first_rows[n])
@@ -116,7 +120,7 @@ def read_from(
             done += 1
 
     if 1 + np.count_nonzero(np.diff(ids) != 1) <= _ANNOUNCED:
-        done = _read(files, first_rows, ids, into, wait=False)
+        done = read_once(files, first_rows, ids, into, wait=False)
         read(slice(done, None))
         return
     share = -(-len(ids) // _THREADS)
@@ -126,16 +130,17 @@ def read_from(
         )
 
 
-def _read(
+def read_once(
     files: Sequence[FileRows],
     first_rows: np.ndarray,
     ids: np.ndarray,
     into: np.ndarray,
     wait: bool = True,
 ) -> int:
-    numbers = np.array([each.file for each in files])
+    """Calls read_rows, which reads what it can without waiting, or waits for the disk."""
+    descriptors = np.array([each.file for each in files])
     starts = np.array([each.start for each in files])
-    return read_rows(numbers, starts, first_rows, ids, into, wait)
+    return read_rows(descriptors, starts, first_rows, ids, into, wait)
 
 
 @kernel(
@@ -198,13 +203,13 @@ def _runs(ids: np.ndarray, first_rows: np.ndarray) -> list[tuple[int, int, int, 
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-class Shard(FileRows):
-    """One safetensors file, whose header is checked before anything is read.
+class TensorShard(FileRows):
+    """The rows of one tensor of a safetensors file, whose header is checked before any is read.
 
-    rows, width, dtype: of the table's numbers; row_bytes: of one row in the file.
+    `kind` is their dtype, as safetensors names it, one of `kinds`; they have `columns` numbers.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, kinds: Mapping[str, torch.dtype]) -> None:
         try:
             # Without O_NONBLOCK, opening a pipe would wait for a writer.
             file = os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
@@ -213,17 +218,39 @@ class Shard(FileRows):
         # The finalizer also closes the file of a table that is garbage-collected.
         self._close = weakref.finalize(self, os.close, file)
         try:
-            self.metadata, entry, start = _header(path, file, name)
-            self.dtype = KINDS[entry["dtype"]]
-            self.rows, columns = entry["shape"]
-            self.width = _fp8_width(path, self.metadata, columns) if self.dtype == FP8 else columns
+            self.metadata, entry, start = read_header(path, file, name, kinds)
         except OSError as error:
             self._close()
             raise TableError(f"{path}: {error.strerror}") from error
         except Exception:
             self._close()
             raise
-        super().__init__(path, file, start, columns * self.dtype.itemsize)
+        self.kind: str = entry["dtype"]
+        self.rows, self.columns = entry["shape"]
+        super().__init__(path, file, start, self.columns * kinds[self.kind].itemsize)
+
+    def close(self) -> None:
+        """Closes the file; later reads are refused."""
+        self._close()
+        self.file = -1
+
+
+class Shard(TensorShard):
+    """A shard of a table that `write_table` or a run wrote.
+
+    rows, width, dtype: of the table's numbers; row_bytes: of one row in the file.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(path, name, KINDS)
+        self.dtype = KINDS[self.kind]
+        self.width = self.columns
+        if self.dtype == FP8:
+            try:
+                self.width = _fp8_width(path, self.metadata, self.columns)
+            except TableError:
+                self.close()
+                raise
 
     def damaged(self) -> list[int]:
         """Returns the numbers of the MiB that are not as they were written.
@@ -252,11 +279,6 @@ class Shard(FileRows):
         shift = int(self.metadata["first_row"])
         return range(shift + first, shift + end)
 
-    def close(self) -> None:
-        """Closes the file; later reads are refused."""
-        self._close()
-        self.file = -1
-
 
 class RowFile:
     """A table's rows in one safetensors file, or in a folder of shards."""
@@ -266,8 +288,9 @@ class RowFile:
 
         TableError for files that are not sound.
         """
-        self.shards = open_shards(Path(path), name)
-        first = self.shards[0]
+        shards = open_shards(Path(path), name)
+        self.shards: Sequence[TensorShard] = shards
+        first = shards[0]
         self.width = first.width
         self.dtype = first.dtype
         self.row_bytes = first.row_bytes
@@ -292,8 +315,12 @@ class RowFile:
         If not, it returns None, and the disk starts to read them.
         """
         raw = np.empty((len(ids), self.row_bytes), np.uint8)
-        complete = _read(self.shards, self._first_rows, ids, raw, wait=False) == len(ids)
+        complete = read_once(self.shards, self._first_rows, ids, raw, wait=False) == len(ids)
         return torch.from_numpy(raw) if complete else None
+
+    def numbers(self, stored: UInt8[Tensor, "K bytes"]) -> Float[Tensor, "K width"]:
+        """Converts rows as they are stored to numbers; fp8 becomes float32."""
+        return dequantise(stored, self.width) if self.dtype == FP8 else stored.view(self.dtype)
 
     def stored(self, first: int, end: int) -> Tensor:
         """Returns rows first..end in the type they are stored in: numbers, or fp8 in bytes."""
@@ -435,8 +462,13 @@ def _fp8_width(path: Path, metadata: Mapping[str, str], columns: int) -> int:
     return width
 
 
-def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mapping[str, Any], int]:
-    """Returns metadata, the entry of tensor `name`, and the byte where it begins, all checked."""
+def read_header(
+    path: Path, file: int, name: str, kinds: Mapping[str, torch.dtype] = KINDS
+) -> tuple[Mapping[str, str], Mapping[str, Any], int]:
+    """Returns metadata, the entry of tensor `name`, and the byte where it begins, all checked.
+
+    `kinds` are the dtypes that the tensor may have, as safetensors names them.
+    """
     about = os.fstat(file)
     if not stat.S_ISREG(about.st_mode):
         raise TableError(f"{path}: got a folder, a device or a pipe, expected a safetensors file")
@@ -461,10 +493,10 @@ def _header(path: Path, file: int, name: str) -> tuple[Mapping[str, str], Mappin
     if entry is None:
         names = ", ".join(map(_short, list(entries)[:5]))
         raise TableError(f"{path}: got tensors {names or 'none'}, expected {name!r}")
-    if entry["dtype"] not in KINDS or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
+    if entry["dtype"] not in kinds or len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
         got = f"{_short(entry['dtype'])} of shape {entry['shape']!s:.60}"
-        kinds = " or ".join(KINDS)
-        raise TableError(f"{path}: got {name!r} as {got}, expected rows by width in {kinds}")
+        expected = f"expected rows by width in {' or '.join(kinds)}"
+        raise TableError(f"{path}: got {name!r} as {got}, {expected}")
     return metadata, entry, 8 + size + entry["data_offsets"][0]
 
 
@@ -512,7 +544,7 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
         got = f"shape {shape!s:.60} and offsets {offsets!s:.60} of {name!r:.60}"
         raise TableError(f"{path}: got {got}, expected counts from 0")
     start, end = offsets
-    size = KINDS[dtype].itemsize if dtype in KINDS else 0
+    size = SIZES.get(dtype, 0)
     if start > end or (size and end - start != size * math.prod(shape)):
         got = f"bytes {start} to {end} for {name!r:.60}"
         raise TableError(f"{path}: got {got}, expected {_short(dtype)} of shape {shape!s:.60}")

@@ -86,7 +86,9 @@ class Table(nn.Module):
         self.trainable = trainable and dtype != FP8
         self.dtype = dtype
         self.sparse = sparse
-        self.row_bytes = row_bytes(width, dtype)
+        self.row_bytes = (
+            source.row_bytes if isinstance(source, RowFile) else row_bytes(width, dtype)
+        )
         self.values = source if isinstance(source, Tensor) and placement == "host" else None
         self.file: Any = None if isinstance(source, Tensor) else source  # RowFile or RecordFile
         self.register_parameter("weight", self._parameter(source))
@@ -155,9 +157,23 @@ class Table(nn.Module):
         wanted first; as many of them as `cache_bytes` hold are read now and stay in memory. Without
         them the most recently used rows do.
         """
+        return cls.of_rows(
+            RowFile(path, name), cache_bytes=cache_bytes, cached_rows=cached_rows, **options
+        )
+
+    @classmethod
+    def of_rows(
+        cls,
+        file: RowFile,
+        *,
+        cache_bytes: int = 64 << 20,
+        cached_rows: Int[Tensor, " H"] | None = None,
+        **options: Any,
+    ) -> "Table":
+        """Makes a read-only table on the disk of rows in files that are open."""
         if cache_bytes < 0:
+            file.close()
             raise ValueError(f"table: got {cache_bytes} bytes of cached rows, expected at least 0")
-        file = RowFile(path, name)
         cache = RowCache(cache_bytes, file.row_bytes, file.rows)
         if cached_rows is not None and len(cached_rows) and cache.slots:
             check_ids(cached_rows, file.rows)
@@ -267,6 +283,8 @@ class Table(nn.Module):
 
     def _numbers(self, stored: Tensor) -> Tensor:
         """Converts stored rows to numbers."""
+        if isinstance(self.file, RowFile):
+            return self.file.numbers(stored)
         return dequantise(stored, self.width) if self.dtype == FP8 else stored.view(self.dtype)
 
     def _fetch_from_memory(self, ids: Tensor) -> Tensor:

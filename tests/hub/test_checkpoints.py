@@ -19,8 +19,9 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from rorqual.hub import checkpoints
-from rorqual.hub.checkpoints import dequantise, export, load
+from rorqual.hub.checkpoints import export, load
 from rorqual.hub.deepseek import copies, places
+from rorqual.hub.formats import decode
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.moe import MoEConfig
@@ -236,7 +237,7 @@ def test_dequantise_scales_block_by_block(shape):
     for row in range(shape[0]):
         for column in range(0, shape[1], 128):
             expected[row, column : column + 128] *= scale[row // 128, column // 128]
-    assert torch.equal(dequantise(weight, scale), expected)
+    assert torch.equal(decode(weight, scale, (128, 128)), expected)
 
 
 def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -294,7 +295,7 @@ def test_float8_shards_are_dequantised(folder):
     for name, position in places(width.config).items():
         expected = tensors[name].float()
         if name + "_scale_inv" in tensors:
-            expected = dequantise(tensors[name], tensors[name + "_scale_inv"])
+            expected = decode(tensors[name], tensors[name + "_scale_inv"], (128, 128))
             assert (expected - position.of(state)).abs().max() <= 0.07 * position.of(
                 state
             ).abs().max()

@@ -23,6 +23,7 @@ from rorqual.layers import sparse, tiles
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.csa import CSAConfig
+from rorqual.layers.csa2 import CSA2Config
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
@@ -56,6 +57,15 @@ CSA = CSAConfig(
     top_k=3,
     compress_rope=RopeConfig(base=80.0, yarn=YarnConfig(factor=4.0, original_length=16)),
 )
+# A source of each ratio, blocks that select anew and that reuse, one of coarse blocks, a window.
+CSA2 = CSA2Config(
+    ratios=(2, 1, 1, 0),
+    kv_sources=(0, 1),
+    index_sources=(0, 1, 2),
+    candidate_source=1,
+    candidate_block=2,
+    candidate_blocks=3,
+)
 KINDS = {
     "mla": {"mla": SMALL_LATENT},
     "mla-large": {"mla": LARGE_LATENT},
@@ -81,6 +91,18 @@ KINDS = {
     "csa": {"csa": dataclasses.replace(CSA, kinds=("csa",))},
     "csa-overlap": {"csa": dataclasses.replace(CSA, kinds=("csa",), ratio=1, top_k=7, window=1)},
     "hca": {"csa": dataclasses.replace(CSA, kinds=("hca",))},
+    "csa2": {"csa": CSA, "csa2": CSA2, "layers": 4},
+    "csa2-reuse": {
+        "csa": dataclasses.replace(CSA, top_k=5, window=1),
+        "csa2": CSA2Config(ratios=(3, 3), kv_sources=(0,), index_sources=(0,)),
+        "layers": 2,
+    },
+    "csa2-rounded": {
+        "csa": CSA,
+        "csa2": CSA2Config(
+            ratios=(2,), kv_sources=(0,), index_sources=(0,), cache_formats="published"
+        ),
+    },
 }
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {
@@ -520,7 +542,8 @@ def test_bfloat16_stays_near(kind: str) -> None:
             result = grow(Rows(build(kind, dtype), 3))
         # A few tokens select other keys than in float64.
         errors = (result - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert errors.median() < 0.05
+        # and every block adds to the error.
+        assert errors.median() < 0.05 * KINDS[kind].get("layers", 1)
 
 
 def follow(model: LanguageModel, data: st.DataObject) -> None:
