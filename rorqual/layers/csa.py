@@ -29,7 +29,7 @@ over the selected ones. Entries are counted from the start of each document.
 DeepSeek-V4, section 2.3: compressed sparse attention (CSA) and heavily compressed attention (HCA).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,13 @@ from torch import Tensor, nn
 from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Bundle, Recent
 from rorqual.layers.context import Context
-from rorqual.layers.dsa import IndexerLoss, attention_target, index_scores
+from rorqual.layers.dsa import (
+    IndexerLoss,
+    Ties,
+    attention_target,
+    choices_open,
+    index_scores,
+)
 from rorqual.layers.sparse import Blocks
 from rorqual.model_config import CSAConfig as CSAConfig
 
@@ -68,6 +74,8 @@ class SharedKVCache(Bundle):
     """The cache of window attention: the keys of the last `window - 1` tokens."""
 
     window: Recent
+    # Of a block with an indexer; None if its selection does not depend on the call.
+    ties: Ties | None = field(default=None, kw_only=True)
 
 
 @dataclass(eq=False)
@@ -473,7 +481,8 @@ class CSA(HCA):
         """Returns an empty cache for `capacity` tokens."""
         compressors = self.compressor, self.indexer.compressor
         caches = (compressor.new_cache(capacity) for compressor in compressors)
-        return CSACache(Recent(self.config.window - 1), *caches)
+        ties = Ties() if self.config.ties == "topk" else None
+        return CSACache(Recent(self.config.window - 1), *caches, ties=ties)
 
     def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
         """Returns the indexer's keys of all entries."""
@@ -501,7 +510,8 @@ class CSA(HCA):
         weights = indexer.weights_proj(hidden.detach()).float()
         weights = weights * (c.index_heads * c.index_dim) ** -0.5
         turned, as_topk = self.turn(query, ctx), c.ties == "topk"
-        return EntrySelection(turned, weights, entries.index_keys, c.top_k, as_topk)
+        ties = None if ctx.cache is None else ctx.cache.attention.ties
+        return EntrySelection(turned, weights, entries.index_keys, c.top_k, as_topk, ties)
 
 
 class EntrySelection(NamedTuple):
@@ -512,6 +522,7 @@ class EntrySelection(NamedTuple):
     keys: Float[Tensor, "B M I"]
     top_k: int  # entries that a query may select
     as_topk: bool = False  # of equal scores those of torch.topk are selected, not the last ones
+    ties: Ties | None = None  # where it is noted that they were
 
     def gathers(self, count: int) -> bool:
         """Whether copying the selected ones of `count` entries costs less than masking others."""
@@ -530,6 +541,8 @@ class EntrySelection(NamedTuple):
             # Which of equal scores torch.topk selects depends on the number of all.
             scores = F.pad(scores, (0, self.keys.shape[1] - scores.shape[-1]), value=-torch.inf)
             index = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
+            if self.ties is not None:
+                self.ties.note(choices_open(scores, index))
         else:
             index = largest(scores, self.top_k)
         return index, scores.gather(-1, index) > -torch.inf

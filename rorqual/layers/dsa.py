@@ -103,7 +103,7 @@ class Indexer(nn.Module):
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
         selection = IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
-        if self.config.ties == "latest":
+        if self.config.ties == "last":
             return selection
         cached = None if ctx.cache is None else ctx.cache.attention.ties
         return selection._replace(ties=key.shape[1], cached_ties=cached)

@@ -56,9 +56,9 @@ def test_coarse_blocks_are_counted_from_the_start_of_the_document():
 @pytest.mark.parametrize("ties", ["last", "topk"])
 def test_fewer_entries_than_are_selected(ties):
     scores = torch.tensor([[[1.0, -torch.inf, 3.0, -torch.inf]]])
-    assert sorted(best(scores, 3, ties)[0, 0].tolist()) == [-1, 0, 2]
-    assert best(scores[..., :0], 3, ties).shape == (1, 1, 0)
-    assert best(torch.zeros(1, 1, 5), 2, "last")[0, 0].sort().values.tolist() == [3, 4]
+    assert sorted(best(scores, 3, TieRule(ties))[0, 0].tolist()) == [-1, 0, 2]
+    assert best(scores[..., :0], 3, TieRule(ties)).shape == (1, 1, 0)
+    assert best(torch.zeros(1, 1, 5), 2, TieRule("last"))[0, 0].sort().values.tolist() == [3, 4]
 
 
 def test_only_sources_store_entries():

@@ -661,7 +661,7 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
 
 @pytest.mark.compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("ties", ["latest", "topk"])
+@pytest.mark.parametrize("ties", ["last", "topk"])
 def test_a_compiled_model_is_one_graph(ties):
     """Compiles the logits and the loss of a whole model, whose last block has no indexer."""
     config = ModelConfig(
