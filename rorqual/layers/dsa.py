@@ -359,8 +359,8 @@ class IndexerSelection(NamedTuple):
                     for row, query in choices_open(scores, index).nonzero().tolist():
                         first, stop = spans[row, query].tolist()
                         if stop - first > self.top_k:
-                            part = scores[row, query, first:stop]
-                            index[row, query] = first + part.topk(self.top_k).indices
+                            columns = scores[row, query, first:stop]
+                            index[row, query] = first + columns.topk(self.top_k).indices
             if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
             real = scores.gather(-1, index) > -torch.inf
