@@ -63,7 +63,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     kind = description.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(MODEL_TYPES)}")
-    d = DEFAULTS | dict(description)
+    d = {**DEFAULTS, **description}
     if lacking := [key for key in WHOLE if key not in d]:
         raise ValueError(f"config.json: no {', '.join(lacking)}")
     for key, allowed in ONLY.items():
