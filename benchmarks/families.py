@@ -11,7 +11,8 @@ logits are compared with the first ones. The exit status is 1 if any configurati
 
 Families are the entries of FAMILIES in tests/hub/random_*.py: name -> a function that maps a seed
 to a configuration of transformers. A module may define `build(config)` if AutoModelForCausalLM does
-not know its models, and `again(folder)` that loads an exported folder.
+not know its models, `again(folder)` that loads an exported folder, `stir(model, seed)` that draws
+the weights, IDS, the number of ids that texts have, and METADATA of expected.safetensors.
 """
 
 import argparse
@@ -92,7 +93,9 @@ def stir(model: nn.Module, seed: int) -> None:
             value.copy_(noise * (SPREAD if value.dim() > 1 else 0.1))
 
 
-def write_expected(model: nn.Module, folder: Path, ids: Tensor, new: int) -> Tensor:
+def write_expected(
+    model: nn.Module, folder: Path, ids: Tensor, new: int, metadata: dict[str, str] | None = None
+) -> Tensor:
     """Writes expected.safetensors beside a saved model; returns the logits."""
     model.zero_grad()
     out = model(ids, output_hidden_states=True, use_cache=False)
@@ -114,7 +117,7 @@ def write_expected(model: nn.Module, folder: Path, ids: Tensor, new: int) -> Ten
             greedy = torch.cat([greedy, logits.argmax(-1, keepdim=True)], dim=1)
     expected["greedy"] = greedy
     tensors = {name: value.contiguous().clone() for name, value in expected.items()}
-    save_file(tensors, folder / "expected.safetensors")
+    save_file(tensors, folder / "expected.safetensors", metadata=metadata)
     return out.logits.detach()
 
 
@@ -128,15 +131,16 @@ def compare(name: str, seed: int, *, new: int = 16) -> Result:
     config = module.FAMILIES[name](seed)
     torch.manual_seed(seed)
     model = getattr(module, "build", build)(config).float().eval()
-    stir(model, seed)
+    getattr(module, "stir", stir)(model, seed)
     time_steps = 20 + seed * 7 % 40
-    ids = torch.randint(config.get_text_config().vocab_size, (2, time_steps))
+    count = getattr(module, "IDS", None) or config.get_text_config().vocab_size
+    ids = torch.randint(count, (2, time_steps))
     errors: dict[str, float] = {}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder, exported = Path(scratch, "theirs"), Path(scratch, "ours")
         model.save_pretrained(folder)
-        logits = write_expected(model, folder, ids, new)
+        logits = write_expected(model, folder, ids, new, getattr(module, "METADATA", None))
         for item in module_of(ROOT / "tests/golden/check.py").check(folder):
             kind = item.name.split(".")[0].split(":")[0]
             if item.error is not None:

@@ -63,3 +63,6 @@ def oracle_config(seed: int) -> DeepseekV4Config:
             "beta_slow": 1,
         }
     return DeepseekV4Config(**fields)
+
+
+FAMILIES = {"deepseek_v4": oracle_config}

@@ -268,3 +268,4 @@ def again(folder: Path) -> Any:
 FAMILIES = {"deepseek_v41": family_config} if is_installed() else {}
 # What expected.safetensors says about the numbers in it.
 METADATA = {"cache_formats": "identity"}
+IDS = 300  # of the tokenizer
