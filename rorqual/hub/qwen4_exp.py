@@ -377,7 +377,9 @@ def _published_engram(config: ModelConfig) -> dict[str, Any]:
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that Qwen4-Exp does not have, and those that it must have."""
     differences = [
-        name for name in ("mla", "nsa", "moba", "dsa", "mtp") if getattr(config, name) is not None
+        name
+        for name in ("mla", "csa", "nsa", "moba", "dsa", "mtp")
+        if getattr(config, name) is not None
     ]
     gqa, delta, moe, hyper, engram = (
         config.gqa, config.delta, config.moe, config.hyper, config.engram,
