@@ -12,6 +12,7 @@ writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as tr
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -566,8 +567,8 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 
 def canonical(name: str) -> str:
-    """Returns the name itself: `places` has those of both writers of such folders."""
-    return name
+    """Returns the name in the text model alone of a tensor of the multimodal one."""
+    return re.sub(r"^model\.language_model\.", "model.", name)
 
 
 def skipped(name: str) -> bool:
