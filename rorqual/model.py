@@ -291,7 +291,7 @@ class LanguageModel(nn.Module):
     def _cache_is_outdated(self, cache: Cache, ids: Tensor, lengths) -> bool:
         """Whether the new tokens change what an uncached call computes for the cached ones.
 
-        They do if DSA selects among keys of equal score as torch.topk does, and if the rotary
+        They do if an indexer selects among equal scores as torch.topk does, and if the rotary
         frequencies change with the longest position.
         """
         ties = (getattr(layer.attention, "ties", None) for layer in cache.layers)
@@ -482,7 +482,7 @@ class LanguageModel(nn.Module):
         weight = self.embed.weight
         of = (batch, capacity, weight.dtype, weight.device)
         ids = self.addresses.new_cache(*of) if self.addresses is not None else None
-        ties = self.config.dsa is not None and self.config.dsa.ties == "topk"
+        ties = self.config.indexer is not None and self.config.indexer.ties == "topk"
         if ids is None and (ties or self.config.rope.varies):
             ids = Appended(capacity)  # of tokens that may have to be computed again
         blocks = [cast(Block, cast(MTP, module).block) for module in self.mtp]

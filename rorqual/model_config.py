@@ -354,7 +354,7 @@ class DSAConfig:
     shared: tuple[int, ...] = ()
     # Of keys of equal score the latest are selected, however the tokens reach the model, or those
     # that torch.topk returns for all keys of the call, as transformers' models do.
-    ties: Literal["latest", "topk"] = "latest"
+    ties: Literal["last", "topk"] = "last"
 
     def __post_init__(self) -> None:
         for name in ("heads", "dim", "top_k"):
@@ -368,8 +368,8 @@ class DSAConfig:
                 f"dsa.shared: got {self.shared}, expected block indices from 1: "
                 "the first block has nothing to share"
             )
-        if self.ties not in ("latest", "topk"):
-            raise ValueError(f"dsa.ties: got {self.ties!r}, expected 'latest' or 'topk'")
+        if self.ties not in ("last", "topk"):
+            raise ValueError(f"dsa.ties: got {self.ties!r}, expected 'last' or 'topk'")
 
     def check_rope_dim(self, rope_dim: int) -> None:
         """Refuses a surrounding attention that rotates more than the indexer's heads hold."""

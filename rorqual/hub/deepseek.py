@@ -274,8 +274,8 @@ def _shared_blocks(d: Mapping[str, Any]) -> tuple[int, ...]:
     if kinds is None and (pattern := d.get("index_topk_pattern")) is not None:
         kinds = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
     if kinds is None:
-        period = max(whole({"index_topk_freq": 1} | dict(d), "index_topk_freq"), 1)
-        first = whole({"index_skip_topk_offset": 2} | dict(d), "index_skip_topk_offset")
+        period = max(whole({"index_topk_freq": 1, **d}, "index_topk_freq"), 1)
+        first = whole({"index_skip_topk_offset": 2, **d}, "index_skip_topk_offset")
         return tuple(
             index
             for index in range(0 if period == 1 else min(layers, MANY))

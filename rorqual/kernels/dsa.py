@@ -199,7 +199,9 @@ def attend_best(
     if tied is not None:
         tied.copy_(torch.from_numpy(equal))
         for b, t in zip(*equal.nonzero(), strict=True):
-            scores = weights[b, t] @ (index_query[b, t] @ key[b].T).relu()
+            # The columns of the row that the last of its tokens sees.
+            columns = key[b, : int(ends[b].max())]
+            scores = weights[b, t] @ (index_query[b, t] @ columns.T).relu()
             scores[ends[b, t] :] = -torch.inf
             keys = latent[b, scores.topk(top_k).indices]
             out[b, t] = ((query[b, t] * scale) @ keys.T).softmax(-1) @ keys

@@ -112,6 +112,27 @@ class Context:
         keys = torch.arange(self.key_count, device=columns.device)
         return (columns[..., None] - keys < window)[:, None]
 
+    def spans(self) -> Int[Tensor, "B T 2"] | None:
+        """Returns the first column of each new token's document, and the one after its last.
+
+        None where every sequence is one document of all columns.
+        """
+        if self.starts is None and self.lengths is None and self.key_document_ids is None:
+            return None
+        time = self.positions.shape[1]
+        counts = time if self.lengths is None else self.lengths
+        ends = (self.past if self.starts is None else self.starts) + counts
+        if not isinstance(ends, Tensor):
+            ends = torch.full_like(self.columns[:, 0], ends)
+        if self.key_document_ids is None:
+            ends = ends[:, None].expand(-1, time)
+            return torch.stack([torch.zeros_like(ends), ends], dim=-1)
+        assert self.document_ids is not None
+        first = self.columns - self.positions
+        stored = torch.arange(self.key_count, device=ends.device) < ends[:, None]  # [B, L]
+        same = self.document_ids[..., None] == self.key_document_ids[:, None]
+        return torch.stack([first, first + (same & stored[:, None]).sum(-1)], dim=-1)
+
     def documents_before(self, count: int) -> Int[Tensor, "B W"] | None:
         """Returns the documents of the last `count` tokens before the new ones and of those.
 

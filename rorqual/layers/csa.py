@@ -29,7 +29,7 @@ over the selected ones. Entries are counted from the start of each document.
 DeepSeek-V4, section 2.3: compressed sparse attention (CSA) and heavily compressed attention (HCA).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,13 @@ from torch import Tensor, nn
 from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Bundle, Recent
 from rorqual.layers.context import Context
-from rorqual.layers.dsa import IndexerLoss, attention_target, index_scores
+from rorqual.layers.dsa import (
+    IndexerLoss,
+    Ties,
+    attention_target,
+    choices_open,
+    index_scores,
+)
 from rorqual.layers.sparse import Blocks
 from rorqual.model_config import CSAConfig as CSAConfig
 
@@ -68,6 +74,8 @@ class SharedKVCache(Bundle):
     """The cache of window attention: the keys of the last `window - 1` tokens."""
 
     window: Recent
+    # Of a block with an indexer; None if its selection does not depend on the call.
+    ties: Ties | None = field(default=None, kw_only=True)
 
 
 @dataclass(eq=False)
@@ -159,19 +167,24 @@ class Compressor(nn.Module):
         """Returns the weighted sums of the tokens of every entry that the new tokens complete."""
         ratio, time = self.ratio, hidden.shape[1]
         tokens = torch.cat([self.wkv(hidden), self.wgate(hidden)], dim=-1)
+        aligned = ctx.starts is None and ctx.key_document_ids is None
+        first, last = ctx.past // ratio, (ctx.past + time) // ratio
         if cache is None:
             tokens = F.pad(tokens, (0, 0, self.span - 1, 0))
+        elif aligned and first == last and cache.tokens.buffer is not None:
+            # No entry is completed.
+            cache.tokens.store(tokens.detach(), ctx)
         else:
             before = cache.tokens.before(ctx, tokens)
             cache.tokens.store(tokens.detach(), ctx)
             tokens = torch.cat([before, tokens], dim=1)
         # The entry that new token t completes is made of tokens[:, t : t + span].
-        if ctx.starts is None and ctx.key_document_ids is None:
-            first, start = ctx.past // ratio, -(ctx.past + 1) % ratio
-            numbers = torch.arange(first, (ctx.past + time) // ratio, device=hidden.device)
-            if not len(numbers):
-                empty = hidden.new_empty(len(hidden), 0, self.width)
+        if aligned:
+            numbers = torch.arange(first, last, device=hidden.device)
+            if first == last:
+                empty = tokens.new_empty(len(hidden), 0, self.width)
                 return Pooled(empty, numbers[None], first)
+            start = -(ctx.past + 1) % ratio
             spans = tokens[:, start:].unfold(1, self.span, ratio).transpose(-1, -2)
             values = self.weigh(spans, (numbers == 0)[None, :, None, None])
             return Pooled(values, numbers[None] * ratio, first)
@@ -209,13 +222,16 @@ class Compressor(nn.Module):
         cache: EntryCache | None,
     ) -> Float[Tensor, "B M P"]:
         """Rotates and stores new entries, the norms of `pooled`; returns those of all tokens."""
+        total, batch = ctx.key_count // self.ratio, len(ctx.positions)
+        stored = None if cache is None else cache.entries.values.buffer
+        if pooled.rows is None and not values.shape[1] and stored is not None and total:
+            return stored[:, :total]
         assert ctx.compressed_frequencies is not None
         angles = pooled.positions[..., None].float() * ctx.compressed_frequencies
         cos, sin = (x * ctx.compressed_factor for x in (angles.cos(), angles.sin()))
         cos, sin = (x.expand(len(values), -1, -1) for x in (cos, sin))
         rest, turned = values.split([self.width - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
         values = torch.cat([rest, rotate(turned, cos, sin, interleaved=True)], dim=-1)
-        total, batch = ctx.key_count // self.ratio, len(ctx.positions)
         if cache is None:
             if pooled.rows is None:
                 return values
@@ -356,11 +372,22 @@ class SharedKV(nn.Module):
                 run = slice(start, min(start + at_once, run.stop))
             start, queries = run.stop, query[:, run]
             key = keys[:, run.start : run.stop + window - 1]
-            mask = window_mask(ctx, window, run, document_ids)
+            # A single token in rows of the same length sees all that there is.
+            all_seen = time == 1 and ctx.mask is None and ctx.past >= window - 1
+            mask = None if all_seen else window_mask(ctx, window, run, document_ids)
             if entries is None or not count:
                 outs.append(attend_with_sink(queries, key, mask, sink, scale))
                 continue
-            values, seen = entries.values[:, :count], entries.visible(ctx, run, count)
+            values = entries.values[:, :count]
+            seen = None if all_seen else entries.visible(ctx, run, count)
+            choosing = selection is not None and count > selection.top_k
+            if mask is None and not choosing and ctx.indexer_warmup is None:
+                key = torch.cat([key, values.to(key.dtype)], dim=1)
+                outs.append(attend_with_sink(queries, key, None, sink, scale))
+                continue
+            if mask is None or seen is None:
+                mask = window_mask(ctx, window, run, document_ids)
+                seen = entries.visible(ctx, run, count)
             if selection is not None and gathers:
                 index, real = selection.choose(selection.scores(run, count), seen)
                 outs.append(
@@ -423,7 +450,8 @@ class HCA(SharedKV):
         cache, compressor = ctx.cache, self.compressor
         cache = None if cache is None else cache.attention.entries
         pooled = compressor.pool(hidden, ctx, cache)
-        values = compressor.store(compressor.norm(pooled.values), pooled, ctx, cache)
+        normed = compressor.norm(pooled.values) if pooled.values.shape[1] else pooled.values
+        values = compressor.store(normed, pooled, ctx, cache)
         return Entries(values, compressor.ratio, ends=compressor.ends(ctx))
 
 
@@ -453,14 +481,16 @@ class CSA(HCA):
         """Returns an empty cache for `capacity` tokens."""
         compressors = self.compressor, self.indexer.compressor
         caches = (compressor.new_cache(capacity) for compressor in compressors)
-        return CSACache(Recent(self.config.window - 1), *caches)
+        ties = Ties() if self.config.ties == "topk" else None
+        return CSACache(Recent(self.config.window - 1), *caches, ties=ties)
 
     def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
         """Returns the indexer's keys of all entries."""
         cache, compressor = ctx.cache, self.indexer.compressor
         cache = None if cache is None else cache.attention.index
         pooled = compressor.pool(hidden.detach(), ctx, cache)
-        return compressor.store(compressor.norm(pooled.values), pooled, ctx, cache)
+        normed = compressor.norm(pooled.values) if pooled.values.shape[1] else pooled.values
+        return compressor.store(normed, pooled, ctx, cache)
 
     def select(
         self,
@@ -480,7 +510,8 @@ class CSA(HCA):
         weights = indexer.weights_proj(hidden.detach()).float()
         weights = weights * (c.index_heads * c.index_dim) ** -0.5
         turned, as_topk = self.turn(query, ctx), c.ties == "topk"
-        return EntrySelection(turned, weights, entries.index_keys, c.top_k, as_topk)
+        ties = None if ctx.cache is None else ctx.cache.attention.ties
+        return EntrySelection(turned, weights, entries.index_keys, c.top_k, as_topk, ties)
 
 
 class EntrySelection(NamedTuple):
@@ -491,6 +522,7 @@ class EntrySelection(NamedTuple):
     keys: Float[Tensor, "B M I"]
     top_k: int  # entries that a query may select
     as_topk: bool = False  # of equal scores those of torch.topk are selected, not the last ones
+    ties: Ties | None = None  # where it is noted that they were
 
     def gathers(self, count: int) -> bool:
         """Whether copying the selected ones of `count` entries costs less than masking others."""
@@ -509,6 +541,8 @@ class EntrySelection(NamedTuple):
             # Which of equal scores torch.topk selects depends on the number of all.
             scores = F.pad(scores, (0, self.keys.shape[1] - scores.shape[-1]), value=-torch.inf)
             index = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
+            if self.ties is not None:
+                self.ties.note(choices_open(scores, index))
         else:
             index = largest(scores, self.top_k)
         return index, scores.gather(-1, index) > -torch.inf
@@ -614,14 +648,18 @@ def last_window(keys: Float[Tensor, "B W P"], window: int, ctx: Context) -> Floa
 def attend_with_sink(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L P"],
-    mask: Bool[Tensor, "#B T L"],
+    mask: Bool[Tensor, "#B T L"] | None,
     sink: Float[Tensor, " H"],
     scale: float,
 ) -> Float[Tensor, "B T H P"]:
-    """Attends to keys that are also the values, with one logit more for each head, its sink."""
+    """Attends to keys that are also the values, with one logit more for each head, its sink.
+
+    Without a mask every query sees every key.
+    """
     logits = ((query * scale).flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
     sinks = sink.to(logits.dtype)[:, None].expand(*logits.shape[:3], 1)
     weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
     return (weights.to(key.dtype).flatten(1, 2) @ key).view_as(query)

@@ -45,7 +45,7 @@ from rorqual.layers.csa import (
     mean_entry_loss,
     window_mask,
 )
-from rorqual.layers.dsa import IndexerLoss
+from rorqual.layers.dsa import IndexerLoss, Ties, choices_open
 from rorqual.layers.sparse import Blocks
 from rorqual.model_config import CSA2Config as CSA2Config
 from rorqual.model_config import CSAConfig
@@ -250,12 +250,19 @@ def shared_scores(
         return (products.relu() * weights[..., None]).sum(2)
 
 
-def best(
-    scores: Float[Tensor, "B T M"], count: int, ties: Literal["last", "topk"]
-) -> Int[Tensor, "B T K"]:
+class TieRule(NamedTuple):
+    """Which of equal scores are selected, and where it is noted that some were not."""
+
+    rule: Literal["last", "topk"]
+    noted: Ties | None = None  # the block's cache of it
+
+
+def best(scores: Float[Tensor, "B T M"], count: int, ties: TieRule) -> Int[Tensor, "B T K"]:
     """Returns the indices of the `count` largest scores; -1 where there are fewer above -inf."""
-    if ties == "topk":
+    if ties.rule == "topk":
         index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
+        if ties.noted is not None and index.shape[-1]:
+            ties.noted.note(choices_open(scores, index))
     else:
         index = largest(scores.float(), count)
     return index.where(scores.gather(-1, index) > -torch.inf, -1)
@@ -266,7 +273,7 @@ class Coarse(NamedTuple):
 
     block: int
     visible: Visible
-    ties: Literal["last", "topk"]
+    ties: TieRule
 
     def of_entries(self, count: int, run: slice) -> Int[Tensor, "#B T M"]:
         """Returns the coarse block of each of `count` entries; below 0 before the document."""
@@ -324,11 +331,13 @@ class CSA2(SharedKV):
     ) -> SharedKVCache:
         """Returns an empty cache; only a source stores more than its window."""
         window = Recent(self.config.window - 1)
+        selects_as_topk = self.indexer is not None and self.config.ties == "topk"
+        ties = Ties() if selects_as_topk else None
         if self.compressor is None:
-            return SharedKVCache(window)
+            return SharedKVCache(window, ties=ties)
         pending = Recent(self.ratio - 1) if self.ratio > 1 else None
         entries, keys = (Blocks(self.ratio, self.ratio, capacity) for _ in range(2))
-        return SourceCache(window, entries, keys, pending)
+        return SourceCache(window, entries, keys, pending, ties=ties)
 
     def forward(  # type: ignore[override]
         self, hidden: Float[Tensor, "B T D"], ctx: Context
@@ -399,7 +408,8 @@ class CSA2(SharedKV):
             weights = self.indexer.weights(hidden.detach())
             visible = visible_entries(ctx, self.ratio)
             count = shared.entries.shape[1]
-            ties = self.config.ties
+            cache = None if ctx.cache is None else ctx.cache.attention
+            ties = TieRule(self.config.ties, None if cache is None else cache.ties)
             coarse = Coarse(self.shares.candidate_block, visible, ties)
             for run in self.runs(asked, count):
                 seen = visible.mask(count, run)

@@ -103,10 +103,10 @@ class Indexer(nn.Module):
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
         selection = IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
-        if self.config.ties == "latest":
+        if self.config.ties == "last":
             return selection
         cached = None if ctx.cache is None else ctx.cache.attention.ties
-        return selection._replace(ties=key.shape[1], cached_ties=cached)
+        return selection._replace(ties=key.shape[1], spans=ctx.spans(), cached_ties=cached)
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
@@ -229,6 +229,8 @@ class DSA(MLA):
             inputs = query, latent, late.query, late.key, late.weights
             # The kernel scores and selects by itself.
             compiled = late.small_batch and late.indices is None
+            # It does not know where the valid tokens of each row end.
+            compiled &= late.spans is None or late.query.shape[1] == 1
             if compiled and attend_best.choose(*inputs) is not None:
                 tied = None
                 if late.ties is not None:
@@ -272,6 +274,9 @@ class IndexerSelection(NamedTuple):
     # Of equal keys those are selected that torch.topk returns for a row of so many columns, those
     # that a query may not see among them; None: the latest.
     ties: int | None = None
+    # With `ties`: the first column of each query's document, and the one after its last. torch.topk
+    # gets those alone, so that a query selects as if its document were a call. None: all columns.
+    spans: Int[Tensor, "B T 2"] | None = None
     # The columns of the selected keys, those that a query may not see among them; None: the keys of
     # largest score.
     indices: Int[Tensor, "B T K"] | None = None
@@ -342,6 +347,14 @@ class IndexerSelection(NamedTuple):
                 index = scores.topk(self.top_k, dim=-1).indices
                 if self.cached_ties is not None:
                     self.cached_ties.note(choices_open(scores, index))
+                # A compiler cannot trace a loop over what is tied.
+                if self.spans is not None and not torch.compiler.is_compiling():
+                    spans = self.spans[:, run]
+                    for row, query in choices_open(scores, index).nonzero().tolist():
+                        first, stop = spans[row, query].tolist()
+                        if stop - first > self.top_k:
+                            columns = scores[row, query, first:stop]
+                            index[row, query] = first + columns.topk(self.top_k).indices
             if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
             real = scores.gather(-1, index) > -torch.inf
@@ -376,6 +389,7 @@ class IndexerSelection(NamedTuple):
                 mask=before,
                 ends=None if self.ends is None else self.ends[:, :count],
                 indices=None if self.indices is None else self.indices[:, :count],
+                spans=None if self.spans is None else self.spans[:, :count],
             ),
             self._replace(
                 query=self.query[:, count:],
@@ -383,6 +397,7 @@ class IndexerSelection(NamedTuple):
                 mask=after,
                 ends=None if self.ends is None else self.ends[:, count:],
                 indices=None if self.indices is None else self.indices[:, count:],
+                spans=None if self.spans is None else self.spans[:, count:],
             ),
         )
 
@@ -445,7 +460,7 @@ class IndexerSelection(NamedTuple):
         scores are in memory at a time: the gradient is formed together with the loss.
         """
         attention = query.detach(), key.detach(), scale, indexer_warmup
-        sums = _Divergence.apply(*self[:5], *attention, valid, self.ties)
+        sums = _Divergence.apply(*self[:5], *attention, valid, self.ties, self.spans)
         summed, captured, queries, choosing, uniform = sums
         recall = torch.where(choosing > 0, captured / choosing.clamp_min(1), 1.0)
         count = queries.clamp_min(1)
@@ -515,9 +530,14 @@ def attend_best(
         ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
     visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
     scores = scores.masked_fill(~visible, -torch.inf)
-    index = largest(scores, top_k) if tied is None else scores.topk(top_k, dim=-1).indices
-    if tied is not None:
+    if tied is None:
+        index = largest(scores, top_k)
+    else:
+        index = scores.topk(top_k, dim=-1).indices
         tied.copy_(choices_open(scores, index))
+        for row, token in tied.nonzero().tolist():
+            columns = scores[row, token, : int(ends.expand(len(scores), -1)[row].max())]
+            index[row, token] = columns.topk(top_k).indices
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
     rows = []
     for row, places in enumerate(index):
@@ -598,8 +618,9 @@ class _Divergence(torch.autograd.Function):
         indexer_warmup,
         valid,
         ties,
+        spans,
     ):
-        selection = IndexerSelection(query, weights, key, mask, top_k, ties=ties)
+        selection = IndexerSelection(query, weights, key, mask, top_k, ties=ties, spans=spans)
         graded = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in selection[:3]] if graded else []
         sums = torch.zeros(5, device=query.device)
@@ -637,7 +658,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        return *(grad * grads[0] for grad in ctx.grads), *(None,) * 8
+        return *(grad * grads[0] for grad in ctx.grads), *(None,) * 9
 
 
 def _compared(scores: Tensor, target: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:

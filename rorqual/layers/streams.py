@@ -74,7 +74,7 @@ class _Sinkhorn(torch.autograd.Function):
         return flow.addcmul_(start, flow.sum(1, keepdim=True), value=-1), None, None
 
 
-@kernel(numba="rorqual.kernels.sinkhorn:sinkhorn")
+@kernel(numba="rorqual.kernels.hyper:sinkhorn")
 def sinkhorn(
     logits: Float[Tensor, "S S N"], iterations: int = 20, eps: float = 1e-6
 ) -> Float[Tensor, "S S N"]:
@@ -145,7 +145,9 @@ def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Te
     return (pre.T[:, None].contiguous() @ streams.to(pre.dtype))[:, 0].to(streams.dtype)
 
 
-@kernel(triton="rorqual.kernels.triton_hyper:pre_mapping")
+@kernel(
+    numba="rorqual.kernels.hyper:pre_mapping", triton="rorqual.kernels.triton_hyper:pre_mapping"
+)
 def pre_mapping(
     streams: Float[Tensor, "N S D"],
     m: Float[Tensor, "K N"],
@@ -167,7 +169,9 @@ def pre_mapping(
     return read(streams, pre if handed_on is None else handed_on), pre, post, comb
 
 
-@kernel(triton="rorqual.kernels.triton_hyper:post_mapping")
+@kernel(
+    numba="rorqual.kernels.hyper:post_mapping", triton="rorqual.kernels.triton_hyper:post_mapping"
+)
 def post_mapping(
     streams: Float[Tensor, "N S D"],
     out: Float[Tensor, "N D"],

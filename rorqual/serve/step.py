@@ -199,9 +199,10 @@ class _Compiled:
 
 def _ends(model: LanguageModel, names: Sequence[str]) -> list[int]:
     """Returns the addresses of the weights after the last block; 0 for a missing one."""
-    weights = {"norm": model.norm.weight, "head": model.head.weight}
-    if model.reduction is not None:
-        weights |= dict(cast(nn.Module, model.reduction).named_parameters())
+    weights: dict[str, Any] = {"norm": model.norm.weight, "head": model.head.weight}
+    reduction: nn.Module | None = model.reduction
+    if reduction is not None:
+        weights.update(reduction.named_parameters())
     return [weights[name].data_ptr() if name in weights else 0 for name in names]
 
 

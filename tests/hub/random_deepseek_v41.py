@@ -170,7 +170,7 @@ def exact_caches() -> Iterator[None]:
         attention.quantize_cache = before
 
 
-def build(description: dict[str, Any]) -> Any:
+def reference(description: dict[str, Any]) -> Any:
     """Builds the reference of a config.json, without values."""
     from nemo_automodel.components.models.common import BackendConfig
     from nemo_automodel.components.models.deepseek_v41.config import DeepseekV41Config
@@ -191,7 +191,7 @@ def build(description: dict[str, Any]) -> Any:
 
 def random_model(seed: int) -> Any:
     """Builds a model of a random configuration with random values."""
-    model = build(oracle_config(seed))
+    model = reference(oracle_config(seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -221,9 +221,50 @@ def load(folder: Path) -> Any:
     """Reads a folder with the reference."""
     description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     description.pop("model_type")
-    model = build(description)
+    model = reference(description)
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     model.load_state_dict(model.state_dict_adapter.from_hf(tensors), strict=True)
     return model
+
+
+def family_config(seed: int) -> Any:
+    """Returns a configuration of the reference, for benchmarks/families.py."""
+    from nemo_automodel.components.models.deepseek_v41.config import DeepseekV41Config
+
+    return DeepseekV41Config(**oracle_config(seed))
+
+
+def build(config: Any) -> Any:
+    """Builds the reference with exact caches; it is called and saved as models of transformers."""
+    from nemo_automodel.components.models.deepseek_v41 import attention
+
+    attention.quantize_cache = lambda values, **_: values
+    fields = {
+        "text_config": config.text_config.to_dict(),
+        "vision_config": config.vision_config.to_dict(),
+        "dtype": "float32",
+    }
+    model = reference(fields)
+    plain = model.forward
+
+    def forward(ids: torch.Tensor, **_: Any) -> Any:
+        return plain(ids)
+
+    model.forward = forward
+    model.save_pretrained = lambda folder: save(model, Path(folder))
+    return model
+
+
+def again(folder: Path) -> Any:
+    """Loads an exported folder with the reference."""
+    model = load(folder)
+    plain = model.forward
+    model.forward = lambda ids, **_: plain(ids)
+    return model
+
+
+FAMILIES = {"deepseek_v41": family_config} if is_installed() else {}
+# What expected.safetensors says about the numbers in it.
+METADATA = {"cache_formats": "identity"}

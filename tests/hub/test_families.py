@@ -1,44 +1,39 @@
-"""Tests a few random configurations of every family by the loop of benchmarks/families.py."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""Tests which family reads a folder, and which one writes a model."""
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "families.py"
+from rorqual.hub import deepseek, deepseek_v4, deepseek_v41, qwen4_exp
+from rorqual.hub.families import FAMILIES, MODEL_TYPES, Family, family_for, family_of
+from rorqual.presets import preset
 
 
-def load():
-    """Loads the benchmark, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location("families_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def test_every_family_defines_everything():
+    for family in FAMILIES:
+        assert isinstance(family, Family)
+    assert len(set(MODEL_TYPES)) == len(MODEL_TYPES)
 
 
-BENCH = load()
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_a_folder_is_read_by_its_family(kind):
+    assert kind in family_of({"model_type": kind}).MODEL_TYPES
 
 
-@pytest.mark.parametrize("name", BENCH.families())
+def test_other_folders_are_refused():
+    with pytest.raises(ValueError, match="model_type: got 'llama', expected deepseek_v2, "):
+        family_of({"model_type": "llama"})
+
+
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+    ("name", "family"),
+    [
+        ("deepseek-v3", deepseek),
+        ("deepseek-v4-flash", deepseek_v4),
+        ("deepseek-v4.1-flash", deepseek_v41),
+        ("v4.1-tiny", deepseek_v41),
+        ("qwen4-tiny", qwen4_exp),
+        ("deepseek-v3.2", deepseek),
+    ],
 )
-def test_a_random_configuration_is_its_oracle(name, seed):
-    result = BENCH.compare(name, seed)
-    assert not result.wrong
-    assert {"logits", "loss", "grad", "greedy", "greedy, cached", "export"} <= result.errors.keys()
-
-
-def test_a_configuration_that_differs_is_counted(capsys, monkeypatch):
-    """The command prints what differs and exits with 1."""
-    name, results = next(iter(BENCH.families())), BENCH.results
-    wrong = BENCH.Result({"logits": 1.0}, ["WRONG 1.0e+00 logits"])
-    monkeypatch.setattr(
-        BENCH, "results", lambda name, seeds: results(name, seeds, lambda *_: wrong)
-    )
-    monkeypatch.setattr(sys, "argv", ["families.py", name, "--count", "2"])
-    assert BENCH.main() == 1
-    out = capsys.readouterr().out
-    assert f"{name}: 0 of 2 agree" in out and "WRONG 1.0e+00 logits" in out
+def test_a_model_is_written_by_the_family_that_can(name, family):
+    assert family_for(preset(name)) is family
+    assert not family.foreign(preset(name))

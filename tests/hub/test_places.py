@@ -1,8 +1,27 @@
-"""Tests that a place is the part of our state that it says, in the published shape."""
+"""Tests how published tensors are cut out of our state dict, and copied into it."""
 
 import torch
 
-from rorqual.hub.places import Place
+from rorqual.hub.places import Joined, Place, fill
+
+
+def test_a_place_is_a_view_in_the_published_shape():
+    state = {"experts": torch.arange(24.0).view(2, 3, 4)}
+    place_of_one = Place("experts", (1, slice(None), slice(2)), transposed=True)
+    view = place_of_one.of(state)
+    assert view.shape == (2, 3) and torch.equal(view, state["experts"][1, :, :2].T)
+    fill(place_of_one, state, torch.zeros(2, 3))
+    assert not state["experts"][1, :, :2].any() and state["experts"][1, :, 2:].all()
+
+
+def test_one_published_tensor_may_be_several_of_ours():
+    state = {"keys": torch.randn(4, 3), "values": torch.randn(2, 3)}
+    both = Joined((Place("keys"), Place("values")))
+    assert both.name == "keys"
+    assert torch.equal(both.of(state), torch.cat([state["keys"], state["values"]]))
+    published = torch.randn(6, 3)
+    fill(both, state, published)
+    assert torch.equal(state["keys"], published[:4]) and torch.equal(state["values"], published[4:])
 
 
 def test_a_place_is_a_view() -> None:

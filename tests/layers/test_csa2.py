@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from rorqual.layers.context import context
-from rorqual.layers.csa2 import CSA2, Coarse, Visible, best, new_entries, visible_entries
+from rorqual.layers.csa2 import (
+    CSA2,
+    Coarse,
+    TieRule,
+    Visible,
+    best,
+    new_entries,
+    visible_entries,
+)
 from rorqual.model import LanguageModel
 from rorqual.model_config import CSA2Config, CSAConfig
 from rorqual.presets import preset
@@ -35,7 +43,7 @@ def test_visible_entries_are_the_complete_ones_of_the_document():
 def test_coarse_blocks_hold_the_best_and_the_last(packed):
     scores = torch.tensor([[[9.0, 1, 1, 1, 8, 1, 1, -5, 0]]])
     visible = Visible(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[9]]), packed)
-    coarse = Coarse(2, visible, "last")
+    coarse = Coarse(2, visible, TieRule("last"))
     selected = coarse.select(scores, slice(0, 1), 2)
     assert sorted(selected[0, 0].tolist()) == [0, 4], "the last has one entry, and a low score"
     mask = coarse.mask(selected, 9, slice(0, 1))
@@ -45,7 +53,7 @@ def test_coarse_blocks_hold_the_best_and_the_last(packed):
 def test_coarse_blocks_are_counted_from_the_start_of_the_document():
     scores = torch.tensor([[[9.0, 9, 9, 1, 1, 5, 1]]])
     visible = Visible(torch.tensor([[3]]), torch.tensor([[7]]), packed=True)
-    coarse = Coarse(2, visible, "last")
+    coarse = Coarse(2, visible, TieRule("last"))
     scores = scores.masked_fill(~visible.mask(7, slice(0, 1)), -torch.inf)
     selected = coarse.select(scores, slice(0, 1), 1)
     assert selected[0, 0].tolist() == [1]
@@ -56,18 +64,16 @@ def test_coarse_blocks_are_counted_from_the_start_of_the_document():
 @pytest.mark.parametrize("ties", ["last", "topk"])
 def test_fewer_entries_than_are_selected(ties):
     scores = torch.tensor([[[1.0, -torch.inf, 3.0, -torch.inf]]])
-    assert sorted(best(scores, 3, ties)[0, 0].tolist()) == [-1, 0, 2]
-    assert best(scores[..., :0], 3, ties).shape == (1, 1, 0)
-    assert best(torch.zeros(1, 1, 5), 2, "last")[0, 0].sort().values.tolist() == [3, 4]
+    assert sorted(best(scores, 3, TieRule(ties))[0, 0].tolist()) == [-1, 0, 2]
+    assert best(scores[..., :0], 3, TieRule(ties)).shape == (1, 1, 0)
+    assert best(torch.zeros(1, 1, 5), 2, TieRule("last"))[0, 0].sort().values.tolist() == [3, 4]
 
 
 def test_only_sources_store_entries():
     config = preset("v4.1-tiny")
     model = LanguageModel(config)
-    caches = [
-        block.new_cache(1, 8, torch.float32, torch.device("cpu")).attention
-        for block in model.blocks
-    ]
+    sizes = 1, 8, torch.float32, torch.device("cpu")
+    caches = [block.new_cache(*sizes).attention for block in model.blocks]
     stored = [hasattr(cache, "entries") for cache in caches]
     assert stored == [False, True, False, True, False]
     kinds = [(b.attention.compressor is not None, b.attention.indexer is not None)
