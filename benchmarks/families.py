@@ -11,8 +11,10 @@ logits are compared with the first ones. The exit status is 1 if any configurati
 
 Families are the entries of FAMILIES in tests/hub/random_*.py: name -> a function that maps a seed
 to a configuration of transformers. A module may define `build(config)` if AutoModelForCausalLM does
-not know its models, `again(folder)` that loads an exported folder, `stir(model, seed)` that draws
-the weights, IDS, the number of ids that texts have, and METADATA of expected.safetensors.
+not know its models, `stir(model, seed)` that draws its weights, `again(folder)` that loads an
+exported folder, IDS, the number of ids that texts have, and METADATA of expected.safetensors. If it
+has CANCELS, some of its gradients are sums of large terms that cancel: they are held to as many
+digits as they have when every weight changes in its last bit.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from rorqual.hub import checkpoints  # noqa: E402
 
 TOLERANCE = 1e-5
 SPREAD = 0.15  # standard deviation of the weights, so that logits are apart
+SLACK = 8.0
 PROMPT = 12  # ids of the greedy continuation that are given
 
 
@@ -54,7 +57,7 @@ def module_of(path: Path) -> ModuleType:
 def families() -> dict[str, ModuleType]:
     """Returns the module of each family."""
     modules = [module_of(path) for path in sorted((ROOT / "tests/hub").glob("random_*.py"))]
-    return {name: module for module in modules for name in module.FAMILIES}
+    return {name: module for module in modules for name in getattr(module, "FAMILIES", {})}
 
 
 class Result(NamedTuple):
@@ -121,6 +124,31 @@ def write_expected(
     return out.logits.detach()
 
 
+def last_digits(model: nn.Module, ids: Tensor) -> dict[str, float]:
+    """Returns how far each gradient is off, by the name of its item, if weights change in a bit.
+
+    It is SLACK times the change of the oracle's own gradients, relative to the largest value.
+    """
+    before = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    saved = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + signs * torch.finfo(torch.float32).eps)
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    changes = {}
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.grad is not None:
+            largest = before[name].abs().max().clamp_min(1e-30)
+            change = ((parameter.grad - before[name]).abs().max() / largest).item()
+            changes[f"grad.{name}"] = SLACK * change
+        parameter.data.copy_(saved[name])
+    return changes
+
+
 def compare(name: str, seed: int, *, new: int = 16) -> Result:
     """Holds one configuration of a family against the library that defines it."""
     from transformers import logging
@@ -141,11 +169,12 @@ def compare(name: str, seed: int, *, new: int = 16) -> Result:
         folder, exported = Path(scratch, "theirs"), Path(scratch, "ours")
         model.save_pretrained(folder)
         logits = write_expected(model, folder, ids, new, getattr(module, "METADATA", None))
+        digits = last_digits(model, ids) if hasattr(module, "CANCELS") else {}
         for item in module_of(ROOT / "tests/golden/check.py").check(folder):
             kind = item.name.split(".")[0].split(":")[0]
             if item.error is not None:
                 errors[kind] = max(errors.get(kind, 0.0), item.error)
-            if not item.right:
+            if not item.right and not (item.error or 0.0) <= digits.get(item.name, 0.0):
                 wrong.append(str(item))
         checkpoints.export(checkpoints.load(folder, dtype=torch.float32), exported)
         theirs = getattr(module, "again", again)(exported).eval()

@@ -573,7 +573,7 @@ class QSAConfig:
 class DeltaNetConfig:
     """Sizes of gated delta net, and the blocks that have it in place of attention.
 
-    Qwen3.8-Flash-Next: 16 key heads and 32 value heads of 128, in three of four blocks.
+    Qwen3.8-Flash-Next: 16 key heads and 48 value heads of 128, in three of four blocks.
     """
 
     key_heads: int = 2

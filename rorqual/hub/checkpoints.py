@@ -51,7 +51,6 @@ from rorqual.tables.thread import BackgroundThread
 INTEGERS = ("I64", "I32")  # dtypes of token ids' experts
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of weights, as safetensors names them
 TABLE_SCALE = ".weight_scale"  # of a table whose shards share one scale
-TEXT_MODEL = "model.language_model."  # prefix of the text model's tensors in a multimodal folder
 # Bytes that are read of a mapped file before it is closed: until then they count as memory.
 WINDOW = 64 << 20
 
@@ -59,8 +58,7 @@ WINDOW = 64 << 20
 class Files:
     """The weight files of a folder: the file, shape and dtype of each tensor.
 
-    The text model of a multimodal folder is named as if it were alone. ValueError if a file is
-    missing.
+    ValueError if a file is missing.
     """
 
     def __init__(self, folder: Path):
@@ -70,11 +68,9 @@ class Files:
         self._read = 0
         for path in self._paths():
             tensors = _handle(path)
-            for stored in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                tensor, name = tensors.get_slice(stored), stored
-                if stored.startswith(TEXT_MODEL):
-                    name = "model." + stored.removeprefix(TEXT_MODEL)
-                self.where[name], self._stored[name] = path, stored
+            for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                tensor = tensors.get_slice(name)
+                self.where[name] = path
                 self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def _paths(self) -> list[Path]:

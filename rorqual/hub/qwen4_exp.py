@@ -12,6 +12,7 @@ writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as tr
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -377,7 +378,9 @@ def _published_engram(config: ModelConfig) -> dict[str, Any]:
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that Qwen4-Exp does not have, and those that it must have."""
     differences = [
-        name for name in ("mla", "nsa", "moba", "dsa", "mtp") if getattr(config, name) is not None
+        name
+        for name in ("mla", "csa", "nsa", "moba", "dsa", "mtp")
+        if getattr(config, name) is not None
     ]
     gqa, delta, moe, hyper, engram = (
         config.gqa, config.delta, config.moe, config.hyper, config.engram,
@@ -564,8 +567,8 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 
 def canonical(name: str) -> str:
-    """Returns the name itself: `places` has those of both writers of such folders."""
-    return name
+    """Returns the name in the text model alone of a tensor of the multimodal one."""
+    return re.sub(r"^model\.language_model\.", "model.", name)
 
 
 def skipped(name: str) -> bool:
