@@ -233,7 +233,10 @@ def family_config(seed: int) -> Any:
     """Returns a configuration of the reference, for benchmarks/families.py."""
     from nemo_automodel.components.models.deepseek_v41.config import DeepseekV41Config
 
-    return DeepseekV41Config(**oracle_config(seed))
+    description = oracle_config(seed)
+    # The reference refuses an id that its tokenizer does not have, in a continuation, too.
+    description["text_config"]["vocab_size"] = IDS
+    return DeepseekV41Config(**description)
 
 
 def build(config: Any) -> Any:
@@ -269,3 +272,4 @@ FAMILIES = {"deepseek_v41": family_config} if is_installed() else {}
 # What expected.safetensors says about the numbers in it.
 METADATA = {"cache_formats": "identity"}
 IDS = 300  # of the tokenizer
+CANCELS = True  # gradients of streams, and of values that lie on the edge of a clipped SwiGLU
