@@ -83,6 +83,7 @@ COMMANDS = {
         "table inspect runs/demo/engram",
         "table",
     ),
+    "chat": Command("talk with a model in the terminal", "chat runs/demo/engram", "infer"),
     "serve": Command(
         "answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "infer"
     ),

@@ -297,7 +297,7 @@ class Run:
         ids: list[list[int]] = [[] for _ in texts]
         pieces: list[list[str]] = [[] for _ in texts]
         ended = [False] * len(texts)
-        for step in self._steps(
+        for step in self.steps(
             [self.prompt(text) for text in texts], max_new_tokens, sampling, acceptance_stats
         ):
             for row, token in enumerate(step):
@@ -369,7 +369,7 @@ class Run:
         pieces = TextStream(self.tokenizer, stop)
         sampling = sampling or Sampling(**options)
         prompt = self.prompt(text) if isinstance(text, str) else list(text)
-        for (token,) in self._steps([prompt], max_new_tokens, sampling, acceptance_stats):
+        for (token,) in self.steps([prompt], max_new_tokens, sampling, acceptance_stats):
             if token is None or token == self.tokenizer.end_id:
                 break
             if piece := pieces.push(token):
@@ -379,14 +379,17 @@ class Run:
         if piece := pieces.flush():
             yield piece
 
-    def _steps(
+    def steps(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
         sampling: Sampling,
-        acceptance_stats: AcceptanceStats | None,
+        acceptance_stats: AcceptanceStats | None = None,
     ) -> Iterator[Sequence[int | None]]:
-        """Yields the new ids of every prompt, step by step."""
+        """Yields the new ids of every prompt, step by step, and None for one that has ended.
+
+        With `acceptance_stats` the text is decoded greedily and speculatively.
+        """
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
         end_id, vocab_size = (
