@@ -74,7 +74,9 @@ class Grammars:
                     n_vocab=size,
                     eos_token=self._tokenizer.end_id,
                 )
-        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(text))
+        # Free white space would let a model go on with it for ever.
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        matcher = LLMatcher(self._tokens, grammar)
         if matcher.is_error():
             raise ValueError(f"got a schema that is refused: {str(matcher.get_error())[:300]}")
         return JsonMatcher(matcher, size)

@@ -157,8 +157,10 @@ class Guard:
         if self.key is None or http.url.path in OPEN_PATHS or http.method == "OPTIONS":
             return True
         scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        # The comparison takes as long whatever the key is.
-        return hmac.compare_digest(key.strip().encode(), self.key) and scheme.lower() == "bearer"
+        # Headers are read as latin-1, which any byte is. The comparison takes as long whatever the
+        # key is.
+        same = hmac.compare_digest(key.strip().encode("latin-1"), self.key)
+        return same and scheme.lower() == "bearer"
 
 
 def application(

@@ -32,10 +32,10 @@ from rorqual.serve import schema, server, tools  # noqa: E402
 from rorqual.serve.generate import load  # noqa: E402
 from rorqual.serve.server import Service, TimedProtocol, application  # noqa: E402
 
-TEMPLATE = """{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor -%}
+TEMPLATE = r"""{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor -%}
 {% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] -%}
-<tool_call>{{ c.function.arguments["a"] }}</tool_call>{% endfor %}
-{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+<tool_call>{{ c.function.arguments["a"] }}</tool_call>{% endfor %}{{ "\n" }}{% endfor -%}
+{% if add_generation_prompt %}assistant:{% endif %}"""
 TOOL = {
     "type": "function",
     "function": {
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
         dense_width=32,
         engram=EngramConfig(layers=(1,), rows_per_head=(97, 97), heads=2, head_dim=8),
         moe=MoEConfig(routed=6, active=2, width=16, first_dense=1, router=RouterConfig()),
-        init_std=0.3,
+        init_std=0.1,
     )
     model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()), seed=1)
     with torch.no_grad():
@@ -126,6 +126,11 @@ def chat(client, content="A whale", **more):
     return client.chat.completions.create(model="whale", messages=messages, **body)
 
 
+def close(value):
+    """As near as two batch shapes are: 1e-6, or 1e-6 of a larger value."""
+    return value if value is None or isinstance(value, str) else pytest.approx(value, 1e-6, 1e-6)
+
+
 @torch.inference_mode()
 def forward(run, ids):
     """The log-probabilities of the trainer's own forward, for the id after each."""
@@ -141,11 +146,10 @@ def test_the_log_probabilities_are_those_of_the_models_forward(client, run):
     assert [run.tokenizer.token(token) for token in ours.ids] == values.tokens
     for index, token in enumerate(ours.ids):
         row = expected[len(ids) - 1 + index]
-        assert values.token_logprobs[index] == pytest.approx(float(row[token]), abs=1e-6)
+        assert values.token_logprobs[index] == close(float(row[token]))
         top = row[:280].topk(3)
         likeliest = {
-            run.tokenizer.token(int(i)): pytest.approx(float(v), abs=1e-6)
-            for v, i in zip(*top, strict=True)
+            run.tokenizer.token(int(i)): close(float(v)) for v, i in zip(*top, strict=True)
         }
         assert values.top_logprobs[index] == likeliest
     assert values.text_offset == [
@@ -212,7 +216,7 @@ def test_a_stream_says_what_the_whole_answer_says(client):
         assert "".join(piece.text for piece in pieces) == choice.text
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             joined = [one for piece in pieces for one in getattr(piece.logprobs, name)]
-            assert joined == getattr(choice.logprobs, name)
+            assert joined == [close(one) for one in getattr(choice.logprobs, name)]
         assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
 
 
@@ -520,7 +524,7 @@ def test_other_origins_are_let_in_only_by_name(run, address):
 def test_request_ids_come_back_and_into_the_log(address, capsys):
     answer = httpx.get(f"{address}/v1/models", headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    made = httpx.get(f"{address}/v1/models", headers={"x-request-id": "a b\x0b" + "c" * 99})
+    made = httpx.get(f"{address}/v1/models", headers={"x-request-id": "a b" + "c" * 99})
     assert re.fullmatch(r"req-[0-9a-f]{16}", made.headers["x-request-id"])
     end = time.monotonic() + 10
     lines = ""
