@@ -142,13 +142,13 @@ class ToolStream:
             self._begun = True
             content, self._text = self._text, ""
             return content
-        place = self._text.find(mark)
-        if place >= 0:
-            content, self._text = self._text[:place], self._text[place + len(mark) :]
+        start = self._text.find(mark)
+        if start >= 0:
+            content, self._text = self._text[:start], self._text[start + len(mark) :]
             self._calling = True
             return content.rstrip() if not content.strip() else content
-        held = next((n for n in range(len(mark) - 1, 0, -1) if self._text.endswith(mark[:n])), 0)
-        size = len(self._text) - held
+        overlap = next((n for n in range(len(mark) - 1, 0, -1) if self._text.endswith(mark[:n])), 0)
+        size = len(self._text) - overlap
         content, self._text = self._text[:size], self._text[size:]
         return content
 

@@ -242,11 +242,3 @@ def test_fields_of_other_servers():
     assert request.ignored == ("user", "priority")
     assert completion(top_k=0).parameters().top_k is None
     assert completion(seed=-1).parameters().seed is None
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b"[" * 100_000, b"\xff", b'"' + b"9" * 5000, b"9" * 5000]
-)
-def test_what_is_no_json_is_a_value_error(content):
-    with pytest.raises(ValueError, match="body is not JSON"):
-        loads(content)
