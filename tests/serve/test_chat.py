@@ -7,7 +7,7 @@ from rorqual.serve.generate import Run
 from rorqual.serve.sampling import GREEDY
 
 
-def test_a_conversation_remembers_its_turns(run):
+def test_a_conversation_keeps_its_turns(run):
     conversation = Conversation(run, GREEDY, system="s", max_new_tokens=5, context=128)
     first = "".join(conversation.ask("A"))
     second = "".join(conversation.ask("B"))
