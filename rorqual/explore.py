@@ -42,8 +42,8 @@ from rorqual.analyze.taps import Taps, quiet
 from rorqual.config import from_dict
 from rorqual.layers.router import Routing
 from rorqual.memory import Editor
+from rorqual.serve.body import body
 from rorqual.serve.generate import Run, load
-from rorqual.serve.protocol import body
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 NAMES = ("127.0.0.1", "localhost", "[::1]")  # the same, as a browser writes them

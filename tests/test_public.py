@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-for module, extra in (("olmo_core", "train"), ("starlette", "serve"), ("matplotlib", "report")):
+for module, extra in (("olmo_core", "train"), ("fastapi", "serve"), ("matplotlib", "report")):
     pytest.importorskip(module, reason=f"the extra [{extra}] is not installed")
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")
 

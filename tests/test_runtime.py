@@ -128,10 +128,13 @@ os.stat = without_shm
 """
 EXTRAS = {
     "datasets",
+    "fastapi",
+    "llguidance",
     "lm_eval",
     "matplotlib",
     "olmo_core",
     "peft",
+    "prometheus_client",
     "pyarrow",
     "starlette",
     "tensorboard",

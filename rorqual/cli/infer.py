@@ -1,9 +1,9 @@
-"""Implements the commands that run a trained model: generate, eval, serve, explore and memory."""
+"""Implements the commands that run a trained model: generate, chat, eval, serve and more."""
 
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from rorqual.evaluate import Score
     from rorqual.memory import Edit, Editor
+    from rorqual.serve.chat import Conversation
     from rorqual.serve.generate import Run
+    from rorqual.serve.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,7 @@ class Generate:
     hot_bytes: int = 64 << 20  # bytes of rows in memory, of a table on a disk
 
 
-def _table_options(options: "Generate | Serve") -> dict[str, Any]:
+def _table_options(options: "Generate | Serve | Chat") -> dict[str, Any]:
     return {
         "placement": options.placement,
         "folder": options.rows_in,
@@ -66,8 +68,7 @@ def generate_command(argv: list[str]) -> int:
             file=sys.stderr,
         )
     text = sys.stdin.read() if options.text == "-" else options.text
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    sampling = Sampling(**{name: getattr(options, name) for name in _SAMPLED})
     run = load(options.run, device=options.device, dtype=options.dtype, **_table_options(options))
     largest, stop = options.max_new_tokens, options.stop
     if as_json:
@@ -192,11 +193,15 @@ class Serve:
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    host: str = "127.0.0.1"  # another address lets other machines connect; there is no login
+    host: str = "127.0.0.1"  # another address lets other machines connect; set a key then
     port: int = 8000
+    # what clients must send as `Authorization: Bearer KEY`; none: RORQUAL_API_KEY, or no login
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()  # origins whose pages may use the server, as https://example.org
     max_batch_size: int = 8  # requests at once
     context: int = 4096  # tokens of a request and its answer
     max_waiting: int = 256  # requests in the queue; more are answered with status 429
+    timeout: float = 600.0  # seconds that a request may take, in the queue and out of it
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
     placement: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
@@ -212,6 +217,11 @@ def serve_command(argv: list[str]) -> int:
 
     if not 0 <= options.port < 2**16:
         raise UsageError(f"got port {options.port}, expected 0..65535")
+    api_key = os.environ.get("RORQUAL_API_KEY") if options.api_key is None else options.api_key
+    if api_key is not None and not api_key.strip():
+        raise UsageError(
+            "got an empty API key, expected one, or neither --api-key nor the variable"
+        )
     # Check the port before loading the model, which may take minutes.
     listen(options.host, options.port).close()
     run = load(options.run, device=options.device, dtype=options.dtype, **_table_options(options))
@@ -220,9 +230,12 @@ def serve_command(argv: list[str]) -> int:
             run,
             host=options.host,
             port=options.port,
+            api_key=api_key,
+            cors=options.cors,
             max_batch_size=options.max_batch_size,
             context=options.context,
             max_waiting=options.max_waiting,
+            timeout=options.timeout,
             run_name=options.run,
         )
     except KeyboardInterrupt:
@@ -230,6 +243,143 @@ def serve_command(argv: list[str]) -> int:
         print("\nrorqual: stopped", file=sys.stderr, flush=True)
         os._exit(130)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """Talks with a model in the terminal. /help lists what else can be typed.
+
+    A model without a chat template continues what was written, as one text.
+
+    rorqual chat runs/demo/engram --temperature 0.7
+    """
+
+    run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
+    system: str | None = None  # what the model is told before the conversation
+    max_new_tokens: int = 256  # of each answer
+    context: int = 4096  # tokens of the conversation; the oldest turns go where it is full
+    temperature: float = 0.8  # 0 takes the likeliest token each time
+    top_k: int | None = None  # draw from this many of the likeliest
+    top_p: float | None = None  # draw from the likeliest that together have this probability
+    min_p: float | None = None  # draw from those at least this probable, relative to the likeliest
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # the same seed draws the same answers
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
+    placement: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
+    # folder of tables 0, 1, ... that `rorqual table convert` made; none: the run's own
+    rows_in: str | None = None
+    hot_bytes: int = 64 << 20  # bytes of rows in memory, of a table on a disk
+
+
+CHAT_HELP = """/reset              begin anew
+/set NAME VALUE     change temperature, top_k, top_p, min_p, repetition_penalty or seed
+/system TEXT        begin anew with this message of the system
+/history            print the conversation
+/exit               end (as ctrl-D does); ctrl-C ends an answer"""
+
+
+def chat_command(argv: list[str]) -> int:
+    options = parse_new(Chat, argv, "chat")
+    from rorqual.serve.chat import Conversation
+    from rorqual.serve.generate import load
+    from rorqual.serve.sampling import Sampling
+
+    sampling = Sampling(**{name: getattr(options, name) for name in _SAMPLED})
+    run = load(options.run, device=options.device, dtype=options.dtype, **_table_options(options))
+    conversation = Conversation(
+        run,
+        sampling,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        context=options.context,
+    )
+    _enable_line_editing()
+    way = "answers" if conversation.templated else "has no chat template, so it continues your text"
+    print(f"{options.run} {way}. /help lists commands.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if line.strip() in ("/exit", "/quit"):
+            break
+        try:
+            if line.startswith("/"):
+                _chat_control(conversation, line)
+            elif line.strip():
+                _chat_turn(conversation, line)
+        except ValueError as error:
+            print(f"rorqual: {error}", file=sys.stderr)
+    run.close()
+    return 0
+
+
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def _enable_line_editing() -> None:
+    """Lets the arrow keys edit and repeat lines, where the system can."""
+    try:
+        import readline  # noqa: F401 (its import is its effect)
+    except ImportError:
+        return
+
+
+def _chat_turn(conversation: "Conversation", line: str) -> None:
+    """Prints the answer as it comes, and then how fast it came."""
+    dropped = conversation.dropped
+    try:
+        for piece in conversation.ask(line):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" ...", end="")
+    print()
+    if conversation.dropped > dropped:
+        print("the context is full: the oldest text is no longer read", file=sys.stderr)
+    if (speed := conversation.speed) is not None:
+        rate = f"{speed.tokens} tokens, {speed.tokens_per_second:.1f} a second"
+        print(f"({rate})", file=sys.stderr)
+
+
+def _chat_control(conversation: "Conversation", line: str) -> None:
+    """Runs a line that begins with a slash. ValueError for one that is unknown."""
+    from rorqual.hints import choose
+
+    name, _, rest = line[1:].strip().partition(" ")
+    name = choose("command", name, ("reset", "set", "system", "history", "help", "exit"))
+    if name == "help":
+        print(CHAT_HELP)
+    elif name == "reset":
+        conversation.reset()
+    elif name == "system":
+        conversation.system = rest.strip() or None
+        conversation.reset()
+    elif name == "set":
+        conversation.sampling = _changed(conversation.sampling, rest)
+    else:
+        for message in conversation.messages:
+            print(f"{message['role']}: {message['content']}")
+
+
+def _changed(sampling: "Sampling", words: str) -> "Sampling":
+    """Returns the sampling with one option changed, as `top_p 0.9` or `seed none`."""
+    from rorqual.hints import choose
+
+    name, _, value = words.strip().partition(" ")
+    name = choose("option", name, _SAMPLED)
+    read = int if name in ("top_k", "seed") else float
+    try:
+        changed = None if value.strip().lower() == "none" else read(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: got {value!r}, expected a number or none") from error
+    if changed is None and name in ("temperature", "repetition_penalty"):
+        raise ValueError(f"{name}: got none, expected a number")
+    change: dict[str, Any] = {name: changed}
+    return replace(sampling, **change)
 
 
 def explore_command(argv: list[str]) -> int:

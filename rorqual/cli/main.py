@@ -22,6 +22,9 @@ EXTRAS = {
     "tensorboard": "train",
     "datasets": "hub",
     "pyarrow": "hub",
+    "fastapi": "serve",
+    "llguidance": "serve",
+    "prometheus_client": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
     "matplotlib": "report",
@@ -83,6 +86,7 @@ COMMANDS = {
         "table inspect runs/demo/engram",
         "table",
     ),
+    "chat": Command("talk with a model in the terminal", "chat runs/demo/engram", "infer"),
     "serve": Command(
         "answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "infer"
     ),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -61,9 +61,8 @@ for line in sys.stdin:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             bound_memory()
         faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
-        text = tokenizer.apply_chat_template(
-            asked["messages"], add_generation_prompt=True, tokenize=False
-        )
+        options = {"add_generation_prompt": True} | asked["options"]
+        text = tokenizer.apply_chat_template(asked["messages"], tokenize=False, **options)
         size = len(text.encode())
         if asked["most"] is not None and size > asked["most"]:
             answer = {"size": size}
@@ -91,11 +90,14 @@ class TextStream:
 
     A character is held back until its last byte has arrived, and text that may become a stop string
     until it cannot. The pieces concatenate to exactly the text of all ids (up to the first stop
-    string).
+    string). The ids of `hidden` have no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), hidden: Collection[int] = ()
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
+        self.hidden = frozenset(hidden)
         self.stopped = False
         self._ids: list[int] = []  # since the last id at whose end every character was complete
         self._before = 0  # number of these ids that are context only
@@ -104,7 +106,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Returns the text that can be shown after one more id."""
-        if self.stopped:
+        if self.stopped or token in self.hidden:
             return ""
         self._ids.append(token)
         text = self.tokenizer.decode(self._ids)
@@ -204,9 +206,16 @@ class Run:
         # A batch of one: for a batch the tokenizers library releases the GIL.
         return [self.tokenizer.begin_id, *self.tokenizer.encode_batch([text])[0]]
 
-    def chat(self, messages: list[dict[str, str]], *, context: int | None = None) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        context: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Returns the ids of messages ({"role": .., "content": ..}) by the tokenizer's template.
 
+        `options` are other words of the template, as `tools` and `add_generation_prompt` are.
         ValueError where it has none, or where it takes more than TEMPLATE_SECONDS; TooLong as in
         `prompt`. jinja renders the template in a sandbox, in a separate process with a limit on its
         memory: no loop or product in a template can block this process.
@@ -223,7 +232,8 @@ class Run:
             process = self._chatty
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(json.dumps({"messages": messages, "most": largest}) + "\n")
+                asked = {"messages": messages, "most": largest, "options": options or {}}
+                process.stdin.write(json.dumps(asked) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except OSError:
@@ -287,7 +297,7 @@ class Run:
         ids: list[list[int]] = [[] for _ in texts]
         pieces: list[list[str]] = [[] for _ in texts]
         ended = [False] * len(texts)
-        for step in self._steps(
+        for step in self.steps(
             [self.prompt(text) for text in texts], max_new_tokens, sampling, acceptance_stats
         ):
             for row, token in enumerate(step):
@@ -343,7 +353,7 @@ class Run:
 
     def stream(
         self,
-        text: str,
+        text: str | Sequence[int],
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
@@ -351,16 +361,15 @@ class Run:
         acceptance_stats: AcceptanceStats | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Yields the continuation piece by piece, as soon as it can be shown.
+        """Yields the continuation of a text, or of ids, piece by piece, as soon as it can be shown.
 
         `options` are Sampling's fields. With a `acceptance_stats` the text is decoded greedily and
         speculatively, and the tally counts the drafts.
         """
         pieces = TextStream(self.tokenizer, stop)
         sampling = sampling or Sampling(**options)
-        for (token,) in self._steps(
-            [self.prompt(text)], max_new_tokens, sampling, acceptance_stats
-        ):
+        prompt = self.prompt(text) if isinstance(text, str) else list(text)
+        for (token,) in self.steps([prompt], max_new_tokens, sampling, acceptance_stats):
             if token is None or token == self.tokenizer.end_id:
                 break
             if piece := pieces.push(token):
@@ -370,14 +379,17 @@ class Run:
         if piece := pieces.flush():
             yield piece
 
-    def _steps(
+    def steps(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
         sampling: Sampling,
-        acceptance_stats: AcceptanceStats | None,
+        acceptance_stats: AcceptanceStats | None = None,
     ) -> Iterator[Sequence[int | None]]:
-        """Yields the new ids of every prompt, step by step."""
+        """Yields the new ids of every prompt, step by step, and None for one that has ended.
+
+        With `acceptance_stats` the text is decoded greedily and speculatively.
+        """
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
         end_id, vocab_size = (
@@ -563,9 +575,20 @@ def read(
 
 def chat_template(folder: Path) -> bool:
     """Returns whether the tokenizer beside a model has a chat template."""
-    if (folder / "chat_template.jinja").is_file():
-        return True
+    return bool(template_text(folder))
+
+
+def template_text(folder: Path) -> str:
+    """Returns the chat template of the tokenizer beside a model; empty where it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(
-        json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    )
+    if not file.is_file():
+        return ""
+    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template") or ""
+    if isinstance(template, list):
+        # several of them, each with a name
+        named = {one["name"]: one["template"] for one in template}
+        return named.get("tool_use") or named.get("default") or next(iter(named.values()), "")
+    return template

@@ -1,6 +1,8 @@
-"""Samples the next id from logits.
+"""Samples the next ids of a batch, each row by its own parameters and generator.
 
-    logits  = repetition penalty, / temperature, top-k, top-p, min-p
+    logits  = repetition penalty, presence and frequency penalty, logit bias,
+              -inf where an end is not allowed yet or a grammar forbids the id,
+              / temperature, top-k, top-p, min-p
               in this order, all off by default
     next id ~ softmax(logits)
               or argmax where temperature is below the smallest normal float32, 1.18e-38
@@ -11,24 +13,38 @@ has logit 0 and the others become -inf at worst, and a penalty leaves a finite l
 Top-p: arXiv:1904.09751. Min-p: arXiv:2407.01082. Repetition penalty: arXiv:1909.05858.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_BELOW_ONE = 1.0 - 2.0**-40  # times the sum of chances it stays below that sum
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """Options of sampling. A filter is off where it is None; greedy decoding ignores them all."""
+    """Options of sampling, and of what a request wants to know about the ids.
+
+    A filter is off where it is None; greedy decoding ignores temperature and filters.
+    """
 
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # of the ids of the prompt and of the text
+    presence_penalty: float = 0.0  # subtracted once from the logit of an id of the text
+    frequency_penalty: float = 0.0  # subtracted for every time that the id is in the text
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
     seed: int | None = None
+    min_tokens: int = 0  # the sequence does not end before so many new ids
+    ignore_eos: bool = False  # the id that ends a document does not end the sequence
+    stop_token_ids: tuple[int, ...] = ()  # ids that end the sequence, too
+    logprobs: int | None = None  # log-probabilities of each new id and of so many of the likeliest
+    prompt_logprobs: bool = False  # the same of the ids of the prompt
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -37,6 +53,10 @@ class Sampling:
             ("top_p", self.top_p, 1e-6, 1.0),
             ("min_p", self.min_p, 0.0, 1.0),
             ("repetition_penalty", self.repetition_penalty, 1e-3, 1e3),
+            ("presence_penalty", self.presence_penalty, -100.0, 100.0),
+            ("frequency_penalty", self.frequency_penalty, -100.0, 100.0),
+            ("min_tokens", self.min_tokens, 0, 2**31),
+            ("logprobs", self.logprobs, 0, 2**31),
         ):
             if value is not None and not low <= value <= high:
                 raise ValueError(
@@ -55,6 +75,11 @@ class Sampling:
         """
         return self.temperature < torch.finfo(torch.float32).tiny
 
+    @property
+    def counts_ids(self) -> bool:
+        """Whether a penalty depends on how often an id is in the text."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
     def generator(self, row: int = 0) -> torch.Generator:
         """Returns the random generator of one sequence.
 
@@ -71,8 +96,156 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
+@runtime_checkable
+class Matcher(Protocol):
+    """Says which ids may follow, as a grammar does."""
+
+    def mask(self) -> Bool[Tensor, " V"]:
+        """Returns which ids may follow. ValueError where the grammar fails."""
+
+    def accept(self, token: int) -> bool:
+        """Takes the id that was drawn, and returns whether the text is complete.
+
+        ValueError where the grammar does not allow the id.
+        """
+
+
+class SamplerRow:
+    """What sampling keeps of one sequence: its parameters, its generator, what it has drawn."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        generator: torch.Generator,
+        *,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        end_ids: Collection[int] = (),
+        matcher: Matcher | None = None,
+    ) -> None:
+        self.sampling, self.generator, self.matcher = sampling, generator, matcher
+        self.end_ids = frozenset(end_ids)
+        self.made = 0
+        self.seen: Tensor | None = None
+        self.counts: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[[token for token in prompt if token < vocab_size]] = True
+        if sampling.counts_ids:
+            self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        # The difference to the logits that never changes.
+        bias = sampling.logit_bias
+        self.bias_ids = torch.tensor([token for token, _ in bias], dtype=torch.long, device=device)
+        self.bias = torch.tensor([value for _, value in bias], device=device)
+        self.ends = torch.tensor(sorted(self.end_ids), dtype=torch.long, device=device)
+
+    def accept(self, token: int) -> bool:
+        """Takes the id that was drawn, and returns whether it ends the sequence."""
+        self.made += 1
+        if self.seen is not None:
+            self.seen[token] = True
+        if self.counts is not None:
+            self.counts[token] += 1
+        complete = token in self.end_ids
+        if self.matcher is not None and not complete:
+            complete = self.matcher.accept(token)
+        return complete
+
+
+class Drawn(NamedTuple):
+    """The id of each row, and why a row has none."""
+
+    ids: list[int]  # -1 where there is an error
+    errors: dict[int, str]  # by row
+
+
+def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Drawn:
+    """Samples one id for every row in one call; a row that fails changes no other.
+
+    A row fails where its logits hold NaN or inf or only -inf, or where its grammar fails.
+    """
+    logits = logits.float()
+    errors: dict[int, str] = {}
+    _refuse(logits, errors, "logits that are NaN, inf or all -inf")
+    if errors:
+        logits = logits.clone()
+        logits[list(errors)] = 0.0
+    logits = _adjust(logits, rows)
+    logits = _mask(logits, rows, errors)
+    _refuse(logits, errors, "no id that is allowed")
+    ids = logits.argmax(-1)
+    drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
+    if drawing:
+        index = torch.tensor(drawing, device=logits.device)
+        subset = logits[index] if len(drawing) < len(rows) else logits
+        subset = subset - subset.amax(-1, keepdim=True)
+        chances = narrow(subset, [rows[row].sampling for row in drawing]).softmax(-1)
+        ids[index] = draw(chances, [rows[row].generator for row in drawing])
+    return Drawn([-1 if row in errors else one for row, one in enumerate(ids.tolist())], errors)
+
+
+def _refuse(logits: Tensor, errors: dict[int, str], what: str) -> None:
+    """Notes the rows without a finite largest logit."""
+    for row in (~logits.amax(-1).isfinite()).nonzero().flatten().tolist():
+        errors.setdefault(row, what)
+
+
+def _adjust(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Float[Tensor, "B V"]:
+    """Applies penalties and biases to the rows that have any."""
+    changed, size = logits, logits.shape[1]
+    if index := [row for row, one in enumerate(rows) if one.seen is not None]:
+        penalties = logits.new_tensor([rows[row].sampling.repetition_penalty for row in index])
+        seen = torch.stack([one for row in index if (one := rows[row].seen) is not None])[:, :size]
+        changed = changed.clone()
+        changed[index] = penalise(logits[index], seen, penalties[:, None])
+    if index := [row for row, one in enumerate(rows) if one.counts is not None]:
+        options = [rows[row].sampling for row in index]
+        presence = logits.new_tensor([one.presence_penalty for one in options])[:, None]
+        frequency = logits.new_tensor([one.frequency_penalty for one in options])[:, None]
+        counts = torch.stack([one for row in index if (one := rows[row].counts) is not None])[
+            :, :size
+        ]
+        changed = changed.clone()
+        changed[index] = changed[index] - frequency * counts - presence * (counts > 0)
+    if index := [row for row, one in enumerate(rows) if one.bias_ids.numel()]:
+        changed = changed.clone()
+        for row in index:
+            changed[row, rows[row].bias_ids] += rows[row].bias
+    return changed
+
+
+def _mask(
+    logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow], errors: dict[int, str]
+) -> Float[Tensor, "B V"]:
+    """Forbids ends that come too early, and what the grammars forbid."""
+    early = [
+        row
+        for row, one in enumerate(rows)
+        if one.made < one.sampling.min_tokens and one.ends.numel()
+    ]
+    guided = [row for row, one in enumerate(rows) if one.matcher is not None and row not in errors]
+    if not early and not guided:
+        return logits
+    logits = logits.clone()
+    for row in early:
+        logits[row, rows[row].ends] = -torch.inf
+    for row in guided:
+        matcher = rows[row].matcher
+        assert matcher is not None
+        try:
+            mask = matcher.mask()
+        except ValueError as error:
+            errors[row] = f"a grammar that failed: {error}"
+        else:
+            logits[row].masked_fill_(~mask[: logits.shape[1]].to(logits.device), -torch.inf)
+    return logits
+
+
 def penalise(
-    logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float
+    logits: Float[Tensor, "B V"],
+    seen: Bool[Tensor, "B V"],
+    penalty: float | Float[Tensor, "B 1"],
 ) -> Float[Tensor, "B V"]:
     """Applies the repetition penalty to the ids that are already in the text.
 
@@ -84,30 +257,54 @@ def penalise(
     return torch.where(seen & logits.isfinite(), penalised, logits)
 
 
-def narrow(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
+def narrow(
+    logits: Float[Tensor, "B V"], sampling: Sampling | Sequence[Sampling]
+) -> Float[Tensor, "B V"]:
     """Applies temperature, then top-k, top-p and min-p; filtered ids get -inf.
 
-    The likeliest id is always kept. top-p keeps the likeliest ids until their mass first reaches p;
-    min-p keeps those that are at least p times as likely as the likeliest.
+    `sampling` is one for all rows, or one a row. The likeliest id is always kept. top-p keeps the
+    likeliest ids until their mass first reaches p; min-p keeps those that are at least p times as
+    likely as the likeliest.
     """
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        worst = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < worst, -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1.0:
+    options = [sampling] * len(logits) if isinstance(sampling, Sampling) else sampling
+    size = logits.shape[-1]
+    logits = logits.float() / logits.new_tensor([one.temperature for one in options])[:, None]
+    counts = [min(one.top_k or size, size) for one in options]
+    if min(counts) < size:
+        largest = max(count for count in counts if count < size)
+        last = torch.tensor([min(count, largest) - 1 for count in counts], device=logits.device)
+        worst = logits.topk(largest).values.gather(1, last[:, None])
+        limited = torch.tensor([count < size for count in counts], device=logits.device)
+        logits = logits.masked_fill((logits < worst) & limited[:, None], -torch.inf)
+    if any((one.top_p or 1.0) < 1.0 for one in options):
+        masses = logits.new_tensor(
+            [2.0 if one.top_p in (None, 1.0) else one.top_p for one in options]
+        )
         ordered, order = logits.sort(descending=True, stable=True)
         chance = ordered.softmax(-1)
         before = chance.cumsum(-1) - chance
         beyond = torch.zeros_like(before, dtype=torch.bool).scatter(
-            1, order, before >= sampling.top_p
+            1, order, before >= masses[:, None]
         )
         logits = logits.masked_fill(beyond, -torch.inf)
-    if sampling.min_p is not None:
+    if any(one.min_p is not None for one in options):
         chance = logits.softmax(-1)
-        logits = logits.masked_fill(
-            chance < sampling.min_p * chance.amax(-1, keepdim=True), -torch.inf
-        )
+        least = logits.new_tensor([one.min_p or 0.0 for one in options])[:, None]
+        logits = logits.masked_fill(chance < least * chance.amax(-1, keepdim=True), -torch.inf)
     return logits
+
+
+def draw(chances: Float[Tensor, "B V"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
+    """Draws an id for every row by one random number of its generator.
+
+    It is the first id at which the sum of the chances exceeds the number times their sum.
+    """
+    numbers = torch.cat(
+        [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
+    )
+    cumulative = chances.double().cumsum(-1)
+    limits = numbers.clamp_max(_BELOW_ONE).to(chances.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, limits, right=True).squeeze(1)
 
 
 def sample(
@@ -116,7 +313,7 @@ def sample(
     generators: Sequence[torch.Generator] = (),
     seen: Bool[Tensor, "B V"] | None = None,
 ) -> Int[Tensor, " B"]:
-    """Samples one id a sequence.
+    """Samples one id a sequence, all by the same parameters.
 
     `generators`: one a sequence (needed unless greedy); `seen`: the ids that the penalty applies
     to. ValueError where a sequence has no finite largest logit: it contains NaN or inf, or only
@@ -135,9 +332,34 @@ def sample(
         logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.greedy:
         return logits.argmax(-1)
-    chances = narrow(logits - logits.amax(-1, keepdim=True), sampling).softmax(-1).cpu()
-    drawn = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(chances, generators, strict=True)
+    logits = logits - logits.amax(-1, keepdim=True)
+    return draw(narrow(logits, sampling).softmax(-1), generators)
+
+
+class TokenLogprobs(NamedTuple):
+    """The log-probability of one id, and the likeliest ids with theirs, likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+
+
+def logprobs_of(
+    logits: Float[Tensor, "N V"], ids: Int[Tensor, " N"], count: int, vocab_size: int
+) -> list[TokenLogprobs]:
+    """Returns log softmax(logits) of the ids, and of the `count` likeliest ids below `vocab_size`.
+
+    They are the model's: no temperature, penalty or filter changes them.
+    """
+    values = logits.float().log_softmax(-1).nan_to_num(LEAST_LOGPROB, 0.0, LEAST_LOGPROB)
+    ours = values.gather(1, ids[:, None])[:, 0].tolist()
+    if not count:
+        return [TokenLogprobs(one, ()) for one in ours]
+    top = values[:, :vocab_size].topk(min(count, vocab_size))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        TokenLogprobs(one, tuple(zip(*pair, strict=True)))
+        for one, pair in zip(ours, pairs, strict=True)
     ]
-    return torch.cat(drawn).to(logits.device)

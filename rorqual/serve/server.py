@@ -2,462 +2,390 @@
 
     POST /v1/completions         continues texts
     POST /v1/chat/completions    answers messages, where the tokenizer has a chat template
-    GET  /v1/models, /health     the models that are served, and the load
+    POST /v1/embeddings          the mean of the final hidden states of texts
+    POST /tokenize, /detokenize  texts to ids and back
+    GET  /v1/models, /tokenizer_info, /health, /metrics
+    GET  /                       a page to chat with the model
+    GET  /docs, /openapi.json    what requests and answers hold
 
-One thread runs the model; handlers only queue requests and read ids. Texts are tokenised in
-separate threads, and chat templates rendered in a separate process. The server listens on
+One thread runs the model; handlers only queue requests and read ids. The server listens on
 127.0.0.1 by default, and accepts JSON only, so that a page in a browser on this machine cannot use
 it without the user's consent. Errors have OpenAI's shape.
 """
 
 import asyncio
+import base64
+import hmac
 import json
-import math
+import re
 import signal
 import socket
-import threading
+import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import uvicorn
-from anyio import CapacityLimiter, to_thread
-from starlette.applications import Starlette
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Http
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rorqual import runtime
-from rorqual.serve.engine import Engine, Request
-from rorqual.serve.generate import Run, TextStream, TooLong
-from rorqual.serve.protocol import CompletionRequest, Refusal, body, parse
-from rorqual.tables import Table
+from rorqual.serve.answer import Answer, problem
+from rorqual.serve.body import LONGEST_VALUE, Refusal, body
+from rorqual.serve.generate import Run
+from rorqual.serve.schema import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Embeddings,
+    ModelCard,
+    ModelList,
+    ProblemAnswer,
+    TokenizeRequest,
+    Tokens,
+    short,
+)
+from rorqual.serve.service import Failure, Piece, Service
+from rorqual.serve.worker import Handle
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 LARGEST = 8 * 2**20  # bytes of a request's body
-LONGEST = 1000  # characters of an error's message
 HEAD_SECONDS = 10.0  # the time limit for the head of a request, from the connection on
 BODY_SECONDS = 30.0  # the time limit for its body after that
 GRACE_SECONDS = 3.0  # the time that running requests have to end when the server stops
-MAX_WAITING = 256  # requests in the queue
+OPEN_PATHS = ("/", "/health")  # what needs no key: the page, and whether the server is alive
+PAGE = Path(__file__).with_name("chat.html")
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+_REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 
 T = TypeVar("T")
 
 
-class Failure(RuntimeError):
-    """The model thread could not finish a request, or the server is stopping."""
+class JsonRequest(Http):
+    """A request whose body was read and parsed already."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, http: Http, value: Any) -> None:
+        super().__init__(http.scope, http.receive)
+        self._value = value
+
+    async def body(self) -> bytes:
+        return b"read"
+
+    async def json(self) -> Any:
+        return self._value
 
 
-# The reason with which the worker ends a request without an answer: its message and status.
-FAILURES: Mapping[str, tuple[str, int]] = {
-    "error": ("the model failed on this request: see the server's log", 500),
-    "stopping": ("the server is stopping", 503),
-}
+class LimitedRoute(APIRoute):
+    """Reads the body of a request with limits, before pydantic validates it."""
+
+    def get_route_handler(self) -> Callable[[Http], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(http: Http) -> Response:
+            if self.body_field is not None:
+                http = JsonRequest(http, await body(http, LARGEST, BODY_SECONDS))
+            return await handler(http)
+
+        return handle
 
 
-class Worker(threading.Thread):
-    """The one thread that runs the model.
+class Guard:
+    """Checks the key of a request, gives it an id, counts it, and logs it when it is answered."""
 
-    `submit` may be called from any thread; tokens are returned through asyncio queues.
-    """
+    def __init__(self, app: Any, service: Service, api_key: str | None) -> None:
+        self.app, self.service = app, service
+        self.key = None if api_key is None else api_key.encode()
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(name="rorqual model", daemon=True)
-        self.engine = engine
-        self._wake = threading.Condition()
-        self._ends: dict[Request, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
-        self._stopping = False
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        http = Http(scope, receive)
+        named = http.headers.get("x-request-id", "")
+        name = named if _REQUEST_ID.fullmatch(named) else f"req-{uuid.uuid4().hex[:16]}"
+        status, started = 499, time.perf_counter()
 
-    def submit(self, prompt: Sequence[int], **options: Any) -> tuple[Request, asyncio.Queue]:
-        """Submits a prompt; call it on the event loop that will read the queue.
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
 
-        The queue gets (id, finish) for each token; finish is None until the last.
-        """
-        queue: asyncio.Queue = asyncio.Queue()
-        with self._wake:
-            request = self.engine.submit(prompt, **options)
-            self._ends[request] = (asyncio.get_running_loop(), queue)
-            self._wake.notify()
-        return request, queue
-
-    def free(self, request: Request) -> None:
-        """Cancels a request whose queue is no longer read."""
-        with self._wake:
-            self._ends.pop(request, None)
-        self.engine.cancel(request)
-
-    @property
-    def unfinished(self) -> int:
-        """The number of requests, running or queued, that a client waits for."""
-        return len(self._ends)
-
-    def end(self, *, waiting_only: bool = False) -> None:
-        """Ends all requests, or those without any id yet, because the server is stopping."""
-        with self._wake:
-            requests = [request for request in self._ends if not (waiting_only and request.ids)]
-        for request in requests:
-            # The client is notified first: otherwise a step that ends in between would report
-            # "cancelled".
-            self._tell(request, (None, "stopping"))
-            self.engine.cancel(request)
-
-    def stop(self) -> None:
-        """Stops the thread after its current step. A long step may still run when this returns."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        self.join(timeout=1)
-
-    def run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._stopping or not self.engine.idle)
-                if self._stopping:
-                    return
-            try:
-                for request in self.engine.step():
-                    # A request that failed got no id; one that was cancelled meanwhile may have
-                    # none at all.
-                    failed = request.finish == "error" or not request.ids
-                    self._tell(request, (None if failed else request.ids[-1], request.finish))
-            # A request must not stop the thread that serves the others.
-            except Exception as error:
+        try:
+            if self._allowed(http):
+                await self.app(scope, receive, noted)
+            else:
+                message = "got no API key or a wrong one, expected `Authorization: Bearer KEY`"
+                headers = {"www-authenticate": "Bearer"}
+                refusal = _error(401, message, code="invalid_api_key", headers=headers)
+                await refusal(scope, receive, noted)
+        except BaseException:
+            status = 500 if status == 499 else status
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.service.metrics.requests.labels(route, str(status)).inc()
+            if scope["path"] not in ("/health", "/metrics"):
+                seconds = time.perf_counter() - started
                 runtime.log(
-                    f"serve: a step failed, its requests are dropped: {error!r}", style="red"
+                    f"{name} {http.method} {http.url.path[:100]!r} {status} in {seconds:.3f} s"
                 )
-                for request in self.engine.drop():
-                    self._tell(request, (None, "error"))
 
-    def _tell(self, request: Request, news: tuple[int | None, str | None]) -> None:
-        with self._wake:
-            end = self._ends.get(request)
-            if end is not None and news[1] is not None:
-                del self._ends[request]
-        if end is not None:
-            loop, queue = end
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, news)
+    def _allowed(self, http: Http) -> bool:
+        if self.key is None or http.url.path in OPEN_PATHS or http.method == "OPTIONS":
+            return True
+        scheme, _, key = http.headers.get("authorization", "").partition(" ")
+        # Headers are read as latin-1, which any byte is. The comparison takes as long whatever the
+        # key is.
+        same = hmac.compare_digest(key.strip().encode("latin-1"), self.key)
+        return same and scheme.lower() == "bearer"
 
 
-class Service:
-    """A run behind HTTP, as the routes use it.
+def application(
+    service: Service,
+    *,
+    hosts: Sequence[str] = LOCAL,
+    api_key: str | None = None,
+    cors: Sequence[str] = (),
+) -> FastAPI:
+    """Returns the ASGI application.
 
-    name: the model's name in requests and answers, its folder's by default; `aliases` are accepted
-    too. max_waiting: requests in the queue beyond the `max_batch_size` that run; more are refused
-    with status 429.
+    `hosts` are the host names that it accepts ("*": any). With `api_key` all routes but the page
+    and /health ask for it. `cors` are the origins whose pages may use the server.
     """
-
-    def __init__(
-        self,
-        run: Run,
-        *,
-        name: str | None = None,
-        aliases: Sequence[str] = (),
-        max_batch_size: int = 8,
-        context: int = 4096,
-        max_waiting: int = MAX_WAITING,
-    ) -> None:
-        if max_waiting < 0:
-            raise ValueError(f"max_waiting: got {max_waiting}, expected at least 0")
-        self.run = run
-        self.name = name or (run.folder.resolve().name if run.folder else "rorqual")
-        self.names = {self.name, *aliases, *([str(run.folder)] if run.folder else [])}
-        self.max_waiting = max_waiting
-        tokenizer = run.tokenizer
-        engine = Engine(
-            run.model,
-            max_batch_size=max_batch_size,
-            context=context,
-            end_id=tokenizer.end_id,
-            pad_id=tokenizer.pad_id,
-            vocab_size=min(tokenizer.vocab_size, run.config.vocab_size),
-        )
-        self.worker = Worker(engine)
-        self.stopping = False
-        self._arriving = 0  # prompts that are being tokenised
-        self._ignored: set[str] = set()  # fields that were already logged
-        # How many threads tokenise at once; a slow chat template delays only chats.
-        self._texts = asyncio.Semaphore(2)
-        self._chats = asyncio.Semaphore(1)
-        self._threads = CapacityLimiter(math.inf)
-
-    def check(self, request: CompletionRequest) -> None:
-        """Refuses a request for another model, and logs each field that is ignored once."""
-        if request.model and request.model.rstrip("/") not in {
-            name.rstrip("/") for name in self.names
-        }:
-            message = (
-                f"The model {request.model[:200]!r} does not exist: this server has {self.name!r}"
-            )
-            raise Refusal(message, status=404, code="model_not_found", param="model")
-        if fresh := [name for name in request.ignored if name not in self._ignored]:
-            self._ignored.update(fresh)
-            runtime.log(
-                f"serve: requests have {', '.join(fresh)}, which changes nothing here (noted once)"
-            )
-
-    async def take(self, request: CompletionRequest) -> list[tuple[Request, asyncio.Queue]]:
-        """Puts all prompts of a request into the queue, or none.
-
-        Refusal where the queue has no space for all of them, or one is too long.
-        """
-        engine, wanted = self.worker.engine, max(len(request.prompts), 1) * request.copies
-        places = engine.max_batch_size + self.max_waiting
-        self._refuse_if_stopping()
-        if wanted > places:
-            raise Refusal(
-                f"n: got {wanted} prompts and copies of them, expected at most {places} at once"
-            )
-        if self.worker.unfinished + self._arriving + wanted > places:
-            message = f"The queue of {self.max_waiting} requests is full, please try again later"
-            raise Refusal(message, status=429, code="queue_full", headers={"retry-after": "2"})
-        self._arriving += wanted
-        try:
-            prompts = await self._prompts(request)
-            self._refuse_if_stopping()
-            return self._submit(request, prompts)
-        except TooLong as error:
-            got = f"your prompt has at least {error.tokens} tokens"
-            raise self._too_long(got, request) from error
-        except ValueError:
-            # The process of the chat template ends with the server.
-            self._refuse_if_stopping()
-            raise
-        finally:
-            self._arriving -= wanted
-
-    def _refuse_if_stopping(self) -> None:
-        if self.stopping:
-            raise Refusal("the server is stopping", status=503, headers={"retry-after": "10"})
-
-    async def _prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """Returns the ids to continue, each `copies` times."""
-        context = self.worker.engine.context
-        if request.messages:
-            messages = [dict(message) for message in request.messages]
-            texts = [
-                await self._aside(self._chats, partial(self.run.chat, messages, context=context))
-            ]
-        else:
-            texts = [
-                await self._aside(self._texts, partial(self.run.prompt, prompt, context=context))
-                if isinstance(prompt, str)
-                else list(prompt)
-                for prompt in request.prompts
-            ]
-        return [ids for ids in texts for _ in range(request.copies)]
-
-    async def _aside(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
-        """Runs `work` on a thread and returns its result.
-
-        A client that disconnects gives up its place in the queue for `turn`; a running thread keeps
-        its turn until it is done, whether its result is awaited or not.
-        """
-        await turn.acquire()
-        call = to_thread.run_sync(work, limiter=self._threads, abandon_on_cancel=True)
-        task = asyncio.ensure_future(call)
-
-        def done(ended: asyncio.Future) -> None:
-            turn.release()
-            if not ended.cancelled():
-                # The exception is retrieved, so that asyncio does not log it as never retrieved.
-                ended.exception()
-
-        task.add_done_callback(done)
-        return await asyncio.shield(task)
-
-    def _submit(
-        self, request: CompletionRequest, prompts: list[list[int]]
-    ) -> list[tuple[Request, asyncio.Queue]]:
-        taken: list[tuple[Request, asyncio.Queue]] = []
-        context = self.worker.engine.context
-        try:
-            for row, prompt in enumerate(prompts):
-                left = context - len(prompt)
-                wanted = (
-                    min(256, max(left, 1))
-                    if request.max_new_tokens is None
-                    else request.max_new_tokens
-                )
-                if wanted > left:
-                    parts = f"{len(prompt)} in the prompt, {wanted} in the completion"
-                    raise self._too_long(
-                        f"you requested {len(prompt) + wanted} tokens ({parts})", request
-                    )
-                taken.append(
-                    self.worker.submit(
-                        prompt, max_new_tokens=wanted, sampling=request.sampling, row=row
-                    )
-                )
-        except ValueError:
-            self.free(taken)
-            raise
-        return taken
-
-    def _too_long(self, got: str, request: CompletionRequest) -> Refusal:
-        message = (
-            f"This model's maximum context length is {self.worker.engine.context} tokens. "
-            f"However, {got}. "
-            "Please reduce the length of the prompt or the completion."
-        )
-        param = "messages" if request.messages else "prompt"
-        return Refusal(message, code="context_length_exceeded", param=param)
-
-    def unreadable(self) -> list[dict[str, Any]]:
-        """Lists the tables on a disk that can no longer be read, and why."""
-        unreadable = []
-        for number, table in enumerate(self.run.model.tables):
-            why = cast(Table, table).damage()
-            if why is not None:
-                unreadable.append({"table": number, "error": why[:LONGEST]})
-        return unreadable
-
-    def free(self, taken: list[tuple[Request, asyncio.Queue]]) -> None:
-        for request, _ in taken:
-            self.worker.free(request)
-
-    async def pieces(
-        self, completion_request: CompletionRequest, request: Request, queue: asyncio.Queue
-    ) -> AsyncIterator[tuple[str, str | None]]:
-        """Yields text as it is decoded, and last the finish reason.
-
-        Failure where the model thread dropped the request.
-        """
-        stream, end_id = (
-            TextStream(self.run.tokenizer, completion_request.stop),
-            self.run.tokenizer.end_id,
-        )
-        try:
-            while True:
-                token, finish = await queue.get()
-                if finish in FAILURES:
-                    raise Failure(*FAILURES[finish])
-                piece = "" if token in (None, end_id) else stream.push(token)
-                if stream.stopped:
-                    finish = "stop"
-                if finish is not None:
-                    yield piece + stream.flush(), "stop" if stream.stopped else finish
-                    return
-                if piece:
-                    yield piece, None
-        finally:
-            self.worker.free(request)
-
-
-def application(service: Service, *, hosts: Sequence[str] = LOCAL) -> Starlette:
-    """Returns the ASGI application; `hosts` are the host names that it accepts ("*": any)."""
 
     @asynccontextmanager
-    async def lifespan(_: Starlette):
+    async def lifespan(_: FastAPI):
         service.worker.start()
         yield
         service.run.close()
         service.worker.stop()
 
-    async def completions(http: Http) -> Response:
-        return await _answer(service, http, chat=False)
+    handlers: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
+        HTTPException: _no_route,
+        RequestValidationError: _invalid,
+        Refusal: _refused,
+        Failure: _failed,
+        ValueError: _wrong,
+        RecursionError: _too_deep,
+        ClientDisconnect: _hung_up,
+        Exception: _broken,
+    }
+    app = FastAPI(
+        title="rorqual",
+        version="1",
+        description=f"Serves {service.name}. Requests and answers are OpenAI's, with more fields.",
+        lifespan=lifespan,
+        exception_handlers=handlers,
+        redoc_url=None,
+        responses={
+            status: {"model": ProblemAnswer, "description": what}
+            for status, what in (
+                (400, "What is wrong with the request"),
+                (429, "The queue is full"),
+                (503, "The server is stopping"),
+            )
+        },
+    )
+    router = APIRouter(route_class=LimitedRoute)
+    _add_texts(router, service)
+    _add_tokens(router, service)
+    _add_state(router, service)
+    app.include_router(router)
+    app.openapi = _without_422(app.openapi)  # type: ignore[method-assign]
+    # The last one is the first that a request passes.
+    app.add_middleware(Guard, service=service, api_key=api_key)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    return app
 
-    async def chat(http: Http) -> Response:
-        return await _answer(service, http, chat=True)
 
-    async def models(_: Http) -> Response:
+def _without_422(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Describes a request that is not valid as status 400, which is what it is answered with."""
+
+    def described() -> dict[str, Any]:
+        page = openapi()
+        for path in page["paths"].values():
+            for operation in path.values():
+                operation.get("responses", {}).pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            page.get("components", {}).get("schemas", {}).pop(name, None)
+        return page
+
+    return described
+
+
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+
+
+def _add_texts(router: APIRouter, service: Service) -> None:
+    """Adds the routes that run the model."""
+
+    @router.post("/v1/completions", response_model=Completion, responses=_STREAM)
+    async def completions(request: CompletionRequest, http: Http) -> Response:
+        """Continues texts or ids."""
+        return await _answer(service, http, request)
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
+    async def chat(request: ChatRequest, http: Http) -> Response:
+        """Answers messages by the chat template of the tokenizer."""
+        return await _answer(service, http, request)
+
+    @router.post("/v1/embeddings", response_model=Embeddings)
+    async def embeddings(request: EmbeddingRequest, http: Http) -> Response:
+        """Returns the mean of the final hidden states of each text."""
+        service.check(request)
+        size = service.run.config.dim
+        if request.dimensions not in (None, size):
+            message = f"dimensions: got {request.dimensions}, expected {size} or none"
+            raise Refusal(message, param="dimensions")
+        return JSONResponse(await while_there(http, _embed(service, request)))
+
+
+def _add_tokens(router: APIRouter, service: Service) -> None:
+    """Adds the routes of the tokenizer."""
+    tokenizer = service.run.tokenizer
+
+    @router.post("/tokenize", response_model=Tokens)
+    async def tokenize(request: TokenizeRequest) -> Response:
+        """Returns the ids of a text, or of messages by the chat template."""
+        service.check(request)
+        if request.messages:
+            prompt = request.add_generation_prompt is not False
+            messages = [message.filled() for message in request.messages]
+            ids = await service.chat_ids(messages, {"add_generation_prompt": prompt})
+        else:
+            ids = await service.text_ids(request.prompt or "")
+            if request.add_special_tokens is False:
+                ids = ids[1:]
+        answer = {"count": len(ids), "max_model_len": service.context, "tokens": ids}
+        if request.return_token_strs:
+            answer["token_strs"] = [tokenizer.token(token) for token in ids]
+        return JSONResponse(answer)
+
+    @router.post("/detokenize", response_model=Detokenized)
+    async def detokenize(request: DetokenizeRequest) -> Response:
+        """Returns the text of ids."""
+        service.check(request)
+        size = tokenizer.vocab_size
+        if not all(0 <= token < size for token in request.tokens):
+            raise Refusal(f"tokens: expected ids, each from 0 to {size - 1}", param="tokens")
+        return JSONResponse({"prompt": tokenizer.decode(request.tokens)})
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Returns the special tokens, the chat template and the size of the tokenizer."""
+        names = {
+            "bos_token": tokenizer.begin_id,
+            "eos_token": tokenizer.end_id,
+            "pad_token": tokenizer.pad_id,
+        }
+        tokens = {name: tokenizer.backend.id_to_token(token) for name, token in names.items()}
+        return tokens | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": service.context,
+            "chat_template": service.template or None,
+        }
+
+
+def _add_state(router: APIRouter, service: Service) -> None:
+    """Adds the routes about the server, and the page."""
+    card = {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "rorqual",
+        "max_model_len": service.context,
+    }
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def models() -> Response:
+        """Lists the models, of which there is one."""
         return JSONResponse({"object": "list", "data": [card]})
 
-    async def model(http: Http) -> Response:
-        if http.path_params["name"] in service.names:
+    @router.get("/v1/models/{name:path}", response_model=ModelCard)
+    async def model(name: str) -> Response:
+        """Describes a model."""
+        if name in service.names:
             return JSONResponse(card)
-        name = http.path_params["name"][:200]
-        return _error(
-            404, f"The model {name!r} does not exist", code="model_not_found", param="model"
-        )
+        message = f"The model {name[:LONGEST_VALUE]!r} does not exist"
+        return _error(404, message, code="model_not_found", param="model")
 
-    async def health(_: Http) -> Response:
-        engine, alive = service.worker.engine, service.worker.is_alive()
+    @router.get("/health")
+    async def health() -> Response:
+        """Tells whether the server can answer, and its load."""
+        stats = service.worker.engine.stats()
         busy: dict[str, Any] = {
-            "running": len(engine.running),
-            "waiting": engine.waiting,
-            "max_batch_size": engine.max_batch_size,
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "max_batch_size": service.worker.engine.max_batch_size,
         }
-        if counted := [
-            counts for table in service.run.model.tables if (counts := cast(Table, table).metrics())
-        ]:
-            # Rows, bytes and hit rate of the tables that are not on the device.
+        if counted := service.tables():
             busy["tables"] = counted
         # On a thread, since a disk that hangs must not block the other requests.
         unreadable = await to_thread.run_sync(service.unreadable, abandon_on_cancel=True)
         if unreadable:
             busy["unreadable"] = unreadable
+        alive = service.worker.is_alive()
         status = "down" if not alive else "tables cannot be read" if unreadable else "ok"
-        return JSONResponse({"status": status, **busy}, status_code=200 if status == "ok" else 503)
+        code = 200 if status == "ok" else 503
+        return JSONResponse({"status": status, **busy}, status_code=code)
 
-    card = {
-        "id": service.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "rorqual",
-    }
-    return Starlette(
-        routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", model),
-            Route("/health", health),
-        ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
-        exception_handlers={HTTPException: _no_route, Exception: _broken},
-        lifespan=lifespan,
-    )
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Returns the counters in the text format of Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    page = PAGE.read_text(encoding="utf-8")
+    about = {"model": service.name, "chat": bool(service.template), "context": service.context}
+    # A `<` could end the script.
+    page = page.replace("__ABOUT__", json.dumps(about).replace("<", "\\u003c"))
+
+    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def root() -> Response:
+        headers = {"content-security-policy": POLICY, "cache-control": "no-store"}
+        return HTMLResponse(page, headers=headers)
 
 
-async def _no_route(http: Http, error: Exception) -> Response:
-    """Answers a request for an unknown path or method."""
-    assert isinstance(error, HTTPException)
-    asked = f"{http.method} {http.url.path[:200]}"
-    return _error(error.status_code, f"{asked}: {error.detail}", headers=error.headers)
+async def _answer(
+    service: Service, http: Http, request: CompletionRequest | ChatRequest
+) -> Response:
+    service.check(request)
+    if request.stream:
+        handles = await while_there(http, service.take(request))
+        return Events(service, request, handles)
+    return JSONResponse(await while_there(http, _complete(service, request)))
 
 
-async def _broken(http: Http, error: Exception) -> Response:
-    return _error(500, "the server failed on this request: see its log")
-
-
-async def _answer(service: Service, http: Http, *, chat: bool) -> Response:
-    try:
-        request = parse(await body(http, LARGEST, BODY_SECONDS), chat=chat)
-        service.check(request)
-        if request.stream:
-            return Events(service, request, await _while_there(http, service.take(request)), chat)
-        return JSONResponse(await _while_there(http, _complete(service, request, chat)))
-    except ClientDisconnect:
-        return Response(status_code=499)  # the client does not read it
-    except Refusal as error:
-        return _error(
-            error.status, str(error), code=error.code, param=error.param, headers=error.headers
-        )
-    except ValueError as error:
-        return _error(400, str(error))
-    except Failure as error:
-        return _error(error.status, str(error))
-    # The json module parses recursively, as do the messages about its result.
-    except RecursionError:
-        return _error(400, "body: got lists or objects too deep in one another, expected a request")
-
-
-async def _while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
+async def while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
     """Returns the result of `work`, which is cancelled if the client disconnects.
 
     ClientDisconnect is then raised.
@@ -478,51 +406,90 @@ async def _while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
 
 
-async def _complete(service: Service, request: CompletionRequest, chat: bool) -> dict:
-    """Returns the whole answer. Its requests have left the batch at return or cancellation."""
-    taken = await service.take(request)
-    reply = Answer(service.name, chat, _prompt_tokens(taken))
-    answers = [asyncio.ensure_future(_whole(service, request, *one)) for one in taken]
+async def _gather(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Returns all results; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        results = await asyncio.gather(*answers)
+        return await asyncio.gather(*tasks)
     finally:
-        for answer in answers:
-            answer.cancel()
-        service.free(taken)
-    choices = [reply.choice(row, text, finish) for row, (text, finish) in enumerate(results)]
-    return reply.whole(choices) | {"usage": reply.usage([request for request, _ in taken])}
+        for task in tasks:
+            task.cancel()
 
 
-def _prompt_tokens(taken: list[tuple[Request, asyncio.Queue]]) -> int:
-    return sum(len(request.prompt) for request, _ in taken)
+async def _complete(service: Service, request: CompletionRequest | ChatRequest) -> dict[str, Any]:
+    """Returns the whole answer. Its requests have left the batch at return or cancellation."""
+    handles = await service.take(request)
+
+    async def whole(handle: Handle) -> list[Piece]:
+        async with aclosing(service.pieces(request, handle)) as pieces:
+            return [piece async for piece in pieces]
+
+    try:
+        pieces = await _gather([whole(handle) for handle in handles])
+    finally:
+        service.free(handles)
+    return Answer(request, service.name, handles, service.run.tokenizer).whole(pieces)
+
+
+async def _embed(service: Service, request: EmbeddingRequest) -> dict[str, Any]:
+    """Returns the embeddings of all texts."""
+    handles = await service.take_texts(request)
+
+    async def read(handle: Handle) -> list[float]:
+        async with aclosing(service.tokens(handle)) as tokens:
+            async for _ in tokens:
+                pass
+        if handle.request.embedding is None:
+            raise Failure("the model failed on this text: see the server's log", 500)
+        return handle.request.embedding
+
+    try:
+        vectors = await _gather([read(handle) for handle in handles])
+    finally:
+        service.free(handles)
+    count = sum(len(handle.request.prompt) for handle in handles)
+    packed = request.encoding_format == "base64"
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _pack(one) if packed else one}
+            for index, one in enumerate(vectors)
+        ],
+        "model": service.name,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+
+
+def _pack(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 class Events(StreamingResponse):
     """An answer that is streamed. Its requests leave the batch when it ends or fails to begin."""
 
     def __init__(
-        self, service: Service, request: CompletionRequest, taken: list, chat: bool
+        self, service: Service, request: CompletionRequest | ChatRequest, handles: list[Handle]
     ) -> None:
-        self._service, self._taken = service, taken
-        answer = Answer(service.name, chat, _prompt_tokens(taken))
-        super().__init__(_events(service, request, taken, answer), media_type="text/event-stream")
+        self._service, self._handles = service, handles
+        answer = Answer(request, service.name, handles, service.run.tokenizer)
+        super().__init__(
+            _events(service, request, handles, answer),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._service.free(self._taken)
-
-
-async def _whole(
-    service: Service, completion_request: CompletionRequest, request: Request, queue: asyncio.Queue
-) -> tuple[str, str | None]:
-    parts = [piece async for piece in service.pieces(completion_request, request, queue)]
-    return "".join(piece for piece, _ in parts), parts[-1][1]
+            self._service.free(self._handles)
 
 
 async def _events(
-    service: Service, completion_request: CompletionRequest, taken: list, answer: "Answer"
+    service: Service,
+    request: CompletionRequest | ChatRequest,
+    handles: list[Handle],
+    answer: Answer,
 ) -> AsyncIterator[str]:
     """Yields the pieces of every choice as they arrive, interleaved.
 
@@ -530,22 +497,23 @@ async def _events(
     """
     merged: asyncio.Queue = asyncio.Queue()
 
-    async def pump(row: int, request: Request, queue: asyncio.Queue) -> None:
+    async def pump(row: int, handle: Handle) -> None:
         try:
-            async for piece, finish in service.pieces(completion_request, request, queue):
-                merged.put_nowait(answer.chunk([answer.choice(row, piece, finish, piece=True)]))
+            async with aclosing(service.pieces(request, handle)) as pieces:
+                async for piece in pieces:
+                    merged.put_nowait(answer.piece(row, piece))
         except Failure as error:
-            merged.put_nowait(_problem(error.status, str(error)))
+            merged.put_nowait(problem(error.status, str(error)))
         except Exception as error:
             runtime.log(f"serve: an answer could not be written: {error!r}", style="red")
-            merged.put_nowait(_problem(500, "the server failed on this request: see its log"))
+            merged.put_nowait(problem(500, "the server failed on this request: see its log"))
         finally:
             merged.put_nowait(None)
 
-    pumps = [asyncio.create_task(pump(row, *one)) for row, one in enumerate(taken)]
+    pumps = [asyncio.create_task(pump(row, handle)) for row, handle in enumerate(handles)]
     try:
-        if answer.chat:
-            yield _event(answer.chunk([answer.opening(row) for row in range(len(taken))]))
+        for chunk in answer.opening():
+            yield _event(chunk)
         left = len(pumps)
         while left:
             chunk = await merged.get()
@@ -553,84 +521,17 @@ async def _events(
                 left -= 1
             else:
                 yield _event(chunk)
-        if completion_request.usage:
-            yield _event(
-                answer.chunk([]) | {"usage": answer.usage([request for request, _ in taken])}
-            )
+        if request.usage_at_end:
+            yield _event(answer.closing())
         yield "data: [DONE]\n\n"
     finally:
         for task in pumps:
             task.cancel()
-        service.free(taken)
+        service.free(handles)
 
 
 def _event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-class Answer:
-    """Formats one answer as OpenAI does: a completion or a chat, whole or in chunks."""
-
-    def __init__(self, model: str, chat: bool, prompt_tokens: int) -> None:
-        self.chat, self.prompt_tokens = chat, prompt_tokens
-        self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-        }
-        self._head["model"] = model
-
-    def whole(self, choices: list[dict]) -> dict:
-        return self._head | {
-            "object": "chat.completion" if self.chat else "text_completion",
-            "choices": choices,
-        }
-
-    def chunk(self, choices: list[dict]) -> dict:
-        return self._head | {
-            "object": "chat.completion.chunk" if self.chat else "text_completion",
-            "choices": choices,
-        }
-
-    def opening(self, row: int) -> dict:
-        return {"index": row, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-
-    def choice(self, row: int, text: str, finish: str | None, *, piece: bool = False) -> dict:
-        if not self.chat:
-            return {"index": row, "text": text, "logprobs": None, "finish_reason": finish}
-        content = (
-            {"delta": {"content": text}}
-            if piece
-            else {"message": {"role": "assistant", "content": text}}
-        )
-        return {"index": row, **content, "finish_reason": finish}
-
-    def usage(self, requests: list[Request]) -> dict:
-        made = sum(len(request.ids) for request in requests)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": self.prompt_tokens + made,
-        }
-
-
-def _problem(
-    status: int, message: str, *, code: str | None = None, param: str | None = None
-) -> dict:
-    """Returns an error as OpenAI formats it.
-
-    The message is truncated, and characters that UTF-8 cannot encode are replaced.
-    """
-    if len(message) > LONGEST:
-        message = message[:LONGEST] + "..."
-    kind = (
-        "server_error"
-        if status >= 500
-        else "rate_limit_error"
-        if status == 429
-        else "invalid_request_error"
-    )
-    message = message.encode("utf-8", "replace").decode()
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _error(
@@ -641,8 +542,65 @@ def _error(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    problem = _problem(status, message, code=code, param=param)
-    return JSONResponse(problem, status_code=status, headers=dict(headers or {}))
+    content = problem(status, message, code=code, param=param)
+    return JSONResponse(content, status_code=status, headers=dict(headers or {}))
+
+
+async def _no_route(http: Http, error: HTTPException) -> Response:
+    """Answers a request for an unknown path or method."""
+    asked = f"{http.method} {http.url.path[:LONGEST_VALUE]}"
+    return _error(error.status_code, f"{asked}: {error.detail}", headers=error.headers)
+
+
+async def _refused(_: Http, error: Refusal) -> Response:
+    return _error(
+        error.status, str(error), code=error.code, param=error.param, headers=error.headers
+    )
+
+
+async def _failed(_: Http, error: Failure) -> Response:
+    return _error(error.status, str(error))
+
+
+async def _wrong(_: Http, error: ValueError) -> Response:
+    return _error(400, str(error))
+
+
+async def _too_deep(_: Http, error: RecursionError) -> Response:
+    return _error(400, "body: got lists or objects too deep in one another, expected a request")
+
+
+async def _hung_up(_: Http, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # the client does not read it
+
+
+async def _broken(http: Http, error: Exception) -> Response:
+    return _error(500, "the server failed on this request: see its log")
+
+
+async def _invalid(_: Http, error: RequestValidationError) -> Response:
+    """Answers a request that pydantic refuses, with the first field that is wrong."""
+    wrong = min(error.errors(), key=lambda one: one["type"] == "missing")
+    context = wrong.get("ctx") or {}
+    if wrong["type"] == "refused":
+        return _error(400, context["message"], param=context["param"] or None, code=context["code"])
+    # The parts of a location after a union name what was tried, not what was asked.
+    where = [one for one in wrong["loc"][1:] if not re.search(r"[\[\(]", str(one))]
+    where = [one for one in where if not (isinstance(one, str) and one[:1].isupper())]
+    param = _path(where) + context.get("inside", "")
+    if wrong["type"] == "missing":
+        return _error(400, f"{param}: expected a value, got none", param=param)
+    message = re.sub(r"^Input should be ", "expected ", wrong["msg"])
+    got = f"got {short(wrong['input'])}, "
+    if wrong["type"] in ("content", "part"):
+        got = ""
+    return _error(400, f"{param or 'body'}: {got}{message}", param=param or None)
+
+
+def _path(where: Sequence[Any]) -> str:
+    """Formats a location as a path, as messages[0].content."""
+    parts = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in where)
+    return parts.removeprefix(".")[:LONGEST_VALUE]
 
 
 class TimedProtocol(H11Protocol):
@@ -685,6 +643,7 @@ class Server(uvicorn.Server):
         limits = f"{requests}, {engine.context} tokens each; Ctrl-C ends it"
         runtime.log(f"serving {self.service.run!r}")
         runtime.log(f"{self.address}/v1/completions ({limits})")
+        runtime.log(f"{self.address}/ is a page to chat with it, {self.address}/docs its manual")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends queued requests now and running ones after GRACE_SECONDS; then cancels the rest."""
@@ -723,26 +682,26 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    max_batch_size: int = 8,
-    context: int = 4096,
-    max_waiting: int = MAX_WAITING,
+    api_key: str | None = None,
+    cors: Sequence[str] = (),
     run_name: str | None = None,
+    **limits: Any,
 ) -> None:
     """Serves requests until interrupted.
 
-    There is no login: on a host other than this machine's own, anyone may send requests.
-    `run_name` is what the user called the run, a folder or a hub id; requests may use it, too.
+    Without `api_key` there is no login: on a host other than this machine's own, anyone may send
+    requests. `run_name` is what the user called the run, a folder or a hub id; requests may use it,
+    too. `limits` are those of Service. The model runs once before the port opens.
     """
     hub_id = run_name is not None and not Path(run_name).expanduser().exists()
     service = Service(
         run,
         name=run_name if hub_id else None,
         aliases=[] if run_name is None else [run_name],
-        max_batch_size=max_batch_size,
-        context=context,
-        max_waiting=max_waiting,
+        **limits,
     )
-    app = application(service, hosts=LOCAL if host in LOCAL else ("*",))
+    hosts = LOCAL if host in LOCAL else ("*",)
+    app = application(service, hosts=hosts, api_key=api_key, cors=cors)
     config = uvicorn.Config(
         app,
         http=TimedProtocol,
@@ -752,6 +711,7 @@ def serve(
         # one whose client does not read.
         timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,
     )
+    service.warm_up()
     with listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}"

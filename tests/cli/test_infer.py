@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -172,10 +173,46 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
     assert asked == {
         "host": "127.0.0.1",
         "port": 1234,
+        "api_key": None,
+        "cors": (),
         "max_batch_size": 2,
         "context": 4096,
         "max_waiting": 256,
+        "timeout": 600.0,
     }
+
+
+def test_serve_takes_its_key_from_the_environment_too(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = []
+    monkeypatch.setattr(
+        "rorqual.serve.server.serve", lambda run, **options: keys.append(options["api_key"])
+    )
+    monkeypatch.setenv("RORQUAL_API_KEY", "from the environment")
+    words = ["serve", str(small_run), "--port", "0"]
+    assert main(words) == main([*words, "--api-key", "typed"]) == 0
+    assert keys == ["from the environment", "typed"]
+    monkeypatch.setenv("RORQUAL_API_KEY", " ")
+    assert main(words) == 2
+    assert "got an empty API key" in capsys.readouterr().err
+
+
+def test_a_chat_in_the_terminal(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/set temperature 0", "The blue", "/nonsense", "/set top_k x", "/reset", "The blue"]
+    typed = iter([*lines, "/help", "/history", "", "/exit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    assert main(["chat", str(small_run), "--max-new-tokens", "4"]) == 0
+    assert next(typed) == "never read"
+    printed = capsys.readouterr()
+    first, second = printed.out.split("/reset")[0].splitlines()[:2]
+    assert first == second
+    assert "has no chat template" in printed.err
+    assert len(re.findall(r"\(4 tokens, \d+\.\d a second\)", printed.err)) == 2
+    assert "/nonsense" in printed.err or "'nonsense'" in printed.err
+    assert "top_k: got 'x', expected a number or none" in printed.err
 
 
 def test_explore_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:

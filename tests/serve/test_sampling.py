@@ -12,7 +12,16 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from rorqual.serve.sampling import GREEDY, Sampling, narrow, penalise, sample
+from rorqual.serve.sampling import (
+    GREEDY,
+    SamplerRow,
+    Sampling,
+    logprobs_of,
+    narrow,
+    penalise,
+    sample,
+    sample_rows,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -153,3 +162,122 @@ def test_rows_that_hold_no_chances_are_named(sampling, bad):
     generators = [sampling.generator(row) for row in range(4)]
     with pytest.raises(ValueError, match=r"rows \[1, 3\], expected a finite"):
         sample(logits, sampling, generators, torch.ones_like(logits, dtype=torch.bool))
+
+
+def row(sampling, prompt=(1, 2), index=0, **options):
+    return SamplerRow(prompt, sampling, sampling.generator(index), vocab_size=30, **options)
+
+
+MIXED = [
+    GREEDY,
+    Sampling(temperature=0.7, top_k=3, seed=1),
+    Sampling(temperature=1.3, top_p=0.6, seed=2, repetition_penalty=1.4),
+    Sampling(temperature=2.0, min_p=0.2, seed=3, presence_penalty=1.0, frequency_penalty=0.5),
+    Sampling(temperature=1.0, seed=4, logit_bias=((5, 4.0), (6, -100.0))),
+    Sampling(temperature=1.0, seed=5, top_k=30, top_p=1.0, min_p=0.0),
+]
+
+
+def test_rows_of_all_kinds_draw_together_what_each_draws_alone():
+    draw = torch.Generator().manual_seed(1)
+    together, alone = ([row(one) for one in MIXED] for _ in range(2))
+    for _ in range(20):
+        logits = torch.randn(len(MIXED), 30, generator=draw) * 3
+        drawn = sample_rows(logits, together)
+        assert not drawn.errors
+        for index, one in enumerate(alone):
+            assert sample_rows(logits[index : index + 1], [one]).ids == [drawn.ids[index]]
+            one.accept(drawn.ids[index])
+            together[index].accept(drawn.ids[index])
+
+
+def test_a_row_draws_what_sample_draws():
+    logits, sampling = torch.randn(3, 30), Sampling(seed=7, top_p=0.8)
+    rows = [row(sampling, index=index) for index in range(3)]
+    expected = sample(logits, sampling, [sampling.generator(index) for index in range(3)])
+    assert sample_rows(logits, rows).ids == expected.tolist()
+
+
+def test_penalties_count_new_ids_and_biases_are_added():
+    options = Sampling(
+        temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 1.0),)
+    )
+    one = row(options, prompt=[4])
+    for token in (1, 1, 2):
+        one.accept(token)
+    # id 1: 1.2 - 2 * 0.25 - 0.5 = 0.2; id 2: 1.0 - 0.25 - 0.5; id 3: -0.7 + 1; id 4 is no new id
+    for logits, expected in (
+        ([0.1, 1.2, 1.0, -0.7], 3),
+        ([0.21, 1.2, 0.9, -0.9], 0),
+        ([0.0, 1.2, 0.9, -0.9], 1),
+        ([0.0, 1.2, 1.0, -0.9, 0.26], 4),
+    ):
+        whole = torch.full((1, 30), -9.0)
+        whole[0, : len(logits)] = torch.tensor(logits)
+        assert sample_rows(whole, [one]).ids == [expected]
+
+
+def test_no_end_comes_before_min_tokens():
+    one = row(Sampling(temperature=0.0, min_tokens=2), end_ids={7})
+    logits = torch.zeros(1, 30)
+    logits[0, 7], logits[0, 3] = 9.0, 1.0
+    for expected, ended in ((3, False), (3, False), (7, True)):
+        assert sample_rows(logits, [one]).ids == [expected]
+        assert one.accept(expected) == ended
+
+
+class Only:
+    """Allows the ids of a list, or fails."""
+
+    def __init__(self, *ids):
+        self.ids = ids
+
+    def mask(self):
+        if not self.ids:
+            raise ValueError("out of fuel")
+        return torch.zeros(30, dtype=torch.bool).index_fill(0, torch.tensor(self.ids), True)
+
+    def accept(self, token):
+        return token == self.ids[0]
+
+
+def test_a_row_that_fails_harms_no_other():
+    kinds = [Sampling(temperature=1.0, seed=seed, repetition_penalty=1.2) for seed in range(6)]
+    logits = torch.randn(6, 30)
+    free = sample_rows(logits, [row(kind) for kind in kinds]).ids
+    rows = [row(kind) for kind in kinds]
+    broken = logits.clone()
+    broken[1, 4], broken[2], broken[3, 0] = torch.nan, -torch.inf, torch.inf
+    rows[4].matcher = Only()
+    drawn = sample_rows(broken, rows)
+    assert set(drawn.errors) == {1, 2, 3, 4}
+    assert drawn.ids == [free[0], -1, -1, -1, -1, free[5]]
+    assert "out of fuel" in drawn.errors[4]
+    assert broken[1, 4].isnan(), "the logits stay as they are"
+
+
+def test_a_grammar_allows_its_ids_alone():
+    one = row(Sampling(temperature=5.0, seed=1), matcher=Only(4, 9))
+    ids = {sample_rows(torch.randn(1, 30) * 5, [one]).ids[0] for _ in range(50)}
+    assert ids == {4, 9}
+    assert (one.accept(9), one.accept(4)) == (False, True)
+
+
+def test_the_tail_of_a_large_vocabulary_is_drawn():
+    """In float32 a sum of 2^18 equal chances would lose its tail."""
+    logits, sampling = torch.zeros(1, 2**18), Sampling(temperature=1.0, seed=1)
+    generator = sampling.generator()
+    drawn = torch.cat([sample(logits, sampling, [generator]) for _ in range(400)])
+    counts = (drawn // 2**16).bincount(minlength=4)
+    assert counts.shape == (4,) and counts.min() > 60
+
+
+def test_log_probabilities_are_of_the_whole_table():
+    logits = torch.randn(2, 12)
+    one, other = logprobs_of(logits, torch.tensor([3, 11]), 2, 10)
+    expected = logits.log_softmax(-1)
+    assert (one.logprob, other.logprob) == (float(expected[0, 3]), float(expected[1, 11]))
+    top = expected[0, :10].topk(2)
+    assert one.top == tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    (least,) = logprobs_of(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1]), 0, 2)
+    assert (least.logprob, least.top) == (-9999.0, ())

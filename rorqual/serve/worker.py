@@ -1,0 +1,147 @@
+"""Runs an engine on a thread of its own, and hands its tokens to asyncio.
+
+handle = worker.submit(prompt, ...)        on the event loop
+async for token in handle: ...             ids, log-probabilities, and last a finish reason
+worker.free(handle)                        the request leaves the batch, whatever it does
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from rorqual import runtime
+from rorqual.serve.engine import Engine, Observed, Request
+from rorqual.serve.sampling import TokenLogprobs
+
+
+class Token(NamedTuple):
+    """One step of a request.
+
+    `id` is None where the step gave none: the request failed, or its prompt was only read. `finish`
+    is None until the last one.
+    """
+
+    id: int | None
+    finish: str | None
+    logprobs: TokenLogprobs | None = None
+    observed: Observed | None = None  # of the ids that this step read: first of the whole prompt
+    seconds: float = 0.0  # when it was made, by time.perf_counter
+
+
+class Handle:
+    """One request that runs; `tokens` yields its ids."""
+
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        self.request = request
+        self.submitted = time.perf_counter()
+        self._loop = loop
+        self._queue: asyncio.Queue[Token] = asyncio.Queue()
+
+    def put(self, token: Token) -> None:
+        """Adds a token; it may be called from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, token)
+
+    async def tokens(self, seconds: float) -> AsyncIterator[Token]:
+        """Yields the tokens as they come. TimeoutError if there is no end within `seconds`."""
+        deadline = self._loop.time() + seconds
+        while True:
+            # Only the wait is limited: what is done with a token is not this generator's.
+            async with asyncio.timeout_at(deadline):
+                token = await self._queue.get()
+            yield token
+            if token.finish is not None:
+                return
+
+
+class Worker(threading.Thread):
+    """The one thread that runs the model. `submit` and `free` may be called from any other."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(name="rorqual model", daemon=True)
+        self.engine = engine
+        self._wake = threading.Condition()
+        self._handles: dict[Request, Handle] = {}
+        self._stopping = False
+
+    def submit(self, prompt: Sequence[int], **options: Any) -> Handle:
+        """Submits a prompt with the options of Engine.submit.
+
+        It must be called on the event loop that reads the handle.
+        """
+        loop = asyncio.get_running_loop()
+        with self._wake:
+            request = self.engine.submit(prompt, **options)
+            handle = self._handles[request] = Handle(request, loop)
+            self._wake.notify()
+        return handle
+
+    def free(self, handle: Handle) -> None:
+        """Cancels a request whose handle is no longer read."""
+        with self._wake:
+            self._handles.pop(handle.request, None)
+        self.engine.cancel(handle.request)
+
+    @property
+    def unfinished(self) -> int:
+        """The number of requests, running or queued, that a client waits for."""
+        return len(self._handles)
+
+    def end(self, *, waiting_only: bool = False) -> None:
+        """Ends all requests, or those without any id yet, because the server is stopping."""
+        with self._wake:
+            requests = [request for request in self._handles if not (waiting_only and request.ids)]
+        for request in requests:
+            # The client is notified first: otherwise a step that ends in between would report
+            # "cancelled".
+            self._tell(request, Token(None, "stopping"))
+            self.engine.cancel(request)
+
+    def stop(self) -> None:
+        """Stops the thread after its current step. A long step may still run when this returns."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self.join(timeout=1)
+
+    def run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or not self.engine.idle)
+                if self._stopping:
+                    return
+            try:
+                for request in self.engine.step():
+                    self._tell(request, _token(request))
+            # A request must not stop the thread that serves the others.
+            except Exception as error:
+                runtime.log(
+                    f"serve: a step failed, its requests are dropped: {error!r}", style="red"
+                )
+                for request in self.engine.drop():
+                    self._tell(request, Token(None, "error"))
+
+    def _tell(self, request: Request, token: Token) -> None:
+        with self._wake:
+            handle = self._handles.get(request)
+            if handle is not None and token.finish is not None:
+                del self._handles[request]
+        if handle is not None:
+            handle.put(token)
+
+
+def _token(request: Request) -> Token:
+    """Returns what the last step gave a request.
+
+    A request that failed got no id; one that was cancelled meanwhile may have none at all.
+    """
+    nothing = request.finish == "error" or not request.ids
+    return Token(
+        None if nothing else request.ids[-1],
+        request.finish,
+        request.logprobs[-1] if request.logprobs and not nothing else None,
+        request.observed[-1] if request.observed else None,
+        time.perf_counter(),
+    )

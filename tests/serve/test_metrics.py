@@ -1,0 +1,43 @@
+"""Tests that the metrics of a server count what it did."""
+
+import re
+
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="httpx is not installed")
+pytest.importorskip("prometheus_client", reason="the extra [serve] is not installed")
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+pytest.importorskip("llguidance", reason="the extra [serve] is not installed")
+
+from rorqual.serve.generate import load  # noqa: E402 (after the extra is known to be there)
+from rorqual.serve.service import Service  # noqa: E402
+
+
+def test_metrics_count_what_was_done(run, serving):
+    with serving(Service(run, max_batch_size=2, context=64)) as address:
+        body = {"prompt": ["A whale", "é"], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
+        assert httpx.post(f"{address}/v1/completions", json={}).status_code == 400
+        text = httpx.get(f"{address}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    route = 'route="/v1/completions"'
+    assert values[f'rorqual_requests_total{{{route},status="200"}}'] == "1.0"
+    assert values[f'rorqual_requests_total{{{route},status="400"}}'] == "1.0"
+    assert values["rorqual_generated_tokens_total"] == "10.0"
+    assert float(values["rorqual_prompt_tokens_total"]) == len(run.prompt("A whale")) + len(
+        run.prompt("é")
+    )
+    assert values['rorqual_finished_total{reason="length"}'] == "2.0"
+    assert values["rorqual_time_to_first_token_seconds_count"] == "2.0"
+    assert values["rorqual_inter_token_latency_seconds_count"] == "8.0"
+    assert float(values["rorqual_requests_running"]) <= 2
+
+
+def test_table_metrics_name_the_table(folder, serving):
+    run = load(folder, device="cpu", placement="disk")
+    with serving(Service(run, context=64)) as address:
+        for _ in range(2):
+            httpx.post(f"{address}/v1/completions", json={"prompt": "A whale", "max_tokens": 4})
+        text = httpx.get(f"{address}/metrics").text
+    (rate,) = re.findall(r'rorqual_table_hit_rate\{table="0"\} (\S+)', text)
+    assert 0 < float(rate) < 1
