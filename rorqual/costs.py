@@ -49,6 +49,8 @@ class Costs(NamedTuple):
     flops_per_token: int  # forward, the mean over the tokens of a context
     cache_bytes_per_token: int  # of attention and of what selects its keys, in bfloat16
     cache_bytes: int  # the same of one sequence of the whole context, with what does not grow
+    table_bytes: int  # of Engram's rows in bfloat16
+    table_bytes_fp8: int  # the same as fp8 records with a byte of scale for 32 values
     longest_context: int  # tokens that the rotary base, stretched by YaRN, tells apart
 
 
@@ -102,6 +104,8 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
         cache_bytes=_cache_bytes(config, context),
+        table_bytes=2 * memory,
+        table_bytes_fp8=_record_bytes(config),
         longest_context=longest_context(rope.base, rope.factor),
     )
 
@@ -532,6 +536,14 @@ def _engram_products(config: ModelConfig) -> int:
     taps = config.engram.kernel if config.engram.conv else 0
     once = config.engram.memory_width * (keys + config.dim) + keys + (taps + (keys > 0)) * width
     return len(config.engram.layers) * once
+
+
+def _record_bytes(config: ModelConfig) -> int:
+    """Counts the bytes of Engram's rows as fp8 records: a byte a value, one of scale for 32."""
+    if config.engram is None:
+        return 0
+    width = config.engram.head_dim
+    return sum(row_totals(config.engram)) * (width + -(-width // 32))
 
 
 def _cached_bytes(config: ModelConfig) -> int:

@@ -470,3 +470,12 @@ def test_engram_by_hand():
     for gating, less in (("shared", 3 * (memory + 1) * 8), ("open", 4 * (memory + 1) * 8 + 4 * 8)):
         piece = replace(PLAIN, engram=replace(engram, gating=gating), hyper=hyper)
         assert products(piece) - products(replace(PLAIN, hyper=hyper)) == 2 * (streams - less)
+
+
+def test_the_bytes_of_tables_are_those_of_their_rows() -> None:
+    """V4.1's two tables of fp8 records: 256 values and 8 scales a row."""
+    result = costs(preset("deepseek-v4.1-flash"))
+    rows = 384_006_168 + 384_016_682
+    assert result.table_bytes == 2 * 256 * rows
+    assert result.table_bytes_fp8 == 264 * rows
+    assert costs(preset("tiny")).table_bytes == costs(preset("tiny")).table_bytes_fp8 == 0

@@ -305,6 +305,8 @@ ROWS = (
     ("flops_per_token", "FLOPs a token, forward"),
     ("cache_bytes_per_token", "cache bytes a token, bfloat16"),
     ("cache_bytes", "cache bytes of a sequence of --context tokens"),
+    ("table_bytes", "bytes of Engram's tables, bfloat16"),
+    ("table_bytes_fp8", "bytes of Engram's tables, fp8"),
     ("longest_context", "tokens that the rotary base tells apart"),
 )
 

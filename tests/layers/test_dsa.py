@@ -391,11 +391,11 @@ def test_a_block_without_an_indexer_attends_to_the_keys_of_the_block_before(way)
     assert second.indexer is None and first.publishes and not second.publishes
     hidden = torch.randn(2, 13, 20)
     where = context(2, 13, "cpu", rope=(ROPE, 4))
-    _, indexed = first(hidden, where)
-    assert indexed.loss is None and indexed.selected.shape == (2, 13, 4)
-    out, loss = second(hidden, replace(where, selected=indexed.selected))
+    _, loss, selected = first(hidden, where)
+    assert loss is None and selected.shape == (2, 13, 4)
+    out, loss = second(hidden, replace(where, shared=selected))
     mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
-    mask = mask.scatter_(-1, indexed.selected[:, None], True) & where.visible()
+    mask = mask.scatter_(-1, selected[:, None], True) & where.visible()
     expected = dense(second)(hidden, replace(where, mask=mask))[0]
     assert loss is None
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
