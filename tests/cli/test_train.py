@@ -87,8 +87,6 @@ def test_params_tells_how_long_a_context_a_base_carries(capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == {
         "base": 10000.0,
         "factor": 40.0,
-        "table_bytes": 0,
-        "table_bytes_fp8": 0,
         "longest_context": 1_256_637,
     }
     assert main(["params", "tiny", "--model.rope.base", "500000", "--json"]) == 0

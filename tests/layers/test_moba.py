@@ -72,7 +72,7 @@ def moba_of(q, k, left=None, **options):
 
 def call(attention, q, k, v, cache=None, history=None, **expected):
     """Returns what the attention makes of given queries, keys and values, at a scale of 0.4."""
-    attention.project, attention.o_proj = lambda hidden, ctx: (q, k, v), Taken()
+    attention.project, attention.o_proj = lambda hidden, ctx: (q, k, v, None), Taken()
     attention.scale = 0.4
     cached = None if cache is None else BlockCache(cache)
     ctx = context(*q.shape[:2], q.device, past=history, cache=cached, **expected)

@@ -74,7 +74,7 @@ def call(attention, q, k, v, hidden, ctx, gates=None):
     copy = NSA(attention.nsa, attention.config, 20, ROPE)
     for name, module in attention.named_children():
         setattr(copy, name, module)
-    copy.project, copy.o_proj, copy.scale = lambda hidden, ctx: (q, k, v), Taken(), 0.4
+    copy.project, copy.o_proj, copy.scale = lambda hidden, ctx: (q, k, v, None), Taken(), 0.4
     if gates is not None:
         copy.gates = gates
     copy(hidden, ctx)
