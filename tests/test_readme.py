@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +36,13 @@ from rorqual.train.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/zh/README.md"]
 DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in PAGES]
-NEEDS = {"a gpu", "a download", "hours"}  # what a marked block may need
+NEEDS = {
+    "a gpu",
+    "a download",
+    "hours",
+    "a server",
+    "another model",
+}  # what a marked block may need
 LITTLE_DATA = ["--data.source", "notes/", "--data.vocab-size", "300", "--data.cache", "cache"]
 # Flags that shorten a long command, which is otherwise as typed.
 SHORTER = {
@@ -117,7 +124,7 @@ class Block(NamedTuple):
 
 
 FENCE = re.compile(
-    r"(?:^<!-- needs: (?P<needs>.*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -283,7 +290,9 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if words[1] == "train" and words[2] in PRESETS:
         # Remove the run of the example before.
         shutil.rmtree(Path("runs") / words[2], ignore_errors=True)
-    assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
+    # What a chat is told: a line, and the end of input.
+    with mock.patch("builtins.input", side_effect=["A whale", EOFError]):
+        assert main(shorter(words)[1:]) == 0, f"{line}\n{capsys.readouterr().err[-4000:]}"
     output = capsys.readouterr().out
     assert output.strip(), line
     if file is not None:

@@ -31,8 +31,10 @@ class Refusal(ValueError):
         self.headers = headers
 
 
-async def body(http: Request, largest: int, seconds: float = 30) -> Any:
-    """Reads and parses the body of a request.
+async def body(
+    http: Request, largest: int, seconds: float = 30, *, replace_halves: bool = False
+) -> Any:
+    """Reads and parses the body of a request; `replace_halves` as in `loads`.
 
     ValueError for another content type, more than `largest` bytes, no JSON, or where it has not all
     arrived within `seconds`.
@@ -54,19 +56,19 @@ async def body(http: Request, largest: int, seconds: float = 30) -> Any:
     except TimeoutError as error:
         got = f"got {len(content)} bytes in {seconds:g} s"
         raise Refusal(f"body: {got}, expected the whole request", status=408) from error
-    return loads(bytes(content))
+    return loads(bytes(content), replace_halves=replace_halves)
 
 
-def loads(content: bytes) -> Any:
+def loads(content: bytes, *, replace_halves: bool = False) -> Any:
     """Returns the value of a JSON text. ValueError where it is none.
 
-    Surrogates are joined to characters; one without its other half becomes U+FFFD. JSON can contain
-    half a character, as from a client that cut a text in the middle of one.
+    JSON can contain half a character, as from a client that cut a text in the middle of one. With
+    `replace_halves` it becomes U+FFFD; otherwise it stays, and is no text that can be encoded.
     """
     try:
         text = content.decode()
         value = json.loads(text)
-        return _whole(value) if _HALF.search(text) else value
+        return _whole(value) if replace_halves and _HALF.search(text) else value
     except ValueError as error:
         raise ValueError(f"body is not JSON: {str(error)[:LONGEST_VALUE]}") from error
     # The json module parses recursively.

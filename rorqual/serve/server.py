@@ -104,7 +104,8 @@ class LimitedRoute(APIRoute):
 
         async def handle(http: Http) -> Response:
             if self.body_field is not None:
-                http = JsonRequest(http, await body(http, LARGEST, BODY_SECONDS))
+                value = await body(http, LARGEST, BODY_SECONDS, replace_halves=True)
+                http = JsonRequest(http, value)
             return await handler(http)
 
         return handle

@@ -637,6 +637,8 @@ def bodies_of(page):
 
 
 @pytest.mark.slow
+# The server's threads share the process with hypothesis.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 def test_fuzzed_bodies_never_fail_the_server(run, serving):
     """Bodies that the OpenAPI page allows, and bodies like them, for at most a minute."""
     service = Service(run, max_batch_size=4, context=48, max_waiting=64, timeout=20)
@@ -710,6 +712,8 @@ def visit(browser, address, width=1200, scheme="light"):
 def test_the_page_chats(browser, address, width, scheme):
     from playwright.sync_api import expect
 
+    # The first chat starts the process of the template.
+    expect.set_options(timeout=60_000)
     with visit(browser, address, width, scheme) as page:
         assert page.locator("h1").inner_text() == "whale"
         page.get_by_role("button", name="Settings").click()

@@ -15,7 +15,7 @@ def test_what_is_no_json_is_a_value_error(content):
         loads(content)
 
 
-def test_half_a_character_is_a_replacement():
-    assert loads(rb'{"a\ud83d": ["\ud83d\udc0b", "\udc0b", 1, null]}') == {
-        "a\ufffd": ["\U0001f40b", "\ufffd", 1, None]
-    }
+def test_half_a_character_is_a_replacement_where_that_is_wanted():
+    content = rb'{"a\ud83d": ["\ud83d\udc0b", "\udc0b", 1, null]}'
+    assert loads(content, replace_halves=True) == {"a\ufffd": ["\U0001f40b", "\ufffd", 1, None]}
+    assert loads(content)["a\ud83d"][1] == "\udc0b"
