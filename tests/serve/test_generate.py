@@ -350,5 +350,5 @@ def test_rows_of_another_folder_and_placements_that_cannot_be(folder, model, tmp
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "deepseek_v3"}')
-    with pytest.raises(ValueError, match="no weights, expected model.safetensors"):
+    with pytest.raises(ValueError, match=r"no weights, expected model\.safetensors"):
         load(other, placement="disk")
