@@ -356,7 +356,7 @@ def test_bfloat16_is_close_to_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mla": None}, "got none, expected exactly one of mla and gqa"),
+        ({"mla": None}, "got none, expected exactly one of mla, gqa and csa"),
         ({"gqa": GQAConfig()}, "got mla and gqa"),
         ({"nsa": NSAConfig()}, "nsa: got attention mla, expected gqa"),
         ({"layers": 0}, "layers: got 0"),

@@ -109,17 +109,13 @@ class Blocks:
             buffer = self.values.reserve(new, total)
             buffer[:, done:total] = new
             return buffer[:, :total]
-        time, device = ctx.positions.shape[1], keys.device
-        ends = ctx.starts + (time if ctx.lengths is None else ctx.lengths)
-        first, stop = (
-            ((tokens - self.block) // self.stride + 1).clamp_min(0) for tokens in (ctx.starts, ends)
-        )
-        candidates = first[:, None] + torch.arange(time // self.stride + 1, device=device)
-        rows, places = (candidates < stop[:, None]).nonzero(as_tuple=True)
+        numbers, real = self.missing(ctx)
+        assert real is not None
+        rows, places = real.nonzero(as_tuple=True)
         if stored is not None and not len(rows):
             return self.values.reserve(stored, total)[:, :total]
-        blocks = candidates[rows, places]
-        columns = blocks[:, None] * self.stride + torch.arange(self.block, device=device)
+        blocks = numbers[rows, places]
+        columns = blocks[:, None] * self.stride + torch.arange(self.block, device=keys.device)
         new = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
         buffer = self.values.reserve(new.new_empty(len(keys), 0, *new.shape[1:]), total)
         # The dtype may differ from that of the first call, if autocast was switched since.
