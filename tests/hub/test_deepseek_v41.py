@@ -299,10 +299,7 @@ def error(ours: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> flo
 
 
 @needs_reference
-@pytest.mark.parametrize(
-    "seed",
-    [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 13))],
-)
+@pytest.mark.parametrize("seed", range(2))  # test_random_families has more
 def test_random_configurations_agree_with_the_reference(seed, tmp_path, monkeypatch):
     """Logits, loss and gradients; a cache; and the reference's reading of what we write."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

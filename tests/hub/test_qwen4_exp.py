@@ -36,7 +36,7 @@ def error(ours: Tensor, expected: Tensor, least: float = 0.0) -> float:
     return (ours.double() - expected.double()).abs().max().item() / largest
 
 
-SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed > 3 else ()) for seed in range(14)]
+SEEDS = range(2)  # test_random_families has more
 
 
 @pytest.mark.parametrize("seed", SEEDS)
