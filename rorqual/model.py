@@ -55,15 +55,14 @@ class Loss(NamedTuple):
     balance: dict[str, Tensor]  # weighted, summed over layers
     counts: Int[Tensor, "layers E"] | None  # tokens of each expert
     tokens: Int[Tensor, ""]  # number of labels that are targets
-    indexer_loss: IndexerLoss | None = (
-        None  # loss of DSA's indexers, in training; the mean over layers
-    )
+    # loss of the indexers of DSA and CSA, in training; the mean over layers
+    indexer_loss: IndexerLoss | None = None
 
 
 class Aux(NamedTuple):
     """A block's outputs besides the streams, for losses and measures; None if it lacks the part."""
 
-    indexer_loss: IndexerLoss | None  # loss of DSA's indexer, in training
+    indexer_loss: IndexerLoss | None  # loss of its indexer, in training
     routing: Routing | None  # routing of its mixture of experts
     shared: Any = None  # what its attention leaves for later blocks: Context.shared
 
@@ -129,9 +128,8 @@ class Block(nn.Module):
         """Adds Engram, attention and feed-forward to the residual streams."""
         if self.engram is not None:
             x = x.add(self.engram(x.values, ctx))
-        h, mapping = self.attention_residual.read(
-            x
-        )  # [B, T, D], and how its output is written back
+        # h is [B, T, D]; the mapping says how the output is written back to the streams.
+        h, mapping = self.attention_residual.read(x)
         # Attentions that share leave a third value for later blocks.
         out, indexer_loss, *shared = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
