@@ -663,10 +663,11 @@ def test_fuzzed_bodies_never_fail_the_server(run, serving):
             content = json.dumps(body).encode("utf-8", "surrogatepass")
             answer = http.post(path, content=content, headers={"content-type": "application/json"})
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-            assert answer.status_code in (200, 400), (path, body, answer.text)
+            # 404 answers the name of a model that is not served.
+            assert answer.status_code in (200, 400, 404), (path, body, answer.text)
 
         fuzz()
-        assert set(statuses) == {200, 400}
+        assert {200, 400} <= set(statuses)
         assert http.get("/health").json()["status"] == "ok"
         body = {"prompt": "A whale", "max_tokens": 8, "temperature": 0}
         text = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
