@@ -121,9 +121,11 @@ def pre_mapping(
         assert reference is not None
         return reference(streams, m, scale, base, handed_on, iterations, eps)
     pre, post, comb = (m.new_empty(*shape, tokens) for shape in ((S,), (S,), (S, S)))
-    arrays = (x.detach().contiguous().numpy() for x in (m, scale, base))
+    # Copies, since FSDP frees the memory of parameters, which an array of it would forbid.
+    arrays = m.detach().contiguous(), scale.detach().clone(), base.detach().clone()
     made = pre.numpy(), post.numpy(), comb.numpy()
-    _coefficients(*arrays, *made, np.float32(eps), np.float32(eps or _TINY))
+    inputs = (x.numpy() for x in arrays)
+    _coefficients(*inputs, *made, np.float32(eps), np.float32(eps or _TINY))
     _normalise(made[2], 2 * iterations - 1, np.float32(eps))
     out = streams.new_empty(tokens, streams.shape[2])
     weights = pre if handed_on is None else handed_on.detach().contiguous()
