@@ -412,8 +412,7 @@ class LanguageModel(nn.Module):
         labels[t] follows ids[t]; -100 is no target. If `indexer_warmup` is True, DSA's indexers are
         in their warm-up; they are trained only in training mode.
         """
-        indexer = self.config.indexer
-        training = self.training and indexer is not None and indexer.weight > 0
+        training = self.training and self.config.indexer is not None
         shared_kwargs = {
             "document_ids": document_ids,
             "lengths": lengths,

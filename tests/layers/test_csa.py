@@ -208,9 +208,11 @@ def test_padding_does_not_count_in_the_loss() -> None:
     torch.testing.assert_close(tuple(alone), tuple(padded))
 
 
-def test_without_weight_no_indexer_loss_is_computed() -> None:
+def test_without_weight_the_indexer_loss_is_measured_and_not_minimised() -> None:
     ids = torch.randint(30, (1, 40))
-    assert model(weight=0.0).loss(ids, ids).indexer_loss is None
+    loss = model(weight=0.0).loss(ids, ids)
+    assert loss.indexer_loss.loss > 0
+    assert loss.total == loss.next_token
 
 
 def test_other_dtypes_stay_near() -> None:
