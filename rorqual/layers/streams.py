@@ -129,9 +129,11 @@ def squash(
     Rows of m and base: S of pre, S of post, the rest of comb.
     """
     S, base = streams, base[:, None]
-    pre = torch.sigmoid(m[:S] * scale[0] + base[:S]) + eps
-    post = 2 * torch.sigmoid(m[S : 2 * S] * scale[1] + base[S : 2 * S])
-    return pre, post, m[2 * S :] * scale[2] + base[2 * S :]
+    # One rounding for product and sum, as DeepSeek-V4.1's reference has it: Sinkhorn's gradients
+    # are small differences, in which a second rounding shows.
+    pre = torch.sigmoid(torch.addcmul(base[:S], m[:S], scale[0])) + eps
+    post = 2 * torch.sigmoid(torch.addcmul(base[S : 2 * S], m[S : 2 * S], scale[1]))
+    return pre, post, torch.addcmul(base[2 * S :], m[2 * S :], scale[2])
 
 
 def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
