@@ -298,6 +298,13 @@ def test_any_config_is_counted_as_its_model(data: st.DataObject, context: int) -
     agrees(drawn(data.draw), context)
 
 
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), context=st.integers(1, 200))
+def test_many_more_configs_are_counted_as_their_models(data: st.DataObject, context: int) -> None:
+    agrees(drawn(data.draw), context)
+
+
 @pytest.mark.parametrize(
     "config",
     [

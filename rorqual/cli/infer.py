@@ -255,7 +255,7 @@ class Chat:
     """
 
     run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
-    system: str | None = None  # what the model is told before the conversation
+    system: str | None = None  # the system message, before the conversation
     max_new_tokens: int = 256  # of each answer
     context: int = 4096  # tokens of the conversation; the oldest turns go where it is full
     temperature: float = 0.8  # 0 takes the likeliest token each time

@@ -288,8 +288,9 @@ def open_published(
     by_table: dict[str, list[tuple[int, str]]] = {}
     for name, tensor_place in family.places(config).items():
         if isinstance(tensor_place, Place) and tensor_place.name.startswith("tables."):
-            first = tensor_place.slices[0].start if tensor_place.slices else 0  # type: ignore[union-attr]
-            by_table.setdefault(tensor_place.name, []).append((first or 0, name))
+            shard = tensor_place.slices[0] if tensor_place.slices else slice(None)
+            assert isinstance(shard, slice)
+            by_table.setdefault(tensor_place.name, []).append((shard.start or 0, name))
     thread, opened = BackgroundThread(), []
     hot = hot_rows(Path(tables.hot)) if tables.hot is not None else {}
     fetching: dict[str, Any] = {"prefetch": tables.prefetch, "thread": thread}

@@ -641,7 +641,7 @@ def _step(
 ):  # pragma: no cover
     """Computes this thread's share of the blocks from `first` to `last` of a decoding step.
 
-    The logits are computed if there is room for them. `places` [layers, PLACES] and `ends` are
+    The logits are computed unless `logits` is empty. `places` [layers, PLACES] and `ends` are
     addresses; `widths` are those of each SwiGLU; `phase` is greater than that of every barrier so
     far.
     """

@@ -230,34 +230,30 @@ def rope_tables(
 ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B T F"]]:
     """Computes cos and sin of position * frequency in float32.
 
-    With YaRN both are multiplied by mscale(s, mscale) / mscale(s, mscale_all_dim), with LongRoPE by
-    its attention factor. `length` is one more than the longest position that counts for dynamic and
-    LongRoPE; None: of all positions.
+    Both are multiplied by `rope_factor`. `length` is one more than the longest position that counts
+    for dynamic and LongRoPE; None: of all positions.
     """
     if config.varies and length is None and positions.numel():
         length = positions.max() + 1
     frequencies = rope_frequencies(config, dim, length).to(positions.device)
     angles = positions.unsqueeze(-1).float() * frequencies
-    if (yarn := config.yarn) is not None:
-        factor = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
-    elif (longrope := config.longrope) is not None:
-        factor = longrope.attention_factor or math.sqrt(
-            1 + math.log(longrope.factor) / math.log(longrope.original_length)
-        )
-    else:
+    if (factor := rope_factor(config)) == 1.0:
         return angles.cos(), angles.sin()
     return angles.cos() * factor, angles.sin() * factor
 
 
 def rope_factor(config: RopeConfig) -> float:
-    """Returns YaRN's factor on cos and sin, or 1 without YaRN.
+    """Returns the factor on cos and sin.
 
-    It is mscale(s, mscale) / mscale(s, mscale_all_dim).
+    It is mscale(s, mscale) / mscale(s, mscale_all_dim) with YaRN, the attention factor with
+    LongRoPE, and else 1.
     """
-    if config.yarn is None:
-        return 1.0
-    yarn = config.yarn
-    return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    if (yarn := config.yarn) is not None:
+        return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    if (longrope := config.longrope) is not None:
+        stretched = 1 + math.log(longrope.factor) / math.log(longrope.original_length)
+        return longrope.attention_factor or math.sqrt(stretched)
+    return 1.0
 
 
 def rotate(

@@ -116,7 +116,7 @@ class Indexer(nn.Module):
 
 
 class Ties:
-    """Remembers whether torch.topk had to choose among keys of equal score.
+    """Records whether torch.topk had to choose among keys of equal score.
 
     Which it takes depends on the number of columns. So a model that selects as transformers' models
     do may select other keys for the cached tokens when there are more tokens; it then computes them

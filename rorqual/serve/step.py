@@ -186,7 +186,7 @@ class _Compiled:
         return torch.from_numpy(logits)
 
     def _pages(self, cache: Cache, lengths: np.ndarray) -> np.ndarray:
-        """Reserves room for one more latent and returns where each sequence's pages begin."""
+        """Reserves space for one more latent; returns where each sequence's pages start."""
         longest, capacity = int(lengths.max()) + 1, 0
         for layer, block_cache in enumerate(cache.layers):
             latent = block_cache.attention.latent

@@ -66,4 +66,4 @@ def oracle_config(seed: int) -> DeepseekV4Config:
 
 
 FAMILIES = {"deepseek_v4": oracle_config}
-CANCELS = True  # gradients of streams, and of values that lie on the edge of a clipped SwiGLU
+CANCELS = True  # gradients of the mappings of the streams

@@ -272,4 +272,5 @@ FAMILIES = {"deepseek_v41": family_config} if is_installed() else {}
 # What expected.safetensors says about the numbers in it.
 METADATA = {"cache_formats": "identity"}
 IDS = 300  # of the tokenizer
-CANCELS = True  # gradients of streams, and of values that lie on the edge of a clipped SwiGLU
+# Gradients of the mappings of the streams, and of Engram's gate near a score of 0.
+CANCELS = True
