@@ -25,6 +25,8 @@ for module in pkgutil.walk_packages(rorqual.__path__, "rorqual."):
         importlib.import_module(module.name)
 """
 
+COMPILE_STEP = "from rorqual.kernels.step import Step; Step.keep(); assert Step.is_cached()"
+
 
 def run(*command: str | os.PathLike[str], cwd: Path) -> str:
     """Runs a command outside the checkout and returns its output; ends this script if it fails."""
@@ -75,6 +77,9 @@ def main() -> None:
         print(run(rorqual, "--version", cwd=folder).strip(), "from", wheel.name)
         run(scripts / "python", "-c", IMPORT_ALL, cwd=folder)
         run(rorqual, "doctor", cwd=folder)
+        # A generation would start this compilation in a process that outlives it, and so this
+        # folder.
+        run(scripts / "python", "-c", COMPILE_STEP, cwd=folder)
         small = [
             "--steps",
             "4",
