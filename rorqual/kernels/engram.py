@@ -4,13 +4,15 @@ hash_rows     rows of a window of ids              kernel of layers.addresses.ha
 follow_rows   rows of new ids behind cached ones   kernel of layers.addresses.follow_rows
 
 Tokens are processed in blocks, one head at a time over a block, so that all arithmetic uses vector
-instructions. Where every prime exceeds 8191 the remainder is computed without a division, and is
-still exact. With u = 2^-53, in float64,
+instructions. Where every prime p is at least 2^13 and below 2^31, the remainder is computed without
+a division, and is still exact. With u = 2^-53, in float64,
 
-    i = (1/p) (1 - 4u),   q = trunc(x i),   r = x - q p in int64,   then r - p if r >= p
+    q = round(x i + 2^52) - 2^52,  i = 1/p,    r = x - q p,    then r + p if r < 0
 
-1/p, i, x < 2^63 and x i are each rounded once, by at most u: x i lies below x/p, and by less than
-8u 2^63/p <= 1, so that q is the quotient or one less. Threads split the tokens; the compiled code
+x < 2^63, i and x i are each rounded once, by at most u, so that x i is at most 3u 2^63/p <= 3/8
+from x/p, and q, the nearest integer, at most 7/8: -p < r < p. Since x i < 2^50, the lowest bits of
+x i + 2^52 are those of q. 32 bits suffice for r, and there min(r, r + p), without signs, is what is
+looked for. Threads split the tokens; the compiled code
 releases Python's lock. It takes memory addresses, since the conversion of each tensor to an array
 costs more than the hash of a whole decoding step.
 """
@@ -28,8 +30,10 @@ from torch import Tensor
 
 from rorqual.kernels.compiled import compiled, pointer
 
-_BLOCK = 64  # tokens at a time: their intermediate values stay in the first cache
-_EXACT_FROM = 8192  # the smallest prime for which the proof above holds
+_BLOCK = 256  # tokens at a time: their intermediate values stay in the first caches
+_FEW = 64  # tokens that each call writes to the cache of ids itself
+_EXACT = 2**13, 2**31  # primes from the first and below the second: the proof above holds
+_LOW = 2**32 - 1  # masks the lowest 32 bits
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
 
 
@@ -41,22 +45,27 @@ def _look_up(
 
     `ids_before` ids precede the tokens of each sequence.
     """
-    strange, done, top = False, 0, len(canonical)
-    row, t = start // time, start % time
+    # Any bit that is set in `unknown`, or the sign in `unmapped`: an id that has no canonical id.
+    unknown, unmapped, top = np.uint64(0), np.int64(0), np.uint64(len(canonical))
+    done, row, t = 0, start // time, start % time
     while done < count:
         run, column = min(count - done, time - t), row * stride + ids_before + t
+        asked, found = ids[column : column + run], canonical_ids[0, done : done + run]
         for j in range(run):
-            raw = ids[column + j]
-            safe = raw if raw >= 0 and raw < top else 0
-            value = np.int64(canonical[safe])
-            strange |= (raw != safe) | (value < 0)
-            canonical_ids[0, done + j] = value
+            raw = np.uint64(asked[j])
+            # Unsigned, so that a negative id is a large one, and one comparison is enough.
+            safe = raw if raw < top else np.uint64(0)
+            found[j] = np.int64(canonical[safe])
+            unknown |= raw - safe
+            unmapped |= found[j]
         for k in range(1, len(canonical_ids)):
             canonical_ids[k, done] = pad
             if k <= t + ids_before:
-                raw = ids[column - k]
-                strange |= raw < 0 or raw >= top or canonical[raw] < 0
-                canonical_ids[k, done] = canonical[raw] if not strange else 0
+                raw = np.uint64(ids[column - k])
+                safe = raw if raw < top else np.uint64(0)
+                canonical_ids[k, done] = np.int64(canonical[safe])
+                unknown |= raw - safe
+                unmapped |= canonical_ids[k, done]
             for j in range(done + 1, done + run):
                 canonical_ids[k, j] = canonical_ids[k - 1, j - 1]
         done, row, t = done + run, row + 1, 0
@@ -64,7 +73,7 @@ def _look_up(
         for k in range(1, len(canonical_ids)):
             for j in range(count):
                 canonical_ids[k, j] = canonical_ids[k, j] if reach[start + j] >= k else pad
-    return not strange
+    return unknown == 0 and unmapped >= 0
 
 
 @compiled
@@ -74,18 +83,22 @@ def _invert(primes):  # pragma: no cover
     for layer in range(primes.shape[0]):
         for order in range(primes.shape[1]):
             for head in range(primes.shape[2]):
-                inverse[layer, order, head] = 1.0 / primes[layer, order, head] * (1.0 - 2.0**-51)
-                if primes[layer, order, head] < _EXACT_FROM:
+                inverse[layer, order, head] = 1.0 / primes[layer, order, head]
+                if not _EXACT[0] <= primes[layer, order, head] < _EXACT[1]:
                     return inverse[:, :0]
     return inverse
 
 
 @compiled
 def _mix(
-    canonical, multipliers, primes, inverse, offsets, mix, width, rows, count
+    canonical, multipliers, primes, inverse, offsets, mix, width, near, rows, count
 ):  # pragma: no cover
-    """Writes rows[head, j] of one layer, orders side by side; divides where `inverse` is empty."""
+    """Writes rows[head, j] of one layer, orders side by side; divides where `inverse` is empty.
+
+    `mix`, `width` and `near` are memory for `count` numbers.
+    """
     orders, heads = primes.shape
+    bits = near.view(np.int64)
     for j in range(count):
         mix[j] = canonical[0, j] * multipliers[0]
     for order in range(orders):
@@ -96,11 +109,12 @@ def _mix(
             prime, index = primes[order, head], order * heads + head
             offset = offsets[index]
             if len(inverse):
-                piece = inverse[order, head]
+                factor = inverse[order, head]
                 for j in range(count):
-                    rest = mix[j] - np.int64(width[j] * piece) * prime
-                    rest -= prime if rest >= prime else 0
-                    rows[index, j] = rest + offset
+                    near[j] = width[j] * factor + 2.0**52
+                for j in range(count):
+                    rest = (mix[j] - (bits[j] & _LOW) * (prime & _LOW)) & _LOW
+                    rows[index, j] = min(rest, (rest + prime) & _LOW) + offset
             else:
                 for j in range(count):
                     rows[index, j] = mix[j] % prime + offset
@@ -132,7 +146,7 @@ def _hash(
         np.empty((orders + 1, _BLOCK), np.int64),
         np.empty((width, _BLOCK), np.int64),
     )
-    mix, wider = np.empty(_BLOCK, np.int64), np.empty(_BLOCK)
+    mix, wider, near = np.empty(_BLOCK, np.int64), np.empty(_BLOCK), np.empty(_BLOCK)
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
         if not _look_up(
@@ -148,6 +162,7 @@ def _hash(
                 starts[layer],
                 mix,
                 wider,
+                near,
                 block,
                 count,
             )
@@ -220,7 +235,7 @@ def follow_rows(
     width, reach_rows = window_ids.stride()
     assert window_ids.dtype is torch.int64 and reach_rows == 1
     before = window_ids.data_ptr() + 8 * (column - asked.orders)
-    if batch * time <= _BLOCK:
+    if batch * time <= _FEW:
         return _run(
             asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out
         )

@@ -318,7 +318,7 @@ def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", KERNELS)
-@pytest.mark.parametrize("prime", [8_209, 646_403, 2_262_413, 16_000_057, 2**31 - 1])
+@pytest.mark.parametrize("prime", [8_209, 646_403, 2_262_413, 16_000_057, 2**31 - 1, 2**31 + 11])
 def test_remainder_without_a_division_is_exact(kind: str, prime: int) -> None:
     """Tests mixes around multiples of the prime, up to the largest int64.
 
