@@ -1,99 +1,163 @@
-"""Times one engine step that admits prompts of unlike length against a step for each alone.
+"""Times the engine that serves requests, and transformers on the same weights.
 
-    python benchmarks/serving.py
-    python benchmarks/serving.py --attentions nsa dsa --prompts 3000 4 --threads 2 --json
+    python benchmarks/serving.py --threads 2
+    python benchmarks/serving.py --only prefix chunks --json
 
-The model has two layers of width 128 with random weights, float32. `alone` is a step for each
-prompt in an engine of its own, `together` one step that admits all of them, `padded` one prefill of
-all of them as a padded batch, which is what the engine did before it sorted prompts by length.
-Rounds are interleaved; medians are printed.
+The model is backbone.py's: DeepSeek-V3's architecture at 14M parameters, float32. Rounds are
+interleaved; medians are printed.
+
+    batch_8, batch_16   tokens per second of so many requests at once (prompts of 32 to 160 tokens,
+                        64 new ones each, greedy), over transformers' generate() with a static batch
+                        of them, and over one request alone
+    chunks              99th percentile of the time between two tokens of 4 requests that decode
+                        while a prompt of 3,000 tokens is read, over the median of that time
+    together            seconds to read prompts of 3,000 and of 4 tokens together, over both apart
+    prefix              seconds to the first token of a prompt that shares 1,000 tokens with an
+                        earlier one, and 20 more, over those without the earlier one
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import backbone
 import torch
+from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
-from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.dsa import DSAConfig
-from rorqual.layers.moba import MoBAConfig
-from rorqual.layers.nsa import NSAConfig
-from rorqual.model import LanguageModel, ModelConfig
-from rorqual.serve.decoding import pad_left
+from rorqual.model import LanguageModel
 from rorqual.serve.engine import Engine
 
-VOCAB_SIZE = 4096
-GQA = GQAConfig(heads=8, kv_heads=2, head_dim=32)
-ATTENTIONS = {
-    "mla": {"mla": MLAConfig(heads=8)},
-    "gqa": {"mla": None, "gqa": GQA},
-    "window": {"mla": None, "gqa": GQAConfig(heads=8, kv_heads=2, head_dim=32, window=128)},
-    "nsa": {"mla": None, "gqa": GQA, "nsa": NSAConfig()},
-    "moba": {"mla": None, "gqa": GQA, "moba": MoBAConfig(block=128)},
-    "dsa": {"mla": MLAConfig(heads=8), "dsa": DSAConfig(top_k=256)},
-}
+NEW = 64  # tokens of an answer
+CONTEXT = 4096
 
 
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def draw(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    size = backbone.CONFIG.vocab_size
+    return [torch.randint(1, size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def admit(model: LanguageModel, prompts: list[list[int]]) -> None:
-    """Runs one step of an engine in which all prompts are waiting."""
-    engine = Engine(model, max_batch_size=len(prompts), context=64 + max(map(len, prompts)))
-    for prompt in prompts:
-        engine.submit(prompt)
-    engine.step()
+def served(model: LanguageModel, prompts: list[list[int]]) -> float:
+    """Returns the seconds in which an engine completes all prompts at once."""
+    engine = Engine(model, max_batch_size=len(prompts), context=CONTEXT)
+    return backbone.timed(lambda: engine.run(prompts, max_new_tokens=NEW))
 
 
 @torch.inference_mode()
-def pad(model: LanguageModel, prompts: list[list[int]]) -> None:
-    """Runs one prefill of all prompts as a padded batch."""
-    ids, attention_mask = pad_left(prompts, 0)
-    cache = model.new_cache(len(prompts), capacity=ids.shape[1])
-    model.logits(model.hidden(ids, attention_mask=attention_mask, cache=cache, last=True)[0])
+def generated(model: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """Returns the seconds of transformers' generate(), with a static batch padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    return backbone.timed(lambda: model.generate(ids, attention_mask=mask, **options))
 
 
-def measure(attention: str, lengths: list[int], rounds: int) -> dict[str, float]:
-    """Returns the median seconds of each way to admit the prompts."""
-    config = ModelConfig(vocab_size=VOCAB_SIZE, dim=128, layers=2, **ATTENTIONS[attention])
-    model = LanguageModel(config, seed=0).eval()
-    prompts = [torch.randint(0, VOCAB_SIZE, (length,)).tolist() for length in lengths]
-    ways = {
-        "alone": lambda: [admit(model, [prompt]) for prompt in prompts],
-        "together": lambda: admit(model, prompts),
-        "padded": lambda: pad(model, prompts),
+def batch(ours: LanguageModel, theirs: PreTrainedModel, size: int) -> dict[str, Callable]:
+    lengths = torch.randint(32, 161, (size,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = draw(*lengths)
+    return {
+        "ours": lambda: served(ours, prompts),
+        "transformers": lambda: generated(theirs, prompts),
+        "one": lambda: served(ours, prompts[:1]) * size,
     }
-    admit(model, [[1, 2, 3]])
-    taken = [{name: timed(work) for name, work in ways.items()} for _ in range(rounds)]
-    return {name: statistics.median(one[name] for one in taken) for name in ways}
+
+
+def chunks(model: LanguageModel) -> dict[str, float]:
+    """Returns the milliseconds between two tokens while a long prompt is read."""
+    engine = Engine(model, max_batch_size=5, context=CONTEXT)
+    for prompt in draw(40, 50, 60, 70):
+        engine.submit(prompt, max_new_tokens=2000)
+    for _ in range(20):
+        engine.step()
+    plain = [backbone.timed(engine.step) * 1e3 for _ in range(30)]
+    (prompt,) = draw(3000)
+    long, between = engine.submit(prompt, max_new_tokens=2), list[float]()
+    while not long.ids:
+        between.append(backbone.timed(engine.step) * 1e3)
+    median, last = statistics.median(between), sorted(between)[int(0.99 * len(between))]
+    return {
+        "median": median,
+        "p99": last,
+        "ratio": last / median,
+        "median before": statistics.median(plain),
+        "first token of the long prompt, s": sum(between) / 1e3,
+    }
+
+
+def first_tokens(model: LanguageModel, *prompts: list[int], earlier: tuple = ()) -> float:
+    """Returns the seconds until all prompts have their first token."""
+    engine = Engine(model, context=CONTEXT)
+    engine.run(earlier, max_new_tokens=1)
+    requests = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
+
+    def until_done() -> None:
+        while not all(request.ids for request in requests):
+            engine.step()
+
+    return backbone.timed(until_done)
+
+
+def together(model: LanguageModel) -> dict[str, Callable]:
+    long, short = draw(3000, 4)
+    return {
+        "ours": lambda: first_tokens(model, long) + first_tokens(model, short),
+        "together": lambda: first_tokens(model, long, short),
+    }
+
+
+def prefix(model: LanguageModel) -> dict[str, Callable]:
+    shared, one, other = draw(1000, 20, 20)
+    return {
+        "ours": lambda: first_tokens(model, shared + one, earlier=(shared + other,)),
+        "without": lambda: first_tokens(model, shared + one),
+    }
+
+
+def measure(
+    name: str, ours: LanguageModel, theirs: PreTrainedModel, rounds: int
+) -> dict[str, float]:
+    if name == "chunks":
+        rounds_of = [chunks(ours) for _ in range(rounds)]
+        return {key: statistics.median(one[key] for one in rounds_of) for key in found[0]}
+    if name.startswith("batch_"):
+        size = int(name.removeprefix("batch_"))
+        steps = batch(ours, theirs, size)
+        answer = backbone.compare(steps.pop("ours"), steps, rounds)
+        return answer | {"tokens per second": size * NEW / answer["ours ms"] * 1e3}
+    steps = {"together": together, "prefix": prefix}[name](ours)
+    return backbone.compare(steps.pop("ours"), steps, rounds)
+
+
+NAMES = ("batch_8", "batch_16", "chunks", "together", "prefix")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--attentions", nargs="*", choices=ATTENTIONS, default=list(ATTENTIONS))
-    parser.add_argument("--prompts", nargs="*", type=int, default=[3000, 4])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    results = {}
-    for name in options.attentions:
-        seconds = results[name] = measure(name, options.prompts, options.rounds)
-        if not options.json:
-            ratios = ", ".join(
-                f"{way} {seconds[way] / seconds['alone']:.2f}" for way in ("together", "padded")
-            )
-            print(f"{name:8} alone {seconds['alone']:.3f} s; times that: {ratios}", flush=True)
+    answer = {}
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = backbone.pair(Path(folder), backbone.CONFIG, DeepseekV3ForCausalLM)
+        # The compiled step is there before anything is timed.
+        began = time.perf_counter()
+        backbone.Step.keep()
+        print(f"compiled in {time.perf_counter() - began:.0f} s")
+        for name in options.only:
+            answer[name] = measure(name, ours, theirs, options.rounds)
+            if not options.json:
+                values = ", ".join(f"{key} {value:.2f}" for key, value in answer[name].items())
+                print(f"{name}: {values}", flush=True)
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps(answer))
 
 
 if __name__ == "__main__":

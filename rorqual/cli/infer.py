@@ -200,6 +200,11 @@ class Serve:
     cors: tuple[str, ...] = ()  # origins whose pages may use the server, as https://example.org
     max_batch_size: int = 8  # requests at once
     context: int = 4096  # tokens of a request and its answer
+    # tokens that the cache has space for; none: what all requests at once may have. Prompts that
+    # were read last stay in what is free, for others that begin with the same tokens
+    cache_tokens: int | None = None
+    prefix_cache: bool = True  # whether they do
+    prefill_chunk: int = 64  # tokens of long prompts that are read in a step beside others
     max_waiting: int = 256  # requests in the queue; more are answered with status 429
     timeout: float = 600.0  # seconds that a request may take, in the queue and out of it
     device: str = "auto"
@@ -234,6 +239,9 @@ def serve_command(argv: list[str]) -> int:
             cors=options.cors,
             max_batch_size=options.max_batch_size,
             context=options.context,
+            cache_tokens=options.cache_tokens,
+            prefix_cache=options.prefix_cache,
+            prefill_chunk=options.prefill_chunk,
             max_waiting=options.max_waiting,
             timeout=options.timeout,
             run_name=options.run,

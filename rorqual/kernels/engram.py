@@ -50,14 +50,14 @@ def _look_up(
     done, row, t = 0, start // time, start % time
     while done < count:
         run, column = min(count - done, time - t), row * stride + ids_before + t
-        asked, found = ids[column : column + run], canonical_ids[0, done : done + run]
+        raw_ids, values = ids[column : column + run], canonical_ids[0, done : done + run]
         for j in range(run):
-            raw = np.uint64(asked[j])
+            raw = np.uint64(raw_ids[j])
             # Unsigned, so that a negative id is a large one, and one comparison is enough.
             safe = raw if raw < top else np.uint64(0)
-            found[j] = np.int64(canonical[safe])
+            values[j] = np.int64(canonical[safe])
             unknown |= raw - safe
-            unmapped |= found[j]
+            unmapped |= values[j]
         for k in range(1, len(canonical_ids)):
             canonical_ids[k, done] = pad
             if k <= t + ids_before:
@@ -91,14 +91,14 @@ def _invert(primes):  # pragma: no cover
 
 @compiled
 def _mix(
-    canonical, multipliers, primes, inverse, offsets, mix, width, near, rows, count
+    canonical, multipliers, primes, inverse, offsets, mix, width, sums, rows, count
 ):  # pragma: no cover
     """Writes rows[head, j] of one layer, orders side by side; divides where `inverse` is empty.
 
-    `mix`, `width` and `near` are memory for `count` numbers.
+    `mix`, `width` and `sums` are memory for `count` numbers.
     """
     orders, heads = primes.shape
-    bits = near.view(np.int64)
+    bits = sums.view(np.int64)
     for j in range(count):
         mix[j] = canonical[0, j] * multipliers[0]
     for order in range(orders):
@@ -111,7 +111,7 @@ def _mix(
             if len(inverse):
                 factor = inverse[order, head]
                 for j in range(count):
-                    near[j] = width[j] * factor + 2.0**52
+                    sums[j] = width[j] * factor + 2.0**52
                 for j in range(count):
                     rest = (mix[j] - (bits[j] & _LOW) * (prime & _LOW)) & _LOW
                     rows[index, j] = min(rest, (rest + prime) & _LOW) + offset
@@ -146,7 +146,7 @@ def _hash(
         np.empty((orders + 1, _BLOCK), np.int64),
         np.empty((width, _BLOCK), np.int64),
     )
-    mix, wider, near = np.empty(_BLOCK, np.int64), np.empty(_BLOCK), np.empty(_BLOCK)
+    mix, wider, sums = np.empty(_BLOCK, np.int64), np.empty(_BLOCK), np.empty(_BLOCK)
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
         if not _look_up(
@@ -162,7 +162,7 @@ def _hash(
                 starts[layer],
                 mix,
                 wider,
-                near,
+                sums,
                 block,
                 count,
             )

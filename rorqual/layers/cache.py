@@ -46,6 +46,10 @@ class NewTokens(Protocol):
         ...
 
 
+# Of the sequences of a batch, and of those that join it.
+Lengths = tuple[Sequence[int], Sequence[int]]
+
+
 class State(Protocol):
     """The methods of every container."""
 
@@ -53,8 +57,12 @@ class State(Protocol):
         """Keeps these sequences of the batch, in this order; none is longer than `length`."""
         ...
 
-    def join(self, other: Any, lengths: tuple[int, int]) -> None:
-        """Appends the sequences of `other` to the batch; `lengths` are the longest of each."""
+    def join(self, other: Any, lengths: Lengths) -> None:
+        """Appends the sequences of `other` to the batch; `lengths` are those of both."""
+        ...
+
+    def load(self, other: Any, length: int) -> None:
+        """Becomes a copy of the first `length` tokens of `other`."""
         ...
 
     def clear(self) -> None:
@@ -62,7 +70,52 @@ class State(Protocol):
         ...
 
 
-class Appended:
+class Rows:
+    """Memory for more sequences than the batch has; `buffer` [B, C, ...] is its first rows.
+
+    So sequences join and leave without a copy of those that stay. The memory doubles when it is
+    full.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees the memory."""
+        self.buffer: Tensor | None = None
+        self._memory: Tensor | None = None  # [R, C, ...], R >= B
+
+    def _store_in(self, memory: Tensor, rows: int) -> Tensor:
+        self._memory, self.buffer = memory, memory[:rows]
+        return self.buffer
+
+    def _more_rows(self, count: int) -> Tensor:
+        """Appends `count` rows of zeros to the batch; returns all."""
+        assert self.buffer is not None and self._memory is not None
+        batch, memory = len(self.buffer), self._memory
+        if batch + count > len(memory):
+            size = max(batch + count, 2 * len(memory))
+            memory = memory.new_zeros(size, *memory.shape[1:])
+            memory[:batch] = self.buffer
+        else:
+            # They may hold what a sequence that left has left: NaN, in the worst case.
+            memory[batch : batch + count] = 0
+        return self._store_in(memory, batch + count)
+
+    def _keep_rows(self, index: Int[Tensor, " B"]) -> None:
+        """Keeps these rows, in this order; a row that stays where it is isn't copied."""
+        assert self.buffer is not None and self._memory is not None
+        index, memory = index.to(self.buffer.device), self._memory
+        if len(index) > len(memory):
+            self._store_in(self.buffer.index_select(0, index), len(index))
+            return
+        moved = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
+        if len(moved):
+            memory[moved] = memory[index[moved]]
+        self._store_in(memory, len(index))
+
+
+class Appended(Rows):
     """Stores all tokens since the start in a buffer [B, capacity, ...].
 
     The buffer is allocated at the first append, for `capacity` tokens, and doubles when it is full.
@@ -70,8 +123,8 @@ class Appended:
     """
 
     def __init__(self, capacity: int = 0, before: int = 0, fill: int = 0):
+        super().__init__()
         self.capacity, self.before, self.fill = capacity, before, fill
-        self.buffer: Tensor | None = None
 
     def append(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
         """Stores `new` behind the tokens of each sequence; returns all as a view, L = past + T.
@@ -95,13 +148,17 @@ class Appended:
         size, buffer = self.before + length, self.buffer
         if buffer is None or len(buffer) != len(like):
             columns = max(size, self.before + self.capacity, 16)
-            buffer = like.new_zeros(len(like), columns, *like.shape[2:])
+            buffer = self._store_in(like.new_zeros(len(like), columns, *like.shape[2:]), len(like))
             buffer[:, : self.before] = self.fill
         elif buffer.shape[1] < size:
-            more = max(size, self.before + self.capacity, 2 * buffer.shape[1]) - buffer.shape[1]
-            buffer = torch.cat([buffer, buffer.new_zeros(len(buffer), more, *like.shape[2:])], 1)
-        self.buffer = buffer
+            buffer = self._more_columns(max(size, self.before + self.capacity, 2 * buffer.shape[1]))
         return buffer
+
+    def _more_columns(self, size: int) -> Tensor:
+        assert self.buffer is not None and self._memory is not None
+        memory = self._memory.new_zeros(len(self._memory), size, *self.buffer.shape[2:])
+        memory[: len(self.buffer), : self.buffer.shape[1]] = self.buffer
+        return self._store_in(memory, len(self.buffer))
 
     def window(self, ctx: NewTokens, time: int) -> Shaped[Tensor, "B W ..."]:
         """Returns the last `time` tokens, already stored, and the `before` ones before them."""
@@ -110,29 +167,26 @@ class Appended:
             return self.buffer[:, ctx.past : ctx.past + self.before + time]
         return self.buffer[_places(ctx.starts, 0, self.before + time)]
 
-    def clear(self) -> None:
-        self.buffer = None
-
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
-            index = index.to(self.buffer.device)
-            selected = self.buffer[:, : self.before + length].index_select(0, index)
-            if len(index) != len(self.buffer):
-                self.buffer = self.buffer.new_zeros(len(index), *self.buffer.shape[1:])
-            self.buffer[:, : self.before + length] = selected
+            self._keep_rows(index)
 
-    def join(self, other: "Appended", lengths: tuple[int, int]) -> None:
+    def join(self, other: "Appended", lengths: Lengths) -> None:
         if self.buffer is None or other.buffer is None:
-            self.buffer = None
+            self.clear()
             return
-        # Space for more tokens, so that the next one does not copy everything again.
-        size = self.before + max(self.capacity, max(lengths) + 64)
-        rows = len(self.buffer) + len(other.buffer)
-        joined = self.buffer.new_zeros(rows, size, *self.buffer.shape[2:])
-        first, second = (self.before + length for length in lengths)
-        joined[: len(self.buffer), :first] = self.buffer[:, :first]
-        joined[len(self.buffer) :, :second] = other.buffer[:, :second]
-        self.buffer = joined
+        second = self.before + max(lengths[1])
+        if self.buffer.shape[1] < second:
+            # Space for more tokens, so that the next one does not copy everything again.
+            self._more_columns(self.before + max(self.capacity, second + 64))
+        batch = len(self.buffer)
+        self._more_rows(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
+
+    def load(self, other: "Appended", length: int) -> None:
+        self.clear()
+        if other.buffer is not None:
+            size = self.before + length
+            self.reserve(other.buffer, length)[:, :size] = other.buffer[:, :size]
 
 
 def _places(
@@ -143,15 +197,15 @@ def _places(
     return torch.arange(len(starts), device=starts.device)[:, None], starts[:, None] + steps
 
 
-class Recent:
+class Recent(Rows):
     """Stores the last `count` tokens, and `slack` more so that a cache can be cropped that far.
 
     Token t is at column t mod (count + slack). Before the first token there are zeros.
     """
 
     def __init__(self, count: int, slack: int = 64):
+        super().__init__()
         self.count, self.slack = count, slack
-        self.buffer: Tensor | None = None
 
     def extend(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
         """Stores `new`; returns the `count` tokens before it and `new` itself, L = count + T."""
@@ -163,7 +217,7 @@ class Recent:
         """Returns the last `count` tokens before the new ones; `like` has their shape."""
         size, count, buffer = self.count + self.slack, self.count, self.buffer
         if buffer is None or len(buffer) != len(like):
-            self.buffer = buffer = like.new_zeros(len(like), size, *like.shape[2:])
+            buffer = self._store_in(like.new_zeros(len(like), size, *like.shape[2:]), len(like))
         if ctx.starts is not None:
             columns = ctx.starts[:, None] + torch.arange(-count, 0, device=buffer.device)
             missing = (columns < 0).view(*columns.shape, *[1] * (buffer.dim() - 2))
@@ -197,18 +251,38 @@ class Recent:
         latest = new[rows, steps.clamp_min(0)].to(buffer.dtype)
         buffer[rows, columns] = torch.where(earlier, buffer[rows, columns], latest)
 
-    def clear(self) -> None:
-        self.buffer = None
-
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, index.to(self.buffer.device))
+            self._keep_rows(index)
 
-    def join(self, other: "Recent", lengths: tuple[int, int]) -> None:
+    def join(self, other: "Recent", lengths: Lengths) -> None:
         if self.buffer is None or other.buffer is None:
-            self.buffer = None
+            self.clear()
             return
-        self.buffer = torch.cat([self.buffer, other.buffer])
+        batch = len(self.buffer)
+        self._copy(other.buffer, self._more_rows(len(other.buffer))[batch:], lengths[1])
+
+    def load(self, other: "Recent", length: int) -> None:
+        self.clear()
+        if other.buffer is not None:
+            self.before(_Start(), other.buffer)
+            assert self.buffer is not None
+            self._copy(other.buffer, self.buffer, [length] * len(self.buffer))
+
+    @staticmethod
+    def _copy(source: Tensor, target: Tensor, lengths: Sequence[int]) -> None:
+        """Copies the last tokens that both have space for, up to each length."""
+        sizes, device = (source.shape[1], target.shape[1]), source.device
+        ends = torch.tensor(list(lengths), device=device)[:, None]
+        columns = ends - min(sizes) + torch.arange(min(sizes), device=device)
+        rows = torch.arange(len(source), device=device)[:, None]
+        target[rows, columns % sizes[1]] = source[rows, columns % sizes[0]]
+
+
+class _Start:
+    """The context of a call before any token."""
+
+    past, starts, lengths = 0, None, None
 
 
 class Past:
@@ -313,7 +387,7 @@ class Bundle:
         for state in self.states():
             state.select(index, length)
 
-    def join(self, other: "Bundle", lengths: tuple[int, int]) -> None:
+    def join(self, other: "Bundle", lengths: Lengths) -> None:
         """Appends the sequences of `other` in every part."""
         for state, more in zip(self.states(), other.states(), strict=True):
             state.join(more, lengths)
@@ -383,16 +457,43 @@ class Cache:
 
         ValueError, with nothing joined, if documents are packed or only one of them has tokens.
         """
-        lengths = self.length, other.length
-        if min(lengths) == 0 < max(lengths):
+        if min(self.length, other.length) == 0 < max(self.length, other.length):
             raise ValueError(
-                f"join: got caches of {lengths[0]} and {lengths[1]} tokens, expected tokens in "
+                f"join: got caches of {self.length} and {other.length} tokens, expected tokens in "
                 "both: run the model on the empty one first"
             )
+        lengths = self.lengths, other.lengths
         self.past.join(other.past)
         for state, more in zip(self.states(), other.states(), strict=True):
             state.join(more, lengths)
         self.drafts = ()
+
+    def load(self, other: "Cache", length: int) -> None:
+        """Becomes a copy of the first `length` tokens of `other`, a cache of the same model.
+
+        Of one sequence without documents or drafts, which can be cropped to `length`.
+        """
+        assert other.past.batch == 1 and not other.past.named
+        assert other.oldest <= length <= other.length
+        self.reset()
+        self.past.take(1)
+        for state, source in zip(self.states(), other.states(), strict=True):
+            state.load(source, length)
+        # Nothing before what the other has forgotten can be cropped to here, either.
+        forgotten = other.oldest + (self._slack or 0) if other.oldest else 0
+        self.past.lengths, self.past.longest = [length], [max(length, forgotten)]
+
+    @property
+    def oldest(self) -> int:
+        """The least number of tokens but 0 that the longest sequence can be cropped to."""
+        slack = self._slack
+        return 0 if slack is None else max(0, max(self.past.longest) - slack)
+
+    @property
+    def _slack(self) -> int | None:
+        """How many tokens every container can go back; None: any number."""
+        slacks = [state.slack for state in self.states() if hasattr(state, "slack")]
+        return min(slacks, default=None)
 
     def crop(self, k: int | Sequence[int]) -> None:
         """Removes the last k tokens, of every sequence or so many of each.
@@ -402,9 +503,7 @@ class Cache:
         """
         past = self.past
         counts = [k] * past.batch if isinstance(k, int) else list(k)
-        slack = min(
-            (state.slack for state in self.states() if hasattr(state, "slack")), default=None
-        )
+        slack = self._slack
         for length, longest, count in zip(past.lengths, past.longest, counts, strict=True):
             far = longest - (length - count)
             if slack is not None and count < length and far > slack:

@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.basics import convolve
-from rorqual.layers.cache import Bundle, NewTokens, Recent
+from rorqual.layers.cache import Bundle, Lengths, NewTokens, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.sparse import as_float32
 from rorqual.model_config import DeltaNetConfig as DeltaNetConfig
@@ -246,13 +246,20 @@ class Recurrent:
         self.lengths, self.base_lengths = self.lengths[index], self.base_lengths[index]
         self.writes.select(index, length)
 
-    def join(self, other: "Recurrent", lengths: tuple[int, int]) -> None:
+    def join(self, other: "Recurrent", lengths: Lengths) -> None:
         if self.state is None or other.state is None:
             self.clear()
             return
         for name in ("state", "base", "lengths", "base_lengths"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         self.writes.join(other.writes, lengths)
+
+    def load(self, other: "Recurrent", length: int) -> None:
+        self.clear()
+        if other.state is not None:
+            for name in ("state", "base", "lengths", "base_lengths"):
+                setattr(self, name, getattr(other, name).clone())
+            self.writes.load(other.writes, length)
 
 
 @dataclass(eq=False)

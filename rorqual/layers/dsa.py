@@ -29,7 +29,7 @@ from rorqual.kernels import kernel
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.attention import MLA, MLACache, visibility
 from rorqual.layers.basics import largest, rotate
-from rorqual.layers.cache import Appended
+from rorqual.layers.cache import Appended, Lengths
 from rorqual.layers.context import Context
 from rorqual.layers.sparse import SMALL_BATCH
 from rorqual.model_config import DSAConfig as DSAConfig
@@ -132,8 +132,11 @@ class Ties:
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Does nothing: one answer serves the whole batch."""
 
-    def join(self, other: "Ties", lengths: tuple[int, int]) -> None:
+    def join(self, other: "Ties", lengths: Lengths) -> None:
         self.noted = self.noted or other.noted
+
+    def load(self, other: "Ties", length: int) -> None:
+        self.noted = other.noted
 
     def clear(self) -> None:
         self.noted = False

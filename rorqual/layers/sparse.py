@@ -25,7 +25,7 @@ from torch import Tensor
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
 from rorqual.layers.basics import largest
-from rorqual.layers.cache import Appended, Recent
+from rorqual.layers.cache import Appended, Lengths, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.tiles import TILE, flex_tiles, loop_tiles
 
@@ -169,10 +169,14 @@ class Blocks:
         """Removes all blocks."""
         self.values.clear()
 
-    def join(self, other: "Blocks", lengths: tuple[int, int]) -> None:
+    def join(self, other: "Blocks", lengths: Lengths) -> None:
         """Appends the sequences of another batch."""
-        counts = self.count(lengths[0]), self.count(lengths[1])
-        self.values.join(other.values, counts)
+        ours, theirs = ([self.count(length) for length in of] for of in lengths)
+        self.values.join(other.values, (ours, theirs))
+
+    def load(self, other: "Blocks", length: int) -> None:
+        """Becomes a copy of the blocks of the first `length` tokens."""
+        self.values.load(other.values, self.count(length))
 
 
 def windows(keys: Float[Tensor, "B L G P"], block: int, stride: int) -> Float[Tensor, "B M G l P"]:

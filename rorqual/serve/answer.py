@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.serve.engine import Observed
 from rorqual.serve.sampling import TokenLogprobs
+from rorqual.serve.scheduler import Observed
 from rorqual.serve.schema import ChatRequest, CompletionRequest
 from rorqual.serve.service import LONGEST_ERROR, Piece
 from rorqual.serve.text import token_bytes
@@ -96,10 +96,12 @@ class Answer:
         copies = self.request.copies
         prompts = sum(len(handle.request.prompt) for handle in self.handles[::copies])
         made = sum(len(handle.request.ids) for handle in self.handles)
+        cached = sum(handle.request.prefix for handle in self.handles[::copies])
         return {
             "prompt_tokens": prompts,
             "completion_tokens": made,
             "total_tokens": prompts + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 

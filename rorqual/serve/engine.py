@@ -1,104 +1,39 @@
 """Runs requests with continuous batching: one batched step for all of them.
 
-    step:  admit (prefill waiting requests into a cache of their own), decode one id for every
-           running request, join the caches, evict finished requests
+    step:  scheduler.schedule() -> runner.run(plan) -> scheduler.postprocess(plan), then one id is
+           drawn for every request whose tokens have all been read
 
 A cache has a length for every sequence, so that sequences of different ages form a batch and the
-ids of a sequence do not depend on its neighbours. Prompts are prefilled only with others of similar
-length (`by_length`).
-A request that no id can be sampled for ends without affecting the others.
+ids of a sequence do not depend on its neighbours. A request that no id can be sampled for ends
+without affecting the others.
 
 What a server needs of an engine: `submit`, `cancel`, `step`, `drop`, `stats`, `idle`, and of a
 request: `ids`, `logprobs`, `observed` that grow by one a step, and `finish`.
-Continuous batching: Orca, OSDI 2022.
 """
 
-import contextlib
-import threading
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rorqual import runtime
-from rorqual.layers.cache import Cache
-from rorqual.model import Aux, LanguageModel
-from rorqual.serve.decoding import pad
+from rorqual.model import LanguageModel
+from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
+from rorqual.serve.runner import Output, Runner
 from rorqual.serve.sampling import (
     GREEDY,
     Matcher,
     SamplerRow,
     Sampling,
-    TokenLogprobs,
     logprobs_of,
     sample_rows,
 )
-from rorqual.serve.step import Decoder
-from rorqual.serve.trace import MemoryRead, Trace, experts_of, traced
+from rorqual.serve.scheduler import NOTHING, Observed, Request, Scheduler, Watch
+from rorqual.serve.trace import Trace, experts_of
 
-# A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
-# more the longer it is.
-PADDED_LENGTH = 256  # longer prompts are prefilled only with prompts of the same length
 CHUNK = 512  # positions of a prompt whose logits are computed at a time
-PADDING = 128  # tokens of padding that cost about as much as one more forward
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Watch:
-    """What a request wants to know of the forward passes, besides ids and log-probabilities."""
-
-    experts: bool = False  # the experts of every token
-    memory: bool = False  # the rows and gates of every token
-    embedding: bool = False  # the mean of the final hidden states of the prompt
-
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether the output of every token of the prompt is needed, not of the last alone."""
-        return self.experts or self.memory or self.embedding
-
-
-NOTHING = Watch()
-
-
-@dataclass(slots=True, eq=False)
-class Observed:
-    """What one forward pass of a request showed: of its whole prompt, or of one more token."""
-
-    experts: list[dict[int, list[int]]] = field(default_factory=list)
-    memory: list[dict[int, MemoryRead]] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One prompt that is being completed; `ids` grows by one a step until `finish` is set.
-
-    `finish` is "stop", "length", "cancelled", or "error" where no id could be sampled from its
-    logits. `logprobs` and `observed` grow with `ids` where they are asked for; the first of
-    `observed` is of the whole prompt. `prompt_logprobs` has no entry for the first id.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    sampler: SamplerRow
-    watch: Watch = NOTHING
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    observed: list[Observed] = field(default_factory=list)
-    embedding: list[float] | None = None
-    finish: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.ids)
-
-    @property
-    def reads_prompt(self) -> bool:
-        return self.sampling.prompt_logprobs or self.watch.reads_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +44,9 @@ class Stats:
     waiting: int
     cached_tokens: int  # tokens of the requests that run
     capacity: int  # tokens that requests may have in all
+    prompt_tokens: int = 0  # of all requests so far
+    prefix_tokens: int = 0  # of these, those that did not have to be read again
+    preemptions: int = 0  # how often a request was sent back to the queue
 
 
 class Engine:
@@ -124,29 +62,53 @@ class Engine:
         *,
         max_batch_size: int = 8,
         context: int = 4096,
+        cache_tokens: int | None = None,
+        prefill_chunk: int = 64,
+        prefix_cache: bool = True,
         end_id: int | None = None,
-        pad_id: int = 0,
         vocab_size: int | None = None,
     ) -> None:
+        """Makes an engine with an empty cache.
+
+        The cache has space for `cache_tokens` tokens of all requests, None for as many as they may
+        have; what they do not use holds the prompts that were read last. Beside requests that
+        decode, at most `prefill_chunk` tokens of longer prompts are read in a step. Without
+        `prefix_cache` each prompt is read, whatever was read before it.
+        """
         if max_batch_size < 1 or context < 2:
             raise ValueError(
                 f"got max_batch_size={max_batch_size} and context={context}, "
                 "expected at least 1 sequence of 2 tokens"
             )
-        self.model, self.max_batch_size, self.context, self.end_id, self.pad_id = (
-            model,
-            max_batch_size,
-            context,
-            end_id,
-            pad_id,
-        )
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk: got {prefill_chunk}, expected at least 1 token")
+        # A token more than the context: pages are taken before the next token is known.
+        least = (pages_of(context) + 1) * PAGE
+        cache_tokens = max_batch_size * least if cache_tokens is None else cache_tokens
+        if cache_tokens < least:
+            raise ValueError(
+                f"cache_tokens: got {cache_tokens}, expected at least {least}: "
+                f"a request may have {context} tokens"
+            )
+        self.model, self.context, self.end_id = model, context, end_id
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self.running: list[Request] = []
-        self._waiting: deque[Request] = deque()
-        self._lock = threading.Lock()
-        self._admitted: list[Request] = []
-        self._cache: Cache | None = None
-        self._decoder = Decoder(model)
+        prefixes = Prefixes(model, keep=prefix_cache)
+        self._scheduler = Scheduler(
+            max_batch_size=max_batch_size,
+            pages=cache_tokens // PAGE,
+            chunk=prefill_chunk,
+            prefixes=prefixes,
+        )
+        self._runner = Runner(model, prefixes)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self._scheduler.max_batch_size
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have been admitted and have not ended."""
+        return self._scheduler.admitted
 
     def submit(
         self,
@@ -183,15 +145,14 @@ class Engine:
             sampling,
             sampling.generator(row),
             vocab_size=self.model.config.vocab_size,
-            device=self._device,
+            device=self._runner.device,
             end_ids={
                 token for token in (*ends, *sampling.stop_token_ids) if token < self.vocab_size
             },
             matcher=matcher,
         )
         request = Request(tuple(prompt), max_new_tokens, sampling, sampler, watch)
-        with self._lock:
-            self._waiting.append(request)
+        self._scheduler.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -199,37 +160,37 @@ class Engine:
 
         A finished request is not changed.
         """
-        if request.finish is not None:
-            return
-        request.finish = "cancelled"
-        with self._lock, contextlib.suppress(ValueError):
-            self._waiting.remove(request)
+        self._scheduler.cancel(request)
 
     def drop(self) -> list[Request]:
-        """Drops and returns all running requests, after a step that failed."""
-        dropped = [*self.running, *self._admitted]
+        """Drops and returns all requests that were admitted, after a step that failed."""
+        dropped = self._scheduler.drop()
+        self._runner.drop()
         for request in dropped:
-            request.finish = request.finish or "error"
-        self.running, self._admitted, self._cache = [], [], None
+            request.finish, request.cache = request.finish or "error", None
         return dropped
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return self._scheduler.waiting
 
     def stats(self) -> Stats:
         """Returns the load; it may be read from any thread."""
-        running = list(self.running)
+        scheduler = self._scheduler
+        admitted = scheduler.admitted
         return Stats(
-            running=len(running),
-            waiting=self.waiting,
-            cached_tokens=sum(request.tokens for request in running),
-            capacity=self.max_batch_size * self.context,
+            running=len(admitted),
+            waiting=scheduler.waiting,
+            cached_tokens=sum(request.cached for request in admitted),
+            capacity=scheduler.pages * PAGE,
+            prompt_tokens=scheduler.prompt_tokens,
+            prefix_tokens=scheduler.prefix_tokens,
+            preemptions=scheduler.preemptions,
         )
 
     @property
     def idle(self) -> bool:
-        return not self.running and not self._waiting
+        return not self.running and not self.waiting
 
     def run(self, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
         """Completes all prompts; returns the new ids of each, in order."""
@@ -240,87 +201,35 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Decodes one id for every running and every newly admitted request.
+        """Runs one plan of the scheduler; returns the requests that it gave an id, or ended.
 
-        Returns these requests. One whose logits no id can be sampled from gets none, and its
-        `finish` becomes "error".
+        One whose logits no id can be sampled from gets none, and its `finish` becomes "error".
         """
-        self._evict()
-        admitted = self._admitted = self._admit()
-        if self.running:
-            assert self._cache is not None
-            last = torch.tensor(
-                [[request.ids[-1]] for request in self.running], device=self._device
-            )
-            if any(request.watch.experts or request.watch.memory for request in self.running):
-                self._give(self.running, last, None, self._cache)
-            else:
-                self._sample(self.running, self._decoder(last, self._cache))
-        filled = [(requests, self._prefill(requests)) for requests in by_length(admitted)]
-        for requests, cache in filled:
-            if self.running and self._cache is not None:
-                self._cache.join(cache)
-            else:
-                self._cache = cache
-            self.running = self.running + requests
-        self._admitted = []
-        return list(self.running)
+        plan = self._scheduler.schedule()
+        outputs = self._runner.run(plan)
+        self._scheduler.postprocess(plan)
+        done = [output for output in outputs if output.logits is not None]
+        for output in done:
+            self._give(output)
+        return [request for output in done for request in output.requests]
 
-    def _prefill(self, requests: list[Request]) -> Cache:
-        """Decodes the first id of each request; returns the cache of their prompts."""
-        ids, lengths = pad([request.prompt for request in requests], self.pad_id, self._device)
-        cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + 64)
-        self._give(requests, ids, lengths, cache)
-        return cache
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _admit(self) -> list[Request]:
-        admitted: list[Request] = []
-        with self._lock:
-            while self._waiting and len(self.running) + len(admitted) < self.max_batch_size:
-                request = self._waiting.popleft()
-                if request.finish is None:
-                    admitted.append(request)
-        return admitted
-
-    def _evict(self) -> None:
-        remaining = [row for row, request in enumerate(self.running) if request.finish is None]
-        if len(remaining) == len(self.running):
-            return
-        self.running = [self.running[row] for row in remaining]
-        if not remaining:
-            self._cache = None
-        elif self._cache is not None:
-            self._cache.select(torch.tensor(remaining, device=self._device))
-
-    def _give(
-        self, requests: list[Request], ids: Tensor, lengths: list[int] | None, cache: Cache
-    ) -> None:
-        """Runs the model on new ids and gives every request its next id."""
-        prompts = lengths is not None
-        whole = prompts and any(request.reads_prompt for request in requests)
-        memory = any(request.watch.memory for request in requests)
-        with traced(self.model, memory=memory) as trace:
-            hidden, auxes = self.model.hidden(ids, lengths=lengths, cache=cache, last=not whole)
-        counts = lengths if lengths is not None else [1] * len(requests)
-        for row, request in enumerate(requests):
-            self._observe(request, row, counts[row], trace, auxes)
-            if prompts and request.reads_prompt:
-                self._read_prompt(request, hidden[row : row + 1, : counts[row]])
-        if hidden.shape[1] > 1:
-            last = torch.tensor(counts, device=hidden.device) - 1
-            hidden = hidden[torch.arange(len(requests), device=hidden.device), last][:, None]
-        rows = [row for row, request in enumerate(requests) if request.max_new_tokens]
+    def _give(self, output: Output) -> None:
+        """Gives every request of a forward its next id, and what it wants to know besides."""
+        assert output.logits is not None
+        for row, request in enumerate(output.requests):
+            count = output.counts[row]
+            if output.trace is not None:
+                self._observe(request, row, count, output.trace, output)
+            if output.hidden is not None and request.reads_prompt and not request.ids:
+                self._read_prompt(request, output.hidden[row : row + 1, :count])
+        rows = [row for row, request in enumerate(output.requests) if request.max_new_tokens]
         if rows:
-            logits = self.model.logits(hidden)[:, 0]
+            whole = len(rows) == len(output.requests)
             self._sample(
-                [requests[row] for row in rows],
-                logits if len(rows) == len(requests) else logits[rows],
+                [output.requests[row] for row in rows],
+                output.logits if whole else output.logits[rows],
             )
-        for request in requests:
+        for request in output.requests:
             if not request.max_new_tokens:
                 request.finish = request.finish or "length"
 
@@ -352,16 +261,18 @@ class Engine:
                 request.finish = "length"
 
     def _observe(
-        self, request: Request, row: int, count: int, trace: Trace, auxes: Sequence[Aux]
+        self, request: Request, row: int, count: int, trace: Trace, output: Output
     ) -> None:
-        """Notes the experts and the memory of the tokens that were read."""
+        """Notes the experts and the memory of the tokens that were read for the first time."""
         if not (request.watch.experts or request.watch.memory):
             return
+        # All but the last id of a request that came back have been seen before.
+        first = count - 1 if request.ids else 0
         observed = Observed()
         if request.watch.experts:
-            observed.experts = experts_of(auxes, row, count)
+            observed.experts = experts_of(output.auxes, row, count)[first:]
         if request.watch.memory:
-            observed.memory = trace.memory(row, count)
+            observed.memory = trace.memory(row, count)[first:]
         request.observed.append(observed)
 
     def _read_prompt(self, request: Request, hidden: Float[Tensor, "1 T D"]) -> None:
@@ -381,22 +292,3 @@ class Engine:
             request.prompt_logprobs += logprobs_of(
                 logits[: len(targets)], targets, request.sampling.logprobs or 0, self.vocab_size
             )
-
-
-def by_length(requests: Sequence[Request]) -> list[list[Request]]:
-    """Groups requests that are prefilled together, shortest first.
-
-    Prompts of equal length are always grouped. A longer one of at most PADDED_LENGTH tokens joins
-    the group before it where this adds at most PADDING tokens of padding in all.
-    """
-    groups: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: len(request.prompt)):
-        length = len(request.prompt)
-        longer = length - len(groups[-1][-1].prompt) if groups else length
-        if groups and (
-            not longer or (length <= PADDED_LENGTH and longer * len(groups[-1]) <= PADDING)
-        ):
-            groups[-1].append(request)
-        else:
-            groups.append([request])
-    return groups

@@ -4,14 +4,15 @@ rorqual_requests_total{route, status}       rorqual_finished_total{reason}
 rorqual_prompt_tokens_total                 rorqual_generated_tokens_total
 rorqual_time_to_first_token_seconds         rorqual_inter_token_latency_seconds
 rorqual_request_seconds                     rorqual_requests_running, _waiting
-rorqual_cache_usage_ratio                   rorqual_table_hit_rate{table}
+rorqual_cache_usage_ratio                   rorqual_prefix_hit_rate
+rorqual_preemptions_total                   rorqual_table_hit_rate{table}
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rorqual.serve.engine import Stats
@@ -68,7 +69,7 @@ class _Load(Collector):
     ) -> None:
         self._stats, self._tables = stats, tables
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         for name, what, value in (
             ("requests_running", "Requests that run", stats.running),
@@ -76,11 +77,21 @@ class _Load(Collector):
             ("cached_tokens", "Tokens of the requests that run", stats.cached_tokens),
             (
                 "cache_usage_ratio",
-                "Tokens of the requests that run, of what they may have in all",
+                "Tokens of the requests that run, of those that there is space for",
                 stats.cached_tokens / stats.capacity,
+            ),
+            (
+                "prefix_hit_rate",
+                "Tokens of prompts that did not have to be read again, of all",
+                stats.prefix_tokens / max(1, stats.prompt_tokens),
             ),
         ):
             yield GaugeMetricFamily(f"rorqual_{name}", what, value=value)
+        yield CounterMetricFamily(
+            "rorqual_preemptions",
+            "How often a request was sent back to the queue",
+            value=stats.preemptions,
+        )
         rates = GaugeMetricFamily(
             "rorqual_table_hit_rate",
             "Rows of a table that were in memory, of those that were read",

@@ -657,12 +657,19 @@ class DetokenizeRequest(Input):
 # What is answered. Routes build dictionaries of these shapes; a test holds them against each other.
 
 
+class PromptTokensDetails(BaseModel):
+    """Counts of tokens of the prompt."""
+
+    cached_tokens: int  # found in the cache of an earlier prompt
+
+
 class Usage(BaseModel):
     """Counts of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(BaseModel):

@@ -692,7 +692,7 @@ def serve(
 
     Without `api_key` there is no login: on a host other than this machine's own, anyone may send
     requests. `run_name` is what the user called the run, a folder or a hub id; requests may use it,
-    too. `limits` are those of Service. The model runs once before the port opens.
+    too. `limits` are those of Service and Engine. The model runs once before the port opens.
     """
     hub_id = run_name is not None and not Path(run_name).expanduser().exists()
     service = Service(

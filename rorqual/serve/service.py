@@ -17,11 +17,12 @@ from anyio import CapacityLimiter, to_thread
 
 from rorqual import runtime
 from rorqual.serve.body import Refusal
-from rorqual.serve.engine import Engine, Request, Watch
+from rorqual.serve.engine import Engine
 from rorqual.serve.generate import Run, TextStream, TooLong, chat_template, template_text
 from rorqual.serve.grammar import Grammars, JsonMatcher
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.sampling import GREEDY
+from rorqual.serve.scheduler import Request, Watch
 from rorqual.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Input
 from rorqual.serve.text import special_ids
 from rorqual.serve.tools import JSON, ToolCall, ToolStream, format_of, tool_schema
@@ -67,7 +68,7 @@ class Service:
 
     name: the model's name in requests and answers, its folder's by default; `aliases` are accepted
     too. max_waiting: requests in the queue beyond the `max_batch_size` that run; more are refused
-    with status 429.
+    with status 429. `limits` are those of Engine, as max_batch_size and context.
     """
 
     def __init__(
@@ -76,10 +77,9 @@ class Service:
         *,
         name: str | None = None,
         aliases: Sequence[str] = (),
-        max_batch_size: int = 8,
-        context: int = 4096,
         max_waiting: int = MAX_WAITING,
         timeout: float = TIMEOUT_SECONDS,
+        **limits: Any,
     ) -> None:
         if max_waiting < 0:
             raise ValueError(f"max_waiting: got {max_waiting}, expected at least 0")
@@ -94,10 +94,8 @@ class Service:
         tokenizer = run.tokenizer
         engine = Engine(
             run.model,
-            max_batch_size=max_batch_size,
-            context=context,
+            **limits,
             end_id=tokenizer.end_id,
-            pad_id=tokenizer.pad_id,
             vocab_size=min(tokenizer.vocab_size, run.config.vocab_size),
         )
         self.worker = Worker(engine)

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from rorqual import runtime
-from rorqual.serve.engine import Engine, Observed, Request
+from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import TokenLogprobs
+from rorqual.serve.scheduler import Observed, Request
 
 
 class Token(NamedTuple):

@@ -243,7 +243,7 @@ def test_what_is_done_to_a_bundle_is_done_to_all_in_it():
         each.pair[0].append(draw(4, seed), span)
         each.inner.attention.extend(draw(4, seed), span)
     bundle.select(torch.tensor([1]), 4)
-    bundle.join(other, (4, 4))
+    bundle.join(other, ([4, 4], [4, 4]))
     expected, span = torch.cat([draw(4, 0)[[1]], draw(4, 1)]), Span(4, None)
     for item in (bundle.keys, bundle.pair[0]):
         assert torch.equal(item.append(torch.zeros(3, 0, 3), span), expected)

@@ -31,6 +31,19 @@ def test_metrics_count_what_was_done(run, serving):
     assert values["rorqual_time_to_first_token_seconds_count"] == "2.0"
     assert values["rorqual_inter_token_latency_seconds_count"] == "8.0"
     assert float(values["rorqual_requests_running"]) <= 2
+    assert values["rorqual_prefix_hit_rate"] == values["rorqual_preemptions_total"] == "0.0"
+
+
+def test_a_prompt_that_was_read_before_is_counted(run, serving):
+    with serving(Service(run, context=1000)) as address:
+        body = {"prompt": [7] * 200, "max_tokens": 2}
+        first, again = (
+            httpx.post(f"{address}/v1/completions", json=body).json()["usage"] for _ in range(2)
+        )
+        text = httpx.get(f"{address}/metrics").text
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert again["prompt_tokens_details"] == {"cached_tokens": 192}
+    assert 0.4 < float(re.findall(r"\nrorqual_prefix_hit_rate (\S+)", text)[0]) < 0.5
 
 
 def test_table_metrics_name_the_table(folder, serving):

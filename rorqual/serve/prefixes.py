@@ -1,0 +1,102 @@
+"""Keeps the caches of prompts that were read, for prompts that begin with the same tokens.
+
+    cache, length = prefixes.start(ids)     a new cache that holds the first `length` of the ids
+    prefixes.add(ids, cache)                keeps a cache that has read these ids
+
+Tokens are compared in pages of PAGE: a page's key is a hash of its ids and of the key of the page
+before it, so that one look-up per page finds the longest prefix. A cache that is kept can be
+cropped to the end of each of its pages: what others store of the last tokens alone, as Engram's
+convolution its inputs, is kept as far back as the prompt goes. Only the state of a delta net is
+not, so that its prompts are shared no further back than the slack of its cache.
+
+Found pages are copied, since the compiled layers read the tokens of a sequence side by side: 1,000
+tokens are some megabytes, which takes a thousandth of what it takes to read them. Hashed pages:
+vLLM, arXiv:2309.06180.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from rorqual.layers.cache import Cache
+from rorqual.model import LanguageModel
+
+PAGE = 64  # tokens
+SPARE = 64  # tokens for which a new cache has space behind the prompt
+
+
+def pages_of(tokens: int) -> int:
+    """Returns how many pages hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+class Prefixes:
+    """The caches of the prompts that were read last, each of one sequence."""
+
+    def __init__(self, model: LanguageModel, *, keep: bool = True) -> None:
+        """With `keep` False every prompt is read."""
+        self._model, self._keep = model, keep
+        # Caches in the order of their last use, each with the keys that lead to it.
+        self._kept: OrderedDict[int, tuple[Cache, set[bytes]]] = OrderedDict()
+        self._by_key: dict[bytes, int] = {}
+        self._count = 0
+
+    @property
+    def pages(self) -> int:
+        """The pages that all caches hold together."""
+        return sum(pages_of(cache.length) for cache, _ in self._kept.values())
+
+    def start(self, ids: Sequence[int]) -> tuple[Cache, int]:
+        """Returns a new cache for these ids, and how many of them it holds, never all of them."""
+        cache = self._model.new_cache(1, capacity=len(ids) + SPARE)
+        if self._keep and self._model.config.delta is None:
+            cache.reserve_slack(len(ids))
+        # The last id is always read: its logits are wanted.
+        for place, key in reversed(list(enumerate(keys_of(ids[:-1]), start=1))):
+            if key in self._by_key:
+                number = self._by_key[key]
+                self._kept.move_to_end(number)
+                cache.load(self._kept[number][0], place * PAGE)
+                return cache, place * PAGE
+        return cache, 0
+
+    def add(self, ids: Sequence[int], cache: Cache) -> None:
+        """Keeps a cache that was made by `start` and has read these ids; it must not change."""
+        if not self._keep:
+            return
+        keys = [
+            key for place, key in enumerate(keys_of(ids), start=1) if place * PAGE >= cache.oldest
+        ]
+        if not keys:
+            return
+        if keys[-1] in self._by_key:
+            self._kept.move_to_end(self._by_key[keys[-1]])
+            return
+        number = self._count = self._count + 1
+        self._kept[number] = cache, set(keys)
+        for key in keys:
+            before = self._by_key.get(key)
+            self._by_key[key] = number
+            if before is not None:
+                self._kept[before][1].discard(key)
+                if not self._kept[before][1]:
+                    del self._kept[before]
+
+    def shrink(self, pages: int) -> None:
+        """Drops the caches that were not used for longest until the rest holds at most `pages`."""
+        while self._kept and self.pages > max(0, pages):
+            _, (_, keys) = self._kept.popitem(last=False)
+            for key in keys:
+                del self._by_key[key]
+
+
+def keys_of(ids: Sequence[int]) -> list[bytes]:
+    """Returns the key of every full page of the ids."""
+    keys, key = list[bytes](), b""
+    for start in range(0, len(ids) - PAGE + 1, PAGE):
+        page = np.asarray(ids[start : start + PAGE], np.int64).tobytes()
+        key = hashlib.sha256(key + page).digest()
+        keys.append(key)
+    return keys

@@ -1,0 +1,258 @@
+"""Decides what one step of an engine runs.
+
+    plan = scheduler.schedule()      who decodes, and who reads how many tokens of a prompt
+    scheduler.postprocess(plan)      what has been read
+
+First come, first served: a request waits until there is a place in the batch and there are pages
+for its tokens. A long prompt is read in chunks beside the requests that decode, so that these wait
+for a chunk at a time. Where pages run out, caches of earlier prompts are dropped first, then the
+request that came last goes back to the queue; its tokens are read again later. Continuous batching:
+Orca, OSDI 2022; chunks: Sarathi-Serve, OSDI 2024.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rorqual.layers.cache import Cache
+from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
+from rorqual.serve.sampling import SamplerRow, Sampling, TokenLogprobs
+from rorqual.serve.trace import MemoryRead
+
+SHORT = 2 * PAGE  # tokens; shorter prompts are read together, and not kept for later prompts
+ALONE = 2048  # tokens of prompts that a step reads while nobody decodes
+# A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
+# more the longer it is.
+PADDED_LENGTH = 256  # longer prompts are read only with prompts of the same length
+PADDING = 128  # tokens of padding that cost about as much as one more forward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """What a request wants to know of the forward passes, besides ids and log-probabilities."""
+
+    experts: bool = False  # the experts of every token
+    memory: bool = False  # the rows and gates of every token
+    embedding: bool = False  # the mean of the final hidden states of the prompt
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the output of every token of the prompt is needed, not of the last alone."""
+        return self.experts or self.memory or self.embedding
+
+
+NOTHING = Watch()
+
+
+@dataclass(slots=True, eq=False)
+class Observed:
+    """What one forward pass of a request showed: of its whole prompt, or of one more token."""
+
+    experts: list[dict[int, list[int]]] = field(default_factory=list)
+    memory: list[dict[int, MemoryRead]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt that is being completed; `ids` grows by one a step until `finish` is set.
+
+    `finish` is "stop", "length", "cancelled", or "error" where no id could be sampled from its
+    logits. `logprobs` and `observed` grow with `ids` where they are asked for; the first of
+    `observed` is of the whole prompt. `prompt_logprobs` has no entry for the first id.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    sampler: SamplerRow
+    watch: Watch = NOTHING
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
+    embedding: list[float] | None = None
+    finish: str | None = None
+    number: int = 0  # in the order of arrival
+    prefix: int = 0  # tokens of the prompt that were found in the cache of an earlier one
+    cached: int = 0  # tokens of `sequence` that are in a cache
+    cache: Cache | None = None  # its own, until all of `sequence` but the last id has been read
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The prompt and the new ids."""
+        return (*self.prompt, *self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.ids)
+
+    @property
+    def reads_prompt(self) -> bool:
+        return self.sampling.prompt_logprobs or self.watch.reads_prompt
+
+
+class Read(NamedTuple):
+    """Requests that read tokens in one forward, so many each."""
+
+    requests: list[Request]
+    counts: list[int]
+
+
+class Plan(NamedTuple):
+    """What one step runs."""
+
+    decode: list[Request]  # they read their last id
+    reads: list[Read]
+
+
+class Scheduler:
+    """The queue and the batch. `add` and `cancel` may be called from any thread."""
+
+    def __init__(self, *, max_batch_size: int, pages: int, chunk: int, prefixes: Prefixes) -> None:
+        self.max_batch_size, self.pages, self.chunk = max_batch_size, pages, chunk
+        self.running: list[Request] = []  # all of their tokens but the last have been read
+        self.reading: list[Request] = []
+        self.prompt_tokens = 0  # of the requests that were admitted
+        self.prefix_tokens = 0  # of these, those found in the cache of an earlier prompt
+        self.preemptions = 0
+        self._prefixes = prefixes
+        self._waiting: deque[Request] = deque()
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def admitted(self) -> list[Request]:
+        return [*self.running, *self.reading]
+
+    @property
+    def pages_used(self) -> int:
+        """Pages of the requests that were admitted, and of their next tokens."""
+        return sum(pages_of(request.tokens + 1) for request in self.admitted)
+
+    def add(self, request: Request) -> None:
+        with self._lock:
+            request.number = next(self._numbers)
+            self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Removes a request from the queue at once, or from the batch at the next step."""
+        if request.finish is not None:
+            return
+        request.finish = "cancelled"
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(request)
+
+    def drop(self) -> list[Request]:
+        """Removes and returns all requests that were admitted."""
+        dropped, self.running, self.reading = self.admitted, [], []
+        return dropped
+
+    def schedule(self) -> Plan:
+        """Returns what the next step runs, after requests have left, been sent back and come."""
+        for request in self.admitted:
+            if request.finish is not None:
+                (self.running if request in self.running else self.reading).remove(request)
+                request.cache = None
+        self._preempt()
+        self._admit()
+        return Plan(list(self.running), self._reads())
+
+    def postprocess(self, plan: Plan) -> None:
+        """Counts the tokens that a plan has read."""
+        for request in plan.decode:
+            request.cached += 1
+        for read in plan.reads:
+            for request, count in zip(*read, strict=True):
+                request.cached += count
+                if request.cached == request.tokens:
+                    self.reading.remove(request)
+                    self.running.append(request)
+
+    def _preempt(self) -> None:
+        """Sends back the requests that came last while there are too few pages."""
+        while self.pages_used > self.pages:
+            last = max(self.admitted, key=lambda request: request.number)
+            group = self.running if last in self.running else self.reading
+            group.remove(last)
+            last.cached, last.cache = 0, None
+            self.preemptions += 1
+            with self._lock:
+                self._waiting.appendleft(last)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Leaves the pages that no request uses to the caches of earlier prompts."""
+        self._prefixes.shrink(self.pages - self.pages_used)
+
+    def _admit(self) -> None:
+        """Moves requests from the queue to the batch, in order, while there is space."""
+        while len(self.admitted) < self.max_batch_size:
+            # Those that run may need a page each before one of them ends.
+            free = self.pages - self.pages_used - len(self.running)
+            with self._lock:
+                if not self._waiting:
+                    break
+                if pages_of(self._waiting[0].tokens + 1) > free and self.admitted:
+                    break
+                request = self._waiting.popleft()
+            if request.finish is not None:
+                continue
+            if not request.ids:
+                self.prompt_tokens += len(request.prompt)
+            self.reading.append(request)
+        self._shrink()
+
+    def _reads(self) -> list[Read]:
+        """Shares out the tokens of prompts that the next step reads, in order of arrival."""
+        budget, whole, reads = self.chunk if self.running else ALONE, list[Request](), list[Read]()
+        first_pages: set[tuple[int, ...]] = set()
+        for request in self.reading:
+            if budget <= 0:
+                break
+            # Where the output of every token of the prompt is wanted, none can be left out.
+            if request.tokens < SHORT or request.reads_prompt:
+                whole.append(request)
+                budget -= request.tokens
+                continue
+            # What begins alike waits for the first of them, and need not be read then.
+            first_page = request.sequence[:PAGE]
+            if first_page in first_pages:
+                continue
+            first_pages.add(first_page)
+            if request.cache is None:
+                request.cache, request.cached = self._prefixes.start(request.sequence)
+                if not request.ids:
+                    request.prefix = request.cached
+                    self.prefix_tokens += request.cached
+            count = min(request.tokens - request.cached, budget)
+            reads.append(Read([request], [count]))
+            budget -= count
+        groups = [Read(group, [one.tokens for one in group]) for group in by_length(whole)]
+        return groups + reads
+
+
+def by_length(requests: Sequence[Request]) -> list[list[Request]]:
+    """Groups requests that are read together, shortest first.
+
+    Those of equal length are always grouped. A longer one of at most PADDED_LENGTH tokens joins the
+    group before it where this adds at most PADDING tokens of padding in all.
+    """
+    groups: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: request.tokens):
+        length = request.tokens
+        longer = length - groups[-1][-1].tokens if groups else length
+        if groups and (
+            not longer or (length <= PADDED_LENGTH and longer * len(groups[-1]) <= PADDING)
+        ):
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups

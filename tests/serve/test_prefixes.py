@@ -1,0 +1,88 @@
+"""Tests that what prompts begin with is read once, and that caches of old prompts go."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.layers.engram import EngramConfig
+from rorqual.serve.engine import Engine
+from rorqual.serve.prefixes import PAGE, Prefixes, keys_of
+from tests.serve.test_scheduler import alone, model_of, texts
+
+
+def test_a_shared_prefix_is_read_once():
+    model = model_of("mla")
+    engine, prompts = Engine(model), texts(0, [30, 40, 0, 10], shared=300)
+    read = []
+    hidden = model.hidden
+
+    def counted(ids, **options):
+        read.append(ids.shape[1])
+        return hidden(ids, **options)
+
+    model.hidden = counted
+    for prompt in prompts:
+        (ids,) = engine.run([prompt], max_new_tokens=1)
+        assert ids == alone(model_of("mla"), prompt, max_new_tokens=1)
+    # Four pages of 64 are shared.
+    assert read == [330, 340 - 256, 300 - 256, 310 - 256]
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.prefix_tokens) == (330 + 340 + 300 + 310, 3 * 256)
+
+
+def test_of_prompts_that_come_together_the_shared_prefix_is_read_once():
+    model = model_of("mla")
+    engine, prompts = Engine(model), texts(0, [30, 40, 30, 10], shared=300)
+    expected = [alone(model, prompt, max_new_tokens=4) for prompt in prompts]
+    assert engine.run(prompts, max_new_tokens=4) == expected
+    assert engine.stats().prefix_tokens == 3 * 256
+
+
+def test_without_prefix_cache_all_is_read():
+    model, prompt = model_of("mla"), texts(0, [10], shared=200)[0]
+    engine = Engine(model, prefix_cache=False)
+    assert engine.run([prompt], max_new_tokens=3) == engine.run([prompt], max_new_tokens=3)
+    assert engine.stats().prefix_tokens == 0
+
+
+def test_the_last_token_is_always_read():
+    model, prompt = model_of("mla"), texts(0, [0], shared=128)[0]
+    engine = Engine(model)
+    first, again = (engine.run([prompt], max_new_tokens=4)[0] for _ in range(2))
+    assert first == again == alone(model, prompt, max_new_tokens=4)
+    assert engine.stats().prefix_tokens == 64
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 3), min_size=0, max_size=300),
+    other=st.lists(st.integers(0, 3), min_size=0, max_size=300),
+)
+def test_keys_are_equal_as_far_as_pages_are(ids, other):
+    equal = 0
+    while (equal + 1) * PAGE <= min(len(ids), len(other)) and ids[: (equal + 1) * PAGE] == other[
+        : (equal + 1) * PAGE
+    ]:
+        equal += 1
+    ours, theirs = keys_of(ids), keys_of(other)
+    assert len(ours) == len(ids) // PAGE
+    assert [a == b for a, b in zip(ours, theirs, strict=False)] == [
+        page < equal for page in range(min(len(ours), len(theirs)))
+    ]
+
+
+@torch.inference_mode()
+def test_prefixes_are_dropped_when_they_were_not_used_for_longest():
+    model = model_of("mla", engram=EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2))
+    prefixes, prompts = Prefixes(model), [[number] * 130 for number in range(4)]
+    for prompt in prompts[:3]:
+        cache, length = prefixes.start(prompt)
+        assert length == 0
+        model.hidden(torch.tensor([prompt]), cache=cache)
+        prefixes.add(prompt, cache)
+    assert prefixes.pages == 9
+    assert prefixes.start(prompts[0])[1] == 128
+    prefixes.shrink(6)
+    assert [prefixes.start(prompt)[1] for prompt in prompts] == [128, 0, 128, 0]
+    prefixes.shrink(0)
+    assert prefixes.pages == 0

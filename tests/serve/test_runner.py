@@ -1,0 +1,43 @@
+"""Tests the cache of a batch that requests join and leave."""
+
+import copy
+
+import torch
+
+from rorqual.serve.engine import Engine
+from tests.serve.test_scheduler import alone, model_of
+
+
+def test_nan_of_a_request_that_left_does_not_stay_in_its_row():
+    """The next request in its row is shorter than its neighbour, so that old columns are masked."""
+    model = copy.deepcopy(model_of("gqa", engram=None))
+    with torch.no_grad():
+        model.embed.weight[60] = torch.nan
+    engine = Engine(model, vocab_size=60)
+    expected = [alone(model, p, max_new_tokens=6, vocab_size=60) for p in ([1] * 30, [2, 3])]
+    engine.vocab_size = 61
+    bad = engine.submit([60] * 20, max_new_tokens=3)
+    engine.vocab_size = 60
+    long = engine.submit([1] * 30, max_new_tokens=6)
+    engine.step()
+    short = engine.submit([2, 3], max_new_tokens=6)
+    while not engine.idle:
+        engine.step()
+    assert bad.finish == "error"
+    assert [long.ids, short.ids] == expected
+
+
+def test_rows_of_requests_that_stay_are_not_moved():
+    """The request that is last fills the hole of one that left; the others stay where they are."""
+    model = model_of("gqa", engram=None)
+    engine = Engine(model, max_batch_size=6)
+    requests = [engine.submit([5, number], max_new_tokens=9) for number in range(4)]
+    engine.step()
+    engine.step()
+    engine.cancel(requests[1])
+    last = engine.submit([7], max_new_tokens=9)
+    while not engine.idle:
+        engine.step()
+    for number in (0, 2, 3):
+        assert requests[number].ids == alone(model, [5, number], max_new_tokens=9)
+    assert last.ids == alone(model, [7], max_new_tokens=9)

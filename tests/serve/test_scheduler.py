@@ -1,0 +1,206 @@
+"""Tests chunks of prompts, shared prefixes and pages: no request's ids depend on any of it."""
+
+import random
+
+import pytest
+import torch
+
+from rorqual.layers.csa import CSAConfig
+from rorqual.layers.delta_net import DeltaNetConfig
+from rorqual.layers.hyper import HyperConfig
+from rorqual.layers.moe import MoEConfig
+from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve.decoding import decode
+from rorqual.serve.engine import Engine
+from rorqual.serve.prefixes import PAGE
+from rorqual.serve.sampling import Sampling
+from rorqual.serve.scheduler import Watch
+from tests.serve.test_engine import ATTENTIONS, ENGRAM, GQA, SMALL
+
+CSA = CSAConfig(
+    heads=2,
+    head_dim=16,
+    rope_dim=4,
+    q_lora_rank=8,
+    groups=2,
+    o_lora_rank=8,
+    window=6,
+    kinds=("csa", "hca"),
+    index_heads=2,
+    index_dim=8,
+    top_k=3,
+)
+KINDS = ATTENTIONS | {
+    "csa": {"mla": None, "csa": CSA},
+    "delta net": GQA
+    | {"delta": DeltaNetConfig(key_heads=1, value_heads=2, key_dim=8, value_dim=8, full_every=2)},
+}
+
+
+def model_of(kind: str, **parts) -> LanguageModel:
+    parts = {"engram": ENGRAM, "hyper": HyperConfig(streams=2, iterations=2)} | parts
+    return LanguageModel(ModelConfig(**SMALL | KINDS[kind] | parts), seed=1).eval()
+
+
+def alone(model, prompt, **options) -> list[int]:
+    return [step[0] for step in decode(model, [prompt], **options)]
+
+
+def texts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
+    """Prompts that begin with the same `shared` tokens."""
+    draw = random.Random(seed)
+    first = [draw.randrange(61) for _ in range(shared)]
+    return [first + [draw.randrange(61) for _ in range(length)] for length in lengths]
+
+
+def check(model, prompts, *, seed: int = 0, most: int = 12, **options) -> Engine:
+    """Requests come, are sent back and cancelled at random; each gets the ids it gets alone."""
+    draw, engine, requests = random.Random(seed), Engine(model, **options), []
+    counts = [draw.randrange(1, most) for _ in prompts]
+    while not engine.idle or len(requests) < len(prompts):
+        for _ in range(draw.randrange(3)):
+            if (number := len(requests)) < len(prompts):
+                requests.append(engine.submit(prompts[number], max_new_tokens=counts[number]))
+        if requests and draw.random() < 0.02:
+            engine.cancel(draw.choice(requests))
+        engine.step()
+        stats = engine.stats()
+        assert stats.cached_tokens <= stats.capacity
+    for request, prompt, count in zip(requests, prompts, counts, strict=True):
+        expected = alone(model, prompt, max_new_tokens=count)
+        if request.finish == "cancelled":
+            expected = expected[: len(request.ids)]
+        assert request.ids == expected
+    assert engine.stats().cached_tokens == 0
+    return engine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_a_request_alone(kind):
+    """Four pages for all of them, so that some are sent back; chunks of 50 tokens."""
+    model = model_of(kind)
+    prompts = texts(3, [20, 2, 70, 5], shared=130)
+    engine = check(model, prompts, context=220, cache_tokens=5 * PAGE, prefill_chunk=50)
+    engine = check(model, prompts, seed=1, context=220, max_batch_size=3, prefill_chunk=17)
+    assert engine.stats().prefix_tokens > 0 or kind == "delta net"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_a_request_alone_under_many_arrivals(kind):
+    model = model_of(kind, moe=MoEConfig(routed=6, active=2, width=16, first_dense=1))
+    preemptions = 0
+    for seed, shared in enumerate((0, 130)):
+        prompts = texts(seed, [1, 50, 2, 64], shared)
+        prompts.append(prompts[3] + [1, 2, 3])
+        options = {"context": 260, "cache_tokens": 6 * PAGE, "prefill_chunk": 40, "seed": seed}
+        preemptions += check(model, prompts, most=50, **options).stats().preemptions
+    assert preemptions
+
+
+def test_a_request_that_decodes_does_not_wait_for_a_long_prompt():
+    model = model_of("mla")
+    engine = Engine(model, context=1000, prefill_chunk=32)
+    first = engine.submit([1, 2, 3], max_new_tokens=40)
+    engine.step()
+    long = engine.submit([5] * 900, max_new_tokens=2)
+    for turn in range(28):
+        assert engine.step() == [first]
+        assert len(first.ids) == turn + 2
+    assert set(engine.step()) == {first, long}
+
+
+def test_who_wants_the_whole_prompt_gets_it_despite_a_shared_prefix():
+    model, prompt = model_of("mla"), texts(0, [10], shared=200)[0]
+    engine = Engine(model)
+    engine.run([prompt], max_new_tokens=1)
+    sampling = Sampling(temperature=0.0, logprobs=1, prompt_logprobs=True)
+    request = engine.submit(prompt, max_new_tokens=1, sampling=sampling)
+    while not engine.idle:
+        engine.step()
+    assert len(request.prompt_logprobs) == len(prompt) - 1
+
+
+def test_a_request_that_was_sent_back_goes_on_as_if_nothing_had_happened():
+    """Its sampler, its log-probabilities and what it watches have each token once."""
+    model = model_of("mla", moe=MoEConfig(routed=6, active=2, width=16))
+    sampling = Sampling(temperature=1.0, seed=5, repetition_penalty=1.3, logprobs=2)
+    options = {
+        "max_new_tokens": 70,
+        "sampling": sampling,
+        "watch": Watch(experts=True, memory=True),
+    }
+    prompts = texts(2, [30, 40, 50], shared=0)
+
+    def run(pages: int) -> list:
+        engine = Engine(model, context=200, cache_tokens=pages * PAGE)
+        requests = [engine.submit(p, row=row, **options) for row, p in enumerate(prompts)]
+        while not engine.idle:
+            engine.step()
+        assert bool(engine.stats().preemptions) == (pages == 5)
+        return requests
+
+    for narrow, wide in zip(run(5), run(40), strict=True):
+        assert narrow.ids == wide.ids
+        assert [len(one.experts) for one in narrow.observed] == [len(narrow.prompt)] + [1] * 69
+        assert [one.experts for one in narrow.observed] == [one.experts for one in wide.observed]
+        rows = [
+            [
+                [read.rows for read in token.values()]
+                for one in request.observed
+                for token in one.memory
+            ]
+            for request in (narrow, wide)
+        ]
+        assert rows[0] == rows[1]
+        result = torch.tensor([one.logprob for one in narrow.logprobs])
+        expected = torch.tensor([one.logprob for one in wide.logprobs])
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_who_came_first_is_never_sent_back():
+    model = model_of("mla")
+    engine = Engine(model, context=200, cache_tokens=5 * PAGE)
+    first = engine.submit([1] * 60, max_new_tokens=130)
+    others = [engine.submit([2, number], max_new_tokens=100) for number in range(6)]
+    for _ in range(130):
+        engine.step()
+    assert first.finish == "length"
+    while not engine.idle:
+        engine.step()
+    assert all(request.finish == "length" for request in others)
+    ended = [request.ids for request in others]
+    assert ended == [alone(model, [2, n], max_new_tokens=100) for n in range(6)]
+
+
+def test_clients_that_hang_up_leave_nothing():
+    model = model_of("mla")
+    engine, draw = Engine(model, max_batch_size=4, context=300), random.Random(0)
+    requests = []
+    for _ in range(200):
+        prompt = [draw.randrange(61) for _ in range(draw.randrange(1, 200))]
+        requests.append(engine.submit(prompt, max_new_tokens=50))
+        if draw.random() < 0.5:
+            engine.step()
+        for request in draw.sample(requests, 1):
+            engine.cancel(request)
+    for request in requests:
+        engine.cancel(request)
+    engine.step()
+    assert engine.idle
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.cached_tokens) == (0, 0, 0)
+    assert all(request.cache is None for request in requests)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_tokens": 100}, "cache_tokens: got 100, expected at least 4160"),
+        ({"prefill_chunk": 0}, "prefill_chunk: got 0, expected at least 1 token"),
+        ({"max_batch_size": 0}, "expected at least 1 sequence"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model_of("mla"), **options)
