@@ -40,9 +40,7 @@ from rorqual.model_config import (
 
 MODEL_TYPES = ("deepseek_v4",)
 EMBEDDING = "embed.weight"
-SIZES = Sizes(
-    r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.", mtp_counts=False
-)
+SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.", mtp_counts=False)
 PARTS = {"mtp.": "DSpark draft"}
 DSPARK = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\.")
 

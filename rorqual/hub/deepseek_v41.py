@@ -8,7 +8,8 @@
 
 The config is composite: text_config is the language model's. Vision (vision_config, `vision.*`,
 `aligner.*`, `image_*`) and DSpark's draft layers (`mtp.*`) are read past, and their sizes are said;
-the bias that the router adds for image tokens is read. What the reference checks about a config is checked here, too.
+the bias that the router adds for image tokens is read. What the reference checks about a config is
+checked here, too.
 
 Aliases are the parameter names of the training reference that reads these folders, which keeps all
 experts of a layer in one tensor.

@@ -12,12 +12,12 @@ With a `reduction` a depth works on residual streams, as in DeepSeek-V4:
     x'_j = block(W_e norm_e(embed(t_{i+k})) + W_h norm_h(x_j))        for each stream j
     logits of t_{i+k+1} = head(norm(reduction(x')))       block, reduction and norm are the depth's
 
-x of depth 0 are the streams that the last block leaves, before the model's reduction. The facts are
-those of `MTPBlock` in the authors' code (inference/model.py of deepseek-ai/DeepSeek-V4-Flash), whose
-e_proj and h_proj are the two halves of our eh_proj = [W_e W_h]. That code and the weights have one
-depth, and its file says nothing of the training. Assumed: depth k + 1 takes the streams of depth k
-before their reduction, as SGLang (models/deepseek_v4_nextn.py) hands them on from one draft to the
-next, and the loss is that of DeepSeek-V3.
+x of depth 0 are the streams that the last block leaves, before the model's reduction. The equation
+is that of `MTPBlock` in the authors' inference/model.py (deepseek-ai/DeepSeek-V4-Flash), whose
+e_proj and h_proj are the two halves of our eh_proj = [W_e W_h]. The released weights have one
+depth, and that code says nothing of training. Two things are assumed: depth k + 1 takes the streams
+of depth k before their reduction, which SGLang hands on from one draft to the next (its NextN model
+of DeepSeek-V4), and the loss is that of DeepSeek-V3.
 """
 
 from typing import Any
