@@ -372,15 +372,15 @@ def trained(config: ModelConfig, steps: int) -> LanguageModel:
 )
 def test_drafts_change_nothing(kinds: tuple[str, ...], depth: int) -> None:
     """Greedy decoding with drafts gives the same ids, for a batch of different lengths."""
-    model, stats = trained(drafting_config(kinds, depth), 8), decoding.AcceptanceStats()
+    model, stats = trained(drafting_config(kinds, depth), 2), decoding.AcceptanceStats()
     prompts = [[0, 5, 10], [3, 8, 1, 6, 11, 4, 9, 2, 7], [13]]
-    expected = list(decoding.decode(model, prompts, max_new_tokens=24))
+    expected = list(decoding.decode(model, prompts, max_new_tokens=14))
     assert (
-        list(decoding.speculate(model, prompts, max_new_tokens=24, acceptance_stats=stats))
+        list(decoding.speculate(model, prompts, max_new_tokens=14, acceptance_stats=stats))
         == expected
     )
     assert 0 < stats.accepted < stats.drafted
-    assert stats.rounds < 23
+    assert stats.rounds < 13
 
 
 def test_drafts_with_a_cache_are_those_without() -> None:
