@@ -357,20 +357,20 @@ def _report(files: Files, config: ModelConfig, family: Family) -> None:
         if start is None or name in needed or name in scales:
             continue
         # Beside MTP that is loaded these are no draft.
-        part = start.rstrip(".") if start == "mtp." and config.mtp else family.PARTS[start]
+        label = start.rstrip(".") if start == "mtp." and config.mtp else family.PARTS[start]
         number = re.match(r"(\d+)\.", name.removeprefix(start))
-        layers.setdefault(part, set()).update(number.groups() if number else ())
+        layers.setdefault(label, set()).update(number.groups() if number else ())
         packed = files.scale_of(name) is not None
         shape = files.shapes[name]
         shape = decoded_shape(shape, files.dtypes[name]) if packed else shape
-        sizes[part] += math.prod(shape)
+        sizes[label] += math.prod(shape)
     if not sizes:
         return
     parts = []
-    for part, size in sorted(sizes.items()):
-        count = len(layers[part])
+    for label, size in sorted(sizes.items()):
+        count = len(layers[label])
         some = f", {count} layer{'s' * (count > 1)}" if count else ""
-        parts.append(f"{part}{some}, {size:,} parameters")
+        parts.append(f"{label}{some}, {size:,} parameters")
     runtime.log(f"{files.folder}: read past: {'; '.join(parts)}")
 
 

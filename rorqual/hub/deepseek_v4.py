@@ -456,8 +456,8 @@ def places(config: ModelConfig) -> dict[str, Place]:
         for half, columns in (("e", slice(config.dim)), ("h", slice(config.dim, None))):
             tensor_place = Place(f"{name}.eh_proj.weight", (slice(None), columns))
             table[f"{name}.{half}_proj.weight"] = tensor_place
-        for part in ("fn", "base", "scale"):
-            table[f"{name}.hc_head_{part}"] = Place(f"{name}.reduction.{part}")
+        for leaf in ("fn", "base", "scale"):
+            table[f"{name}.hc_head_{leaf}"] = Place(f"{name}.reduction.{leaf}")
     return table
 
 

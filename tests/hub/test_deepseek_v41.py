@@ -177,9 +177,9 @@ def test_what_is_read_past_is_said_in_one_line(tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].endswith(line)
     assert main(["params", str(tmp_path), str(TINY), "--json"]) == 0
-    said = capsys.readouterr()
-    assert said.err.strip() == lines[0]
-    assert len({each["total"] for each in json.loads(said.out).values()}) == 1
+    captured = capsys.readouterr()
+    assert captured.err.strip() == lines[0]
+    assert len({each["total"] for each in json.loads(captured.out).values()}) == 1
     checkpoints.load(TINY)
     assert not capsys.readouterr().err
 

@@ -166,11 +166,11 @@ def close(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 def places_of(oracle: Oracle, config: ModelConfig) -> dict:
     """Maps the names of `Oracle.gradients` to places in our state dict."""
     table = dict(deepseek_v4.aliases(config))
-    for name, place in deepseek_v4.places(config).items():
+    for name, tensor_place in deepseek_v4.places(config).items():
         if name.startswith("mtp."):
             _, number, rest = name.split(".", 2)
             layer = f"layers.{oracle.layers + int(number)}.{rest}"
-            table[name if rest.startswith(OWN) else deepseek_v4._theirs(layer)] = place
+            table[name if rest.startswith(OWN) else deepseek_v4._theirs(layer)] = tensor_place
     for depth in range(oracle.depth):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
             layer = f"model.layers.{oracle.layers + depth}.mlp.experts.{theirs}"
@@ -305,9 +305,9 @@ def test_dspark_is_read_past_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     ids = torch.randint(4096, (1, 30))
     torch.testing.assert_close(loaded(ids), model(ids))
     assert main(["params", str(tmp_path), "--json"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)[str(tmp_path)]["total"] == costs(model.config).total
-    assert said.err.strip() == line
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)[str(tmp_path)]["total"] == costs(model.config).total
+    assert captured.err.strip() == line
 
 
 def test_entries_of_compress_ratios_behind_the_layers_are_mtps() -> None:
@@ -406,10 +406,10 @@ def test_loss_of_packed_documents_is_that_of_each_alone() -> None:
     labels = torch.randint(16, ids.shape)
     result = model.loss(ids, labels, document_ids=document_ids).mtp
     alone, counts = torch.zeros(2), torch.zeros(2)
-    for part, targets in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True):
-        hidden = model.hidden(part, for_mtp=True)[0]
+    for document, targets in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True):
+        hidden = model.hidden(document, for_mtp=True)[0]
         for depth in range(2):
-            following = F.pad(part[:, depth + 1 :], (0, depth + 1))
+            following = F.pad(document[:, depth + 1 :], (0, depth + 1))
             following[:, -depth - 1] = targets[:, -1] if depth == 0 else 0
             hidden = model.draft(hidden, following, depth=depth)[0]
             logits = model.head(model.mtp[depth].head_input(hidden))[0, : -depth - 1]
