@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from random_deepseek_v4 import KINDS, MODEL, oracle_config
 
 # Seed of the configuration, and the kind of block of each depth.
-CASES = [(0, KINDS[:1]), (1, KINDS[:1]), (4, (KINDS[0], KINDS[1])), (7, (KINDS[2],))]
+CASES = [(0, KINDS[:1]), (3, KINDS[:1]), (4, (KINDS[0], KINDS[1])), (8, (KINDS[2],))]
 OWN = ("enorm", "hnorm", "e_proj", "h_proj", "norm", "hc_head_")
 
 
