@@ -346,10 +346,13 @@ def _reduction(hyper: HyperConfig, dim: int) -> int:
 def _mtp(config: ModelConfig, depth: int) -> int:
     """Counts five norms, the projection of two hidden states to one, and a block.
 
-    The block comes after the model's last.
+    The block comes after the model's last. On streams it has two sites of them, and an exit.
     """
     block = _block(config, config.layers + depth)
-    return 5 * config.dim + 2 * config.dim * config.dim + block.matrices + block.others
+    streams = 0
+    if config.hyper is not None and config.mtp is not None and config.mtp.streams:
+        streams = 2 * _connection(config.hyper, config.dim) + _reduction(config.hyper, config.dim)
+    return 5 * config.dim + 2 * config.dim * config.dim + block.matrices + block.others + streams
 
 
 def _attention_products(config: ModelConfig, context: int) -> int:

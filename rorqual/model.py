@@ -103,7 +103,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, *, plain: bool = False) -> None:
         """Builds the parts that the config gives to block `index`.
 
-        If `plain` is True, the block has neither hyper-connections nor Engram, as MTP blocks do.
+        If `plain` is True, the block has neither hyper-connections nor Engram, as the blocks of MTP
+        that works on one hidden state.
         """
         super().__init__()
         hyper = None if plain else config.hyper
@@ -205,11 +206,12 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"tables: got rows by width {got}, expected {shapes} as the config says"
             )
-        depth = config.mtp.depth if config.mtp is not None else 0
-        self.mtp = nn.ModuleList(
-            MTP(config.dim, config.eps, Block(config, config.layers + k, plain=True))
-            for k in range(depth)
-        )
+        self.mtp = nn.ModuleList()
+        for k in range(config.mtp.depth if config.mtp is not None else 0):
+            plain = config.mtp is None or not config.mtp.streams
+            block = Block(config, config.layers + k, plain=plain)
+            exit_of = None if plain else StreamReduction(config.hyper, config.dim)
+            self.mtp.append(MTP(config.dim, config.eps, block, exit_of))
 
     def forward(
         self,
@@ -224,9 +226,13 @@ class LanguageModel(nn.Module):
             self.hidden(ids, document_ids=document_ids, lengths=lengths, cache=cache)[0]
         )
 
-    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+    def logits(self, hidden: Float[Tensor, "B T *S D"]) -> Float[Tensor, "B T V"]:
         """Computes the logits of `hidden`, taken before the final norm."""
-        return self.head(self.norm(hidden)).float()
+        return self.head(self.head_input(hidden)).float()
+
+    def head_input(self, hidden: Float[Tensor, "B T *S D"]) -> Float[Tensor, "B T D"]:
+        """Norms `hidden` for the head; streams are reduced before."""
+        return self.norm(self.reduce_streams(Streams(hidden)) if hidden.dim() == 4 else hidden)
 
     def hidden(
         self,
@@ -236,10 +242,12 @@ class LanguageModel(nn.Module):
         lengths=None,
         cache=None,
         last: bool = False,
+        for_mtp: bool = False,
         indexer_warmup=None,
-    ) -> tuple[Float[Tensor, "B T2 D"], list[Aux]]:
+    ) -> tuple[Float[Tensor, "B T2 *S D"], list[Aux]]:
         """Returns the last block's output before the final norm, and the Aux of each block.
 
+        With `for_mtp` it is what MTP's first depth takes: the streams, if it works on them.
         With `last` it is of the last position alone, T2 = 1; the other positions of a prompt skip
         the end of the last block. If `indexer_warmup` is given, the indexers of DSA and CSA are
         trained; while it is True every key is attended to. document_ids [B, T] numbers packed
@@ -247,7 +255,7 @@ class LanguageModel(nn.Module):
         row, which padding follows.
         """
         if cache is not None and cache.length and self._cache_is_outdated(cache, ids, lengths):
-            return self._hidden_again(ids, document_ids, lengths, cache, last)
+            return self._hidden_again(ids, document_ids, lengths, cache, last, for_mtp)
         ctx, pending = self.prepare(
             ids,
             cache,
@@ -264,7 +272,8 @@ class LanguageModel(nn.Module):
             if aux.shared is not None:
                 ctx = replace(ctx, shared=aux.shared)
             auxes.append(aux._replace(shared=None))
-        return self.reduce_streams(x), auxes
+        on_streams = for_mtp and self.config.mtp is not None and self.config.mtp.streams
+        return x.values if on_streams else self.reduce_streams(x), auxes
 
     def prepare(
         self,
@@ -307,7 +316,7 @@ class LanguageModel(nn.Module):
         return longest > original and (cache.past.named or cache.length <= original)
 
     def _hidden_again(
-        self, ids: Tensor, document_ids, lengths, cache: Cache, last: bool
+        self, ids: Tensor, document_ids, lengths, cache: Cache, last: bool, for_mtp: bool
     ) -> tuple[Tensor, list[Aux]]:
         """Computes the cached tokens again, together with the new ones, and caches them anew."""
         assert cache.ids is not None and cache.ids.buffer is not None
@@ -334,6 +343,7 @@ class LanguageModel(nn.Module):
             lengths=None if len(set(past)) == 1 and lengths is None else totals,
             cache=cache,
             last=last,
+            for_mtp=for_mtp,
         )
         if last:
             return hidden, auxes
@@ -377,7 +387,7 @@ class LanguageModel(nn.Module):
 
     def draft(
         self,
-        hidden: Float[Tensor, "B T D"],
+        hidden: Float[Tensor, "B T *S D"],
         following: Int[Tensor, "B T"],
         *,
         depth: int = 0,
@@ -385,11 +395,12 @@ class LanguageModel(nn.Module):
         lengths=None,
         cache: Cache | None = None,
         indexer_warmup=None,
-    ) -> tuple[Float[Tensor, "B T D"], Aux]:
+    ) -> tuple[Float[Tensor, "B T *S D"], Aux]:
         """Runs MTP module `depth` on the hidden states of positions i and the ids at i + 1 + depth.
 
-        Returns the hidden states that predict the next id, and the Aux. The logits are
-        head(mtp[depth].norm(hidden)); depth + 1 takes the hidden states.
+        The hidden states are those of `hidden(..., for_mtp=True)`, or of the depth before. Returns
+        those that predict the next id, and the Aux. The logits are
+        head(mtp[depth].head_input(hidden)); depth + 1 takes the hidden states.
         """
         block_cache = cache.drafts[depth] if cache is not None else None
         ctx = self._context(
@@ -418,9 +429,9 @@ class LanguageModel(nn.Module):
             "lengths": lengths,
             "indexer_warmup": indexer_warmup if training else None,
         }
-        hidden, auxes = self.hidden(ids, **shared_kwargs)
+        hidden, auxes = self.hidden(ids, for_mtp=True, **shared_kwargs)
         tokens = (labels != IGNORED).sum()
-        next_token = self._nats(self.norm(hidden), labels)
+        next_token = self._nats(self.head_input(hidden), labels)
         mtp, more = self._mtp_loss(ids, hidden, labels, shared_kwargs)
         auxes = auxes + more
         routings = [aux.routing for aux in auxes if aux.routing is not None]
@@ -463,7 +474,7 @@ class LanguageModel(nn.Module):
                 ahead(following, document_ids, 0),
                 ahead(target, document_ids, IGNORED),
             )
-            nats.append(self._nats(cast(MTP, module).norm(hidden), target))
+            nats.append(self._nats(cast(MTP, module).head_input(hidden), target))
             auxes.append(aux)
         return torch.stack(nats).mean(), auxes
 

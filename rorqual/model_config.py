@@ -393,7 +393,7 @@ class CSAConfig:
     o_lora_rank: int = 16  # of one group
     window: int = 128  # keys a query sees uncompressed, itself included
     # What each block sees before its window: nothing, the top_k entries of an indexer (csa), or all
-    # entries (hca). Blocks after the last one of this list, as MTP's, see nothing.
+    # entries (hca). MTP's blocks come after the model's; blocks after the list's end see nothing.
     kinds: tuple[CSAKind, ...] = ()
     ratio: int = 4  # tokens of a csa entry, which overlaps with the one before
     heavy_ratio: int = 128  # tokens of an hca entry
@@ -971,6 +971,9 @@ class MTPConfig:
 
     depth: int = 1
     weight: float = 0.3  # lambda, of the mean over depths; V3 lowers it to 0.1 late in training
+    # Whether the modules work on the streams of hyper-connections (of kind mhc), as DeepSeek-V4's
+    # do; otherwise on the one hidden state that these are reduced to.
+    streams: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -1026,6 +1029,9 @@ class ModelConfig:
                     f"expected {outer}, which it works inside"
                 )
         self._check_blocks()
+        kind = self.hyper.kind if self.hyper is not None else "none"
+        if self.mtp is not None and self.mtp.streams and kind != "mhc":
+            raise ValueError(f"mtp.streams: got hyper.kind {kind}, expected mhc")
         sparse = [name for name in ("nsa", "moba", "qsa") if getattr(self, name) is not None]
         if len(sparse) > 1:
             raise ValueError(f"sparse attention: got {' and '.join(sparse)}, expected at most one")

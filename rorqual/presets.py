@@ -378,7 +378,6 @@ DEEPSEEK_V3 = ModelConfig(
     mtp=MTPConfig(depth=1),
 )
 
-# Multi-token prediction is left out: its block has residual streams, which MTPConfig's have not.
 DEEPSEEK_V4_FLASH = ModelConfig(
     vocab_size=129_280,
     dim=4096,
@@ -387,6 +386,7 @@ DEEPSEEK_V4_FLASH = ModelConfig(
     csa=_CSA,
     moe=_MOE_V4,
     hyper=HyperConfig(),
+    mtp=MTPConfig(streams=True),
     init_std=0.02,
 )
 

@@ -227,7 +227,7 @@ def test_tests_mirror_a_file_each() -> None:
     # test_soak runs benchmarks/, test_golden tests/golden/check.py, test_dispatch and
     # test_kernels are for kernels/, test_frozen and test_public for scripts/,
     # test_random_families runs benchmarks/, test_attention_kinds is for all attentions, test_depth
-    # for layers/ and model.py
+    # for layers/ and model.py, test_deepseek_v4_mtp for layers/mtp.py in folders of DeepSeek-V4
     standing = {
         "test_architecture.py",
         "test_install.py",
@@ -238,6 +238,7 @@ def test_tests_mirror_a_file_each() -> None:
         "test_examples.py",
         "test_soak.py",
         "test_golden.py",
+        "hub/test_deepseek_v4_mtp.py",
         "hub/test_random_families.py",
         "kernels/test_dispatch.py",
         "kernels/test_kernels.py",

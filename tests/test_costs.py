@@ -281,7 +281,8 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             mix=draw(st.sampled_from(mixes)),
         )
     if draw(flag):
-        parts["mtp"] = MTPConfig(depth=number(1, 3))
+        on_streams = "hyper" in parts and parts["hyper"].kind == "mhc" and draw(flag)
+        parts["mtp"] = MTPConfig(depth=number(1, 3), streams=on_streams)
     return ModelConfig(
         vocab_size=number(1, 99),
         dim=dim,

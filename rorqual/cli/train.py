@@ -280,7 +280,7 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
 class Params:
     """Prints parameters, FLOPs a token and cache bytes a token of models side by side.
 
-    A model is a preset or a run folder.
+    A model is a preset, a run folder, or a published folder.
 
     rorqual params moe-27b engram-27b --context 32768
     rorqual params tiny --model.engram.layers 1
@@ -581,11 +581,11 @@ def sweep_command(argv: list[str]) -> int:
 
 
 def named(name: str) -> ModelConfig:
-    """Returns the config of a preset, or of a run folder."""
+    """Returns the config of a preset, of a run folder, or of a published one."""
     if (Path(name) / "config.json").is_file():
-        from rorqual import checkpoint
+        from rorqual.serve.generate import read_config
 
-        return checkpoint.read_config(name)
+        return read_config(Path(name))
     if name not in PRESETS and ("/" in name or os.sep in name or Path(name).exists()):
         from rorqual.serve.generate import missing
 

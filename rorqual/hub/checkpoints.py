@@ -234,8 +234,26 @@ def load(
         if not (apart and tensor_place.name.startswith("tables."))
     }
     _fill(_state(model), files, (places, family.copies(config)), block)
-    _report(folder, files, family)
+    _report(files, config, family)
     return model.eval()
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Reads the config of a published folder, and says what `load` would read past.
+
+    Of the weights only the headers are read. A config.json without weights is enough.
+    """
+    folder = Path(folder)
+    description = _json(folder / "config.json")
+    family = family_of(description)
+    if not any(folder.glob("model.safetensors*")):
+        return family.config_of(description)
+    files = Files(folder)
+    files.rename(family.canonical)
+    config = family.config_of(description, files.where)
+    _check_sizes(files, config, family)
+    _report(files, config, family)
+    return config
 
 
 def _state(model: LanguageModel) -> dict[str, Tensor]:
@@ -328,16 +346,32 @@ def _rows_of(files: Files, shards: list[tuple[str, int]], rows: int) -> TensorRo
     return TensorRows(sources, of_rows, rows=rows)
 
 
-def _report(folder: Path, files: Files, family: Family) -> None:
-    """Says in one line which tensors were read past, apart from those that say nothing new."""
-    groups: Counter[str] = Counter()
+def _report(files: Files, config: ModelConfig, family: Family) -> None:
+    """Says in one line which parts of the folder are read past, and how large they are."""
+    needed = family.places(config)
+    scales = {files.scale_of(name) for name in files.where}
+    sizes: Counter[str] = Counter()
+    layers: dict[str, set[str]] = {}
     for name in files.where:
-        first = name.partition(".")[0]
-        if family.skipped(name) and first not in ("model", "layers"):
-            groups[first] += 1
-    if groups:
-        parts = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(groups.items()))
-        runtime.log(f"{folder}: left out {parts}: this model does not run them")
+        start = next((start for start in family.PARTS if name.startswith(start)), None)
+        if start is None or name in needed or name in scales:
+            continue
+        # Beside MTP that is loaded these are no draft.
+        label = start.rstrip(".") if start == "mtp." and config.mtp else family.PARTS[start]
+        number = re.match(r"(\d+)\.", name.removeprefix(start))
+        layers.setdefault(label, set()).update(number.groups() if number else ())
+        packed = files.scale_of(name) is not None
+        shape = files.shapes[name]
+        shape = decoded_shape(shape, files.dtypes[name]) if packed else shape
+        sizes[label] += math.prod(shape)
+    if not sizes:
+        return
+    parts = []
+    for label, size in sorted(sizes.items()):
+        count = len(layers[label])
+        some = f", {count} layer{'s' * (count > 1)}" if count else ""
+        parts.append(f"{label}{some}, {size:,} parameters")
+    runtime.log(f"{files.folder}: read past: {'; '.join(parts)}")
 
 
 def _scale_block(description: Mapping[str, Any]) -> Block | None:
@@ -371,7 +405,7 @@ def _check_sizes(files: Files, config: ModelConfig, family: Family) -> None:
     def count(pattern: str) -> int:
         return len({match[1] for name in files.where if (match := re.search(pattern, name))})
 
-    depth = config.mtp.depth if config.mtp is not None else 0
+    depth = config.mtp.depth if config.mtp is not None and family.SIZES.mtp_counts else 0
     largest = {"num_hidden_layers": (config.layers, count(family.SIZES.layer) - depth)}
     if config.moe is not None:
         routers = [
@@ -406,7 +440,8 @@ def _check(
     """Raises ValueError with every disagreement between the stored tensors and the config."""
     needed = family.places(config)
     all_places = {**needed, **family.copies(config)}
-    read = {name for name in files.where if name in needed or not family.skipped(name)}
+    asked = {*needed, *(files.scale_of(name) for name in needed if name in files.where)}
+    read = {name for name in files.where if name in asked or not family.skipped(name)}
     scales = {
         files.scale_of(name) or f"{name}_scale_inv": name
         for name in read

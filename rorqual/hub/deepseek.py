@@ -55,6 +55,7 @@ SOFTMAX = ("deepseek_v2", "mistral4")
 LISTED = ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "axk1")  # dense blocks by mlp_layer_types
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
+PARTS: dict[str, str] = {}
 ATTENTION = (
     "q_proj",
     "q_a_proj",

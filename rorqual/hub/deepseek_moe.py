@@ -22,6 +22,7 @@ from rorqual.model_config import (
 MODEL_TYPES = ("deepseek",)
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
+PARTS: dict[str, str] = {}
 WHOLE = (
     "vocab_size",
     "hidden_size",

@@ -4,13 +4,20 @@
     layers.1.ffn.experts.7.w1.weight      <->  blocks.1.ffn.experts.gate_up[7, :, :F] transposed
     layers.1.ffn.gate.tid2eid [V, K]      <->  blocks.1.ffn.router.table
     layers.1.hc_attn_fn, hc_head_fn       <->  blocks.1.attention_residual.mixer.fn, reduction.fn
+    mtp.0.attn.wq_a.weight                <->  mtp.0.block.attention.wq_a.weight
+    mtp.0.e_proj.weight, h_proj.weight    <->  mtp.0.eh_proj.weight[:, :D], [:, D:]
+    mtp.0.hc_head_fn                      <->  mtp.0.reduction.fn
 
 transformers writes some of these names otherwise (`canonical`). Blocks see compressed entries as
 `layer_types` or the published `compress_ratios` say, and select experts by token id as
 `mlp_layer_types` or `num_hash_layers` say. Fields that transformers ignores (norm_topk_prob,
 n_shared_experts, router_jitter_noise) are ignored, and so are those of auxiliary losses. What our
-model cannot express is refused by name. transformers ignores the blocks of multi-token prediction
-(`mtp.*`), and so do we.
+model cannot express is refused by name.
+
+Multi-token prediction (`mtp.*`), which transformers ignores, is that of layers/mtp.py on streams.
+There are as many depths as the folder has tensors of; their blocks see what the entries of
+`compress_ratios` behind the layers' say, or their window alone, as in the released models. Folders
+whose `mtp.*` are the draft layers of DSpark, another module, are loaded without them.
 """
 
 import math
@@ -25,6 +32,7 @@ from rorqual.model_config import (
     HyperConfig,
     ModelConfig,
     MoEConfig,
+    MTPConfig,
     RopeConfig,
     RouterConfig,
     YarnConfig,
@@ -32,7 +40,9 @@ from rorqual.model_config import (
 
 MODEL_TYPES = ("deepseek_v4",)
 EMBEDDING = "embed.weight"
-SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.")
+SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.", mtp_counts=False)
+PARTS = {"mtp.": "DSpark draft"}
+DSPARK = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\.")
 
 KINDS: dict[str, CSAKind] = {
     "sliding_attention": "window",
@@ -106,6 +116,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             expected = " or ".join(str(x) for x in allowed if x is not None)
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
     layers, head_dim = _whole(d, "num_hidden_layers"), _whole(d, "head_dim")
+    depth = _mtp_depth(names)
     main, compress, rope_dim = _ropes(d, head_dim)
     rates = d.get("compress_rates") or {}
     eps = _number(d, "rms_norm_eps")
@@ -122,7 +133,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             groups=_whole(d, "o_groups"),
             o_lora_rank=_whole(d, "o_lora_rank"),
             window=_whole(d, "sliding_window"),
-            kinds=_kinds(d, layers),
+            kinds=_kinds(d, layers) + _mtp_kinds(d, layers, depth),
             ratio=_rate(d, rates, "compressed_sparse_attention", "compress_rate_csa", 4),
             heavy_ratio=_rate(d, rates, "heavily_compressed_attention", "compress_rate_hca", 128),
             index_heads=_whole(d, "index_n_heads"),
@@ -150,6 +161,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             eps=_number(d, "hc_eps"),
             norm_eps=eps,
         ),
+        mtp=MTPConfig(depth=depth, streams=True) if depth else None,
         tied=bool(d["tie_word_embeddings"]),
         eps=eps,
         init_std=_number(d, "initializer_range"),
@@ -195,6 +207,30 @@ def _kinds(d: Mapping[str, Any], layers: int) -> tuple[CSAKind, ...]:
             raise ValueError(f"config.json: {key}: got {wrong[0]!r}, expected one of {expected}")
         return tuple(table[value] for value in listed[:layers])
     return tuple("csa" if i >= 2 and i % 2 else "hca" for i in range(layers))
+
+
+def _mtp_kinds(d: Mapping[str, Any], layers: int, depth: int) -> tuple[CSAKind, ...]:
+    """Reads what MTP's blocks see; a last one that sees its window alone is not named."""
+    for key, table in (("layer_types", KINDS), ("compress_ratios", RATIOS)):
+        listed = d.get(key)
+        if not isinstance(listed, list) or len(listed) <= layers:
+            continue
+        beyond = listed[layers : layers + depth]
+        if wrong := [value for value in beyond if value not in table]:
+            expected = ", ".join(map(str, table))
+            raise ValueError(f"config.json: {key}: got {wrong[0]!r}, expected one of {expected}")
+        kinds = [table[value] for value in beyond]
+        while kinds and kinds[-1] == "window":
+            kinds.pop()
+        return tuple(kinds)
+    return ()
+
+
+def _mtp_depth(names: Collection[str]) -> int:
+    """Counts the depths of MTP that a folder has tensors of; DSpark's layers are none."""
+    if any(DSPARK.match(name) for name in names):
+        return 0
+    return len({match[1] for name in names if (match := re.match(r"mtp\.(\d+)\.", name))})
 
 
 def _hash_layers(d: Mapping[str, Any], layers: int) -> int:
@@ -292,6 +328,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
         raise ValueError(f"a DeepSeek-V4 folder cannot hold {', '.join(lacking)}")
     csa, moe, hyper = config.csa, config.moe, config.hyper
     assert csa is not None and moe is not None and hyper is not None
+    depth = config.mtp.depth if config.mtp is not None else 0
     named = {kind: name for name, kind in KINDS.items()}
     hashed = min(moe.router.token_id_layers, config.layers)
     yarn = csa.compress_rope.yarn
@@ -343,10 +380,15 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
             "compress": _published_rope(csa.compress_rope, share),
         },
         "max_position_embeddings": longest,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": depth,
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    if len(csa.kinds) > config.layers:
+        # transformers reads layer_types, which are those of the layers alone.
+        ratios = {kind: ratio for ratio, kind in RATIOS.items()}
+        listed = [ratios[csa.kind(index)] for index in range(config.layers + depth)]
+        description["compress_ratios"] = listed
     return description | fields
 
 
@@ -370,7 +412,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4's format does not have."""
     differences = [
         name
-        for name in ("mla", "gqa", "nsa", "moba", "dsa", "engram", "mtp")
+        for name in ("mla", "gqa", "nsa", "moba", "dsa", "engram")
         if getattr(config, name) is not None
     ]
     csa, moe, hyper = config.csa, config.moe, config.hyper
@@ -379,8 +421,10 @@ def foreign(config: ModelConfig) -> list[str]:
             differences.append(f"a model without {name}")
     if csa is None or moe is None or hyper is None:
         return differences
-    router = moe.router
+    router, mtp = moe.router, config.mtp
     unlike = {
+        "MTP on one stream": mtp is not None and not mtp.streams,
+        "MTP with experts by token id": mtp is not None and router.token_id_layers > config.layers,
         f"hyper.kind {hyper.kind}": hyper.kind != "mhc",
         f"hyper.mix {hyper.mix}": hyper.mix != "sinkhorn",
         f"hyper.norm_eps {hyper.norm_eps} (eps is {config.eps})": hyper.norm_eps != config.eps,
@@ -404,6 +448,16 @@ def places(config: ModelConfig) -> dict[str, Place]:
         table[f"hc_head_{name}"] = Place(f"reduction.{name}")
     for index in range(config.layers):
         table |= _block(f"layers.{index}", f"blocks.{index}", config, index)
+    for depth in range(config.mtp.depth if config.mtp is not None else 0):
+        name = f"mtp.{depth}"
+        table |= _block(name, f"{name}.block", config, config.layers + depth)
+        for norm in ("enorm", "hnorm", "norm"):
+            table[f"{name}.{norm}.weight"] = Place(f"{name}.{norm}.weight")
+        for half, columns in (("e", slice(config.dim)), ("h", slice(config.dim, None))):
+            tensor_place = Place(f"{name}.eh_proj.weight", (slice(None), columns))
+            table[f"{name}.{half}_proj.weight"] = tensor_place
+        for leaf in ("fn", "base", "scale"):
+            table[f"{name}.hc_head_{leaf}"] = Place(f"{name}.reduction.{leaf}")
     return table
 
 
@@ -491,5 +545,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor is read past: multi-token prediction, and rotary frequencies."""
+    """Whether a tensor that has no place is read past: draft layers, and rotary frequencies."""
     return name.startswith("mtp.") or name.endswith("inv_freq")

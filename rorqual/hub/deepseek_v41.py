@@ -7,8 +7,9 @@
     layers.1.attn.*                                 <->  blocks.1.attention.*, in the same names
 
 The config is composite: text_config is the language model's. Vision (vision_config, `vision.*`,
-`aligner.*`, `image_*`) and the draft layers (`mtp.*`) are left out; the bias that the router adds
-for image tokens is read. What the reference checks about a config is checked here, too.
+`aligner.*`, `image_*`) and DSpark's draft layers (`mtp.*`) are read past, and their sizes are said;
+the bias that the router adds for image tokens is read. What the reference checks about a config is
+checked here, too.
 
 Aliases are the parameter names of the training reference that reads these folders, which keeps all
 experts of a layer in one tensor.
@@ -36,7 +37,7 @@ from rorqual.model_config import (
 MODEL_TYPES = ("deepseek_v41",)
 EMBEDDING = "embed.weight"
 SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.")
-SKIPPED = ("mtp.", "vision.", "aligner.", "image_")
+PARTS = {"mtp.": "DSpark draft", **dict.fromkeys(("vision.", "aligner.", "image_"), "vision")}
 # What text_config has where config.json says nothing: the released model's values.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 129280,
@@ -607,4 +608,4 @@ def canonical(name: str) -> str:
 
 def skipped(name: str) -> bool:
     """Whether a tensor of a folder is read past: vision, and the draft layers."""
-    return name.startswith(SKIPPED)
+    return name.startswith(tuple(PARTS))

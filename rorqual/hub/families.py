@@ -19,6 +19,7 @@ class Family(Protocol):
     MODEL_TYPES: tuple[str, ...]  # values of model_type in config.json
     EMBEDDING: str  # the published name of the embedding
     SIZES: Sizes
+    PARTS: Mapping[str, str]  # beginnings of names that are read past, and what has these tensors
 
     def config_of(self, description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
         """Converts a published config.json; `names` are the folder's tensors.
@@ -54,7 +55,7 @@ class Family(Protocol):
         """Returns the published name of a tensor that another writer's folders call otherwise."""
 
     def skipped(self, name: str) -> bool:
-        """Whether a tensor of a folder is read past, as vision towers are."""
+        """Whether a tensor of a folder that has no place is read past, as vision towers are."""
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -63,3 +63,4 @@ class Sizes(NamedTuple):
     layer: str  # matches every tensor of a layer; group 1 is its number
     router: str  # the end of the name of a router's weight, [experts, dim]
     expert: str  # matches every tensor of an expert; group 1 is its number
+    mtp_counts: bool = True  # whether `layer` matches MTP's blocks, too

@@ -34,6 +34,7 @@ from rorqual.model_config import (
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
+PARTS = {"mtp.": "MTP", "model.mtp.": "MTP", "model.visual.": "vision"}
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 DEFAULTS: dict[str, Any] = {  # transformers' Qwen4ExpTextConfig
     "vocab_size": 248_320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
@@ -578,4 +579,4 @@ def skipped(name: str) -> bool:
     """
     leaf = name.rpartition(".")[2]
     aside = leaf.startswith("hashstats_") or leaf in ("token_lookup", "inv_freq")
-    return aside or name.startswith(("mtp.", "model.mtp.", "model.visual."))
+    return aside or name.startswith(tuple(PARTS))

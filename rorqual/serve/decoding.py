@@ -109,7 +109,8 @@ class AcceptanceStats:
 class DraftState(NamedTuple):
     """State of speculative decoding: the positions that were read last, and the ids after them."""
 
-    hidden: Float[Tensor, "B S D"]  # of the last positions that were read
+    # of the last positions that were read; with streams, if MTP works on them
+    hidden: Float[Tensor, "B S *N D"]
     next_ids: Int[Tensor, "B S"]  # the id after each of them
     lengths: Int[Tensor, " B"]  # how many of the S positions of each sequence are valid, the first
     accepted_ids: Int[
@@ -201,7 +202,7 @@ def _read(
     model: LanguageModel, ids: Tensor, lengths: list[int], cache: Cache, vocab_size: int
 ) -> tuple[DraftState, list[list[int]]]:
     """Runs the prompts; returns the first state, and the id that the model predicts after each."""
-    hidden = model.hidden(ids, lengths=lengths, cache=cache)[0]
+    hidden = model.hidden(ids, lengths=lengths, cache=cache, for_mtp=True)[0]
     count = torch.tensor(lengths, device=ids.device)
     accepted_ids = _argmax(model.logits(_last(hidden, count)), vocab_size)
     return DraftState(
@@ -219,7 +220,8 @@ def _round(
 ) -> tuple[DraftState, list[list[int]]]:
     """Drafts, verifies and accepts; returns the new state and the accepted ids of each sequence."""
     drafts = _drafts(model, draft_state, cache, vocab_size)
-    hidden = model.hidden(torch.cat([draft_state.accepted_ids, drafts], 1), cache=cache)[0]
+    read_ids = torch.cat([draft_state.accepted_ids, drafts], 1)
+    hidden = model.hidden(read_ids, cache=cache, for_mtp=True)[0]
     best = _argmax(model.logits(hidden), vocab_size)  # [B, depths + 1]
     stood = (best[:, :-1] == drafts).long().cumprod(1)
     acceptance_stats.rounds += 1
@@ -258,13 +260,13 @@ def _drafts(
     hidden, next_ids, drafts = state.hidden, state.next_ids, []
     for depth, module in enumerate(model.mtp):
         hidden = model.draft(hidden, next_ids, depth=depth, lengths=state.lengths, cache=cache)[0]
-        last = cast(MTP, module).norm(_last(hidden, state.lengths))
+        last = cast(MTP, module).head_input(_last(hidden, state.lengths))
         drafts.append(_argmax(model.head(last), vocab_size))
         next_ids = _shifted(next_ids, drafts[-1], state.lengths)
     return torch.cat(drafts, 1)
 
 
-def _last(x: Float[Tensor, "B T D"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
+def _last(x: Float[Tensor, "B T *S D"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B 1 *S D"]:
     """Returns the last valid value of each sequence."""
     return x[torch.arange(len(x), device=x.device)[:, None], lengths[:, None] - 1]
 

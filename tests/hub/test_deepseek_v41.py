@@ -17,6 +17,7 @@ import rorqual as rq
 sys.path.insert(0, str(Path(__file__).parent))
 import random_deepseek_v41 as reference
 
+from rorqual.cli.main import main
 from rorqual.hub import checkpoints, deepseek_v41
 from rorqual.hub.formats import ROWS, decode, encode_e2m1, encode_e4m3
 from rorqual.model import LanguageModel
@@ -155,18 +156,30 @@ def test_a_table_on_the_disk_needs_no_memory(tmp_path, description):
     assert grown[False, "host"] - small > 200 << 20, grown
 
 
-def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
+def test_what_is_read_past_is_said_in_one_line(tmp_path, capsys):
     tensors = load_file(TINY / "model.safetensors")
+    tensors |= {f"mtp.{n}.attn_norm.weight": torch.zeros(48) for n in range(3)}
     tensors |= {
-        f"mtp.0.{name}": torch.zeros(2) for name in ("attn.wq_a.weight", "main_proj.weight")
+        "mtp.0.main_proj.weight": torch.zeros(48, 144).to(torch.float8_e4m3fn),
+        "mtp.0.main_proj.scale": torch.zeros(2, 5, dtype=torch.uint8),
+        "mtp.1.ffn.experts.0.w1.weight": torch.zeros(32, 32, dtype=torch.int8),
+        "mtp.1.ffn.experts.0.w1.scale": torch.zeros(32, 2, dtype=torch.uint8),
+        "mtp.2.markov_head.embed.weight": torch.zeros(100, 8),
+        "vision.norm.weight": torch.zeros(3),
+        "aligner.proj.weight": torch.zeros(48, 3),
+        "image_start": torch.zeros(48),
     }
-    tensors |= {"vision.norm.weight": torch.zeros(3), "image_start": torch.zeros(48)}
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     save_file(tensors, tmp_path / "model.safetensors")
+    draft, vision = 3 * 48 + 48 * 144 + 32 * 64 + 800, 3 + 48 * 3 + 48
+    line = f"read past: DSpark draft, 3 layers, {draft:,} parameters; vision, {vision:,} parameters"
     checkpoints.load(tmp_path)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert "left out image_start (1 tensors), mtp (2 tensors), vision (1 tensors)" in lines[0]
+    assert len(lines) == 1 and lines[0].endswith(line)
+    assert main(["params", str(tmp_path), str(TINY), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.strip() == lines[0]
+    assert len({each["total"] for each in json.loads(captured.out).values()}) == 1
     checkpoints.load(TINY)
     assert not capsys.readouterr().err
 
