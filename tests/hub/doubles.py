@@ -6,6 +6,7 @@ Sinkhorn's logits.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,11 +47,13 @@ def check_gradients(
     theirs_loss: Callable[[], Tensor],
     *,
     padding_id: int | None = None,
+    float64: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
     """Holds every gradient to the oracle's to 1e-5 in float64, and in float32 as far as that goes.
 
     In float32 ours may be off by 1e-5, or by 10 times what the oracle's own are off. Both models
-    have float64 parameters afterwards. `padding_id` has no gradient in the oracle's embedding.
+    have float64 parameters afterwards. `padding_id` has no gradient in the oracle's embedding;
+    in `float64` it computes in that precision.
     """
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
@@ -62,7 +65,7 @@ def check_gradients(
     theirs.double()
     if hasattr(theirs, "set_experts_implementation"):
         theirs.set_experts_implementation("eager")
-    with Doubles():
+    with Doubles(), float64():
         exact, expected = gradients(ours, ours_loss), gradients(theirs, theirs_loss)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     off, their_off = {}, {}
