@@ -441,7 +441,7 @@ def attach(
         ours,
         _vocab_size_of(model, ours),
         _width_of(model),
-        _streams_of(model),
+        streams_of(model),
         seed=seed,
     )
     memory.start(zero, seed)
@@ -539,7 +539,7 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
         raise _Reached(list((args[0] if args else kwargs["hidden_states"]).shape))
 
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    shape, width, streams = None, _width_of(model), _streams_of(model)
+    shape, width, streams = None, _width_of(model), streams_of(model)
     try:
         # A host in training mode draws random numbers for its dropout.
         with torch.no_grad(), torch.random.fork_rng():
@@ -578,7 +578,7 @@ def _width_of(model: Any) -> int:
     return model.config.get_text_config(decoder=True).hidden_size
 
 
-def _streams_of(model: Any) -> int:
+def streams_of(model: Any) -> int:
     """Returns the number of residual streams, by the fields of DeepSeek-V4 and of Qwen4-Exp."""
     config = model.config.get_text_config(decoder=True)
     counts = (getattr(config, name, None) for name in ("hc_mult", "hc_count"))
