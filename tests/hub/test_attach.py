@@ -145,7 +145,15 @@ def config_of_streams(kind: str):
 
 
 @pytest.fixture(
-    params=["llama", "gpt2", "qwen3", "deepseek_v3", "deepseek_v32", "deepseek_v4", "qwen4_exp_text"]
+    params=[
+        "llama",
+        "gpt2",
+        "qwen3",
+        "deepseek_v3",
+        "deepseek_v32",
+        "deepseek_v4",
+        "qwen4_exp_text",
+    ]
 )
 def host(request):
     torch.manual_seed(1)
@@ -417,7 +425,7 @@ def test_every_way_to_generate_says_what_full_forwards_say(host, tokenizer, how)
     caching = {"prefill_chunk_size", "cache_implementation", "prompt_lookup_num_tokens"}
     plain = {name: value for name, value in how.items() if name not in caching}
     if not can(host, how):
-        with pytest.raises((KeyError, ValueError), match="compressed_sparse|not supported"):
+        with pytest.raises((KeyError, ValueError), match=r"compressed_sparse|not supported"):
             host.generate(ids, **options, do_sample=False, **how)
         return
     torch.manual_seed(3)
