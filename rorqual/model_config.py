@@ -561,11 +561,17 @@ class QSAConfig:
         """Blocks that a query selects, besides the incomplete one that it is in."""
         return self.budget // self.block
 
-    def check_rope_dim(self, rope_dim: int) -> None:
-        """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
+    def check_rope(self, rope: RopeConfig, rope_dim: int) -> None:
+        """Refuses rotary positions that the indexer's heads and keys cannot have."""
         if self.dim < rope_dim:
             raise ValueError(
                 f"qsa.dim: got {self.dim}, expected at least the {rope_dim} values that gqa rotates"
+            )
+        if rope.varies:
+            kind = "dynamic" if rope.dynamic is not None else "longrope"
+            raise ValueError(
+                f"rope: got {kind} with qsa, whose keys of blocks stay as they are, expected "
+                "frequencies that no later position changes"
             )
 
 
@@ -1118,7 +1124,7 @@ class ModelConfig:
         if self.gqa is not None and (self.nsa or self.moba) is not None:
             self.gqa.check_plain()
         if self.gqa is not None and self.qsa is not None:
-            self.qsa.check_rope_dim(self.gqa.rotated)
+            self.qsa.check_rope(self.rope, self.gqa.rotated)
         if self.mla is not None and self.dsa is not None:
             self.dsa.check_rope_dim(self.mla.rope_dim)
         if self.engram is not None and self.engram.missing_id >= self.vocab_size:

@@ -62,8 +62,8 @@ def few_keys(name: str) -> ModelConfig:
         csa = replace(config.csa, window=3, ratio=2, heavy_ratio=3, top_k=3, warmup=2)
         config = replace(config, csa=csa)
     if config.csa2 is not None:
-        few = {"candidate_block": 2, "candidate_blocks": 2, "cache_formats": "none"}
-        config = replace(config, csa2=replace(config.csa2, **few))
+        blocks = {"candidate_block": 2, "candidate_blocks": 2, "cache_formats": "none"}
+        config = replace(config, csa2=replace(config.csa2, **blocks))
     if config.qsa is not None:
         config = replace(config, qsa=replace(config.qsa, block=2, budget=4))
     return config

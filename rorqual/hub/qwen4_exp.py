@@ -529,7 +529,7 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
     engram, width = config.engram, config.streams * config.dim
     assert engram is not None
-    number, ours = engram.layers.index(index), f"blocks.{index}.engram"
+    table_index, ours = engram.layers.index(index), f"blocks.{index}.engram"
     table = {
         f"{theirs}.key_proj.weight": Place(f"{ours}.key_proj.weight"),
         f"{theirs}.value_proj.weight": Place(f"{ours}.value_proj.weight"),
@@ -538,9 +538,9 @@ def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
         f"{theirs}.norm_conv.weight": Place(f"{ours}.conv_norm", shape=(width,)),
         f"{theirs}.conv1d.weight": Place(f"{ours}.conv", shape=(width, 1, engram.kernel)),
     }
-    for shard, rows in enumerate(shards(row_totals(engram)[number], engram.shards)):
+    for shard, rows in enumerate(shards(row_totals(engram)[table_index], engram.shards)):
         name = f"{theirs}.ple_embedding.ngram_embedding.shard_{shard}.weight"
-        table[name] = Place(f"tables.{number}.weight", (rows,))
+        table[name] = Place(f"tables.{table_index}.weight", (rows,))
     return table
 
 
@@ -562,12 +562,13 @@ def copies(config: ModelConfig) -> dict[str, Place]:
     if (engram := config.engram) is None:
         return table
     heads = (engram.rows_per_token,)
-    for number, index in enumerate(engram.layers):
+    for table_index, index in enumerate(engram.layers):
         theirs = f"model.layers.{index}.ple.ple_embedding"
+        of_table = (table_index,)
         table |= {
-            f"{theirs}.layer_multipliers": Place("addresses.multipliers", (number,)),
-            f"{theirs}.ngram_heads_vocab_sizes": Place("addresses.primes", (number,), shape=heads),
-            f"{theirs}.ngram_heads_offsets": Place("addresses.offsets", (number,)),
+            f"{theirs}.layer_multipliers": Place("addresses.multipliers", of_table),
+            f"{theirs}.ngram_heads_vocab_sizes": Place("addresses.primes", of_table, shape=heads),
+            f"{theirs}.ngram_heads_offsets": Place("addresses.offsets", of_table),
         }
     return table
 
@@ -583,9 +584,9 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
             table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
                 f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
             )
-    for number, index in enumerate(config.engram.layers if config.engram is not None else ()):
+    for table_index, index in enumerate(config.engram.layers if config.engram is not None else ()):
         name = f"model.layers.{index}.ple.ple_embedding.ngram_embedding.weight"
-        table[name] = Place(f"tables.{number}.weight")
+        table[name] = Place(f"tables.{table_index}.weight")
     return table
 
 

@@ -14,8 +14,8 @@ from rorqual.presets import preset
 
 transformers = pytest.importorskip("transformers")
 
-from rorqual.hub.attach import attach  # noqa: E402 (transformers first)
 from rorqual.hub import checkpoints  # noqa: E402
+from rorqual.hub.attach import attach  # noqa: E402 (transformers first)
 from rorqual.hub.auto import RorqualForCausalLM  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))

@@ -125,18 +125,11 @@ ROPES = {
         "attention_factor": 1.3,
     },
     "linear": {"factor": 3.0},
-    "dynamic": {"factor": 2.0},
     "llama3": {
         "factor": 4.0,
         "original_max_position_embeddings": 16,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-    },
-    "longrope": {
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "short_factor": [1.0, 1.2, 1.5, 1.7],
-        "long_factor": [1.0, 2.0, 3.0, 5.0],
     },
     # Text has one position of three kinds, whatever its sections are.
     "default": {"mrope_section": [2, 1, 1], "mrope_interleaved": True},
@@ -167,8 +160,7 @@ def test_every_kind_of_rope_is_as_in_transformers(name, oracle, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )
-    if not ours.config.rope.dynamic:
-        assert error(again(ids, use_cache=False).logits, expected) < 1e-5
+    assert error(again(ids, use_cache=False).logits, expected) < 1e-5
 
 
 def rewritten(folder: Path, tensors: dict[str, Tensor], description: dict) -> Path:
@@ -240,6 +232,10 @@ def test_a_hash_of_other_numbers_is_refused(tmp_path):
         ({"ple_layer_ids": 2}, "ple_layer_ids: got 2, expected a list"),
         ({"full_attention_interval": 0, "layer_types": None}, "full_attention_interval: got 0"),
         ({"rope_parameters": {"rope_type": "axial"}}, "type: got 'axial', expected yarn, linear"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "got dynamic with qsa, .* expected frequencies that no later position changes",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor: got None, expected a number"),
         ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta: got 0.1"),
         ({"quantization_config": "fp8"}, "quantization_config: got 'fp8', expected its fields"),
