@@ -37,10 +37,10 @@ class YarnConfig:
                 f"got factor {self.factor} and original_length {self.original_length}, "
                 "expected both at least 1"
             )
-        if not 0 < self.beta_slow < self.beta_fast:
+        if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(
                 f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, "
-                "expected 0 < slow < fast"
+                "expected 0 < slow <= fast"
             )
 
 
