@@ -1077,6 +1077,13 @@ class ModelConfig:
             )
 
     @property
+    def parts(self) -> list[str]:
+        """The names of the parts that are on, attention first."""
+        names = ("mla", "gqa", "csa", "csa2", "nsa", "moba", "dsa", "qsa", "delta")
+        names += ("moe", "engram", "hyper", "mtp")
+        return [name for name in names if getattr(self, name) is not None]
+
+    @property
     def streams(self) -> int:
         return self.hyper.streams if self.hyper is not None else 1
 
