@@ -1079,8 +1079,10 @@ class ModelConfig:
     @property
     def parts(self) -> list[str]:
         """The names of the parts that are on, attention first."""
-        names = ("mla", "gqa", "csa", "csa2", "nsa", "moba", "dsa", "qsa", "delta")
-        names += ("moe", "engram", "hyper", "mtp")
+        names = [
+            *("mla", "gqa", "csa", "csa2", "nsa", "moba", "dsa", "qsa", "delta"),
+            *("moe", "engram", "hyper", "mtp"),
+        ]
         return [name for name in names if getattr(self, name) is not None]
 
     @property

@@ -58,6 +58,7 @@ def production(tmp_path_factory):
     return [folder / name for name in ("v4-tiny", "v4.1-tiny", "qwen4-tiny")]
 
 
+@pytest.mark.slow
 def test_the_page_of_production_models(production, tmp_path):
     page = write_report(
         production, tmp_path / "report.html", texts=TEXTS, sentence="the whale sings"

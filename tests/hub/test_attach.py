@@ -152,7 +152,7 @@ def config_of_streams(kind: str):
         "deepseek_v3",
         "deepseek_v32",
         "deepseek_v4",
-        "qwen4_exp_text",
+        pytest.param("qwen4_exp_text", marks=pytest.mark.slow),
     ]
 )
 def host(request):

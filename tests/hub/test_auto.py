@@ -65,7 +65,16 @@ def tokenizer():
     return train(["A whale lives in the SEA; a Whale in the sea. é è"] * 4, 280)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# V4.1 stands for these two in the fast tests.
+SLOW = {"v4-tiny", "qwen4-tiny"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS
+    ],
+)
 def model(request, tokenizer):
     canonical = torch.from_numpy(tokenizer.canonical_map())
     return LanguageModel(CONFIGS[request.param], canonical, seed=2).eval()

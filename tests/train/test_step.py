@@ -261,7 +261,7 @@ def test_production_models_learn_in_every_part(small, production):
     alone = production.indexer is not None
     step, stream = small.step(steps=16, config=production, indexer_alone=alone), small.stream()
     first = state_of(step)
-    warm = run(step, stream, 1, 2)
+    early = run(step, stream, 1, 2)
     warmed = state_of(step)
     joint = run(step, stream, 3)
     last = state_of(step)
@@ -272,7 +272,7 @@ def test_production_models_learn_in_every_part(small, production):
         assert torch.equal(warmed[name], last[name]) == (indexer and not alone), name
     means = [float(result.means["loss"]) for result in joint]
     assert sum(means[-4:]) < sum(means[:4]) - 0.2
-    for result in (*warm, *joint):
+    for result in (*early, *joint):
         assert ("indexer_kl" in result.means) == alone
     if alone:
         assert 0 < joint[-1].means["indexer_recall"] <= 1
