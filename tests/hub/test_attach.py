@@ -331,6 +331,25 @@ def test_memory_alone_is_saved_and_loaded(llama, tokenizer, tmp_path):
     assert torch.equal(llama(ids).logits, expected)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v4", "qwen4_exp_text"])
+def test_a_memory_of_several_streams_is_trained_saved_and_loaded(kind, tokenizer, llama, tmp_path):
+    torch.manual_seed(1)
+    host = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    memory, ids = attach(host, tokenizer, (1,), **SMALL), prompt()
+    wake(memory)
+    assert memory.engrams[0].gate.key_norm.shape[0] == memory.streams > 1
+    host(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in memory.parameters())
+    expected = host(ids).logits
+    memory.save(tmp_path / "memory.safetensors")
+    memory.detach()
+    load_memory(host, tokenizer, tmp_path / "memory.safetensors")
+    assert torch.equal(host(ids).logits, expected)
+    with pytest.raises(ValueError, match="size mismatch"):
+        load_memory(llama, tokenizer, tmp_path / "memory.safetensors")
+    assert not hasattr(llama, "rorqual_memory")
+
+
 def test_a_memory_of_another_tokenizer_or_model_is_refused(llama, tokenizer, tmp_path):
     path = tmp_path / "memory.safetensors"
     memory = attach(llama, tokenizer, (1,), **SMALL)
