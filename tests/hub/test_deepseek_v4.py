@@ -78,7 +78,8 @@ def test_a_random_configuration_is_transformers_model(seed: int, tmp_path: Path)
     with torch.no_grad():
         close(back(ids, use_cache=False).logits, expected.logits)
     table = deepseek_v4.aliases(ours.config)
-    check_gradients(ours, theirs, table, ids, lambda: theirs(ids, labels=ids, use_cache=False).loss)
+    their_loss = lambda: theirs(ids, labels=ids, use_cache=False).loss  # noqa: E731
+    check_gradients(ours, theirs, table, ids, their_loss, float32=5e-5)
 
 
 def test_published_names_are_read(tmp_path: Path) -> None:
