@@ -123,7 +123,7 @@ def measure(
 ) -> dict[str, float]:
     if name == "chunks":
         rounds_of = [chunks(ours) for _ in range(rounds)]
-        return {key: statistics.median(one[key] for one in rounds_of) for key in found[0]}
+        return {key: statistics.median(one[key] for one in rounds_of) for key in rounds_of[0]}
     if name.startswith("batch_"):
         size = int(name.removeprefix("batch_"))
         steps = batch(ours, theirs, size)

@@ -139,7 +139,6 @@ class Explorer:
         """Returns sizes and parts of the model, for the page's head."""
         config, engram = self.run.config, self.engram
         experts = [i for i in range(config.layers) if config.has_experts(i)]
-        parts = ("mla", "gqa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
         return {
             "name": self.name,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -147,7 +146,7 @@ class Explorer:
             "dim": config.dim,
             "vocab_size": config.vocab_size,
             "streams": config.streams,
-            "parts": [piece for piece in parts if getattr(config, piece) is not None],
+            "parts": config.parts,
             "max_tokens": MOST,
             "memory": engram
             and {

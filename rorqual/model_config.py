@@ -37,10 +37,10 @@ class YarnConfig:
                 f"got factor {self.factor} and original_length {self.original_length}, "
                 "expected both at least 1"
             )
-        if not 0 < self.beta_slow < self.beta_fast:
+        if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(
                 f"got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}, "
-                "expected 0 < slow < fast"
+                "expected 0 < slow <= fast"
             )
 
 
@@ -561,11 +561,17 @@ class QSAConfig:
         """Blocks that a query selects, besides the incomplete one that it is in."""
         return self.budget // self.block
 
-    def check_rope_dim(self, rope_dim: int) -> None:
-        """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
+    def check_rope(self, rope: RopeConfig, rope_dim: int) -> None:
+        """Refuses rotary positions that the indexer's heads and keys cannot have."""
         if self.dim < rope_dim:
             raise ValueError(
                 f"qsa.dim: got {self.dim}, expected at least the {rope_dim} values that gqa rotates"
+            )
+        if rope.varies:
+            kind = "dynamic" if rope.dynamic is not None else "longrope"
+            raise ValueError(
+                f"rope: got {kind} with qsa, whose keys of blocks stay as they are, expected "
+                "frequencies that no later position changes"
             )
 
 
@@ -1077,6 +1083,15 @@ class ModelConfig:
             )
 
     @property
+    def parts(self) -> list[str]:
+        """The names of the parts that are on, attention first."""
+        names = [
+            *("mla", "gqa", "csa", "csa2", "nsa", "moba", "dsa", "qsa", "delta"),
+            *("moe", "engram", "hyper", "mtp"),
+        ]
+        return [name for name in names if getattr(self, name) is not None]
+
+    @property
     def streams(self) -> int:
         return self.hyper.streams if self.hyper is not None else 1
 
@@ -1124,7 +1139,7 @@ class ModelConfig:
         if self.gqa is not None and (self.nsa or self.moba) is not None:
             self.gqa.check_plain()
         if self.gqa is not None and self.qsa is not None:
-            self.qsa.check_rope_dim(self.gqa.rotated)
+            self.qsa.check_rope(self.rope, self.gqa.rotated)
         if self.mla is not None and self.dsa is not None:
             self.dsa.check_rope_dim(self.mla.rope_dim)
         if self.engram is not None and self.engram.missing_id >= self.vocab_size:

@@ -6,6 +6,7 @@ Every token counts once, documents are apart, and bits per byte are over the tex
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.presets import preset
 
 TEXTS = ["A whale is a mammal.", "Ein Wal: é 🐋", "x", "the sea, the sea, the open sea " * 3, ""]
 
@@ -42,6 +44,15 @@ def model(tokenizer):
         init_std=0.1,
     )
     return LanguageModel(config, torch.from_numpy(tokenizer.canonical_map())).eval()
+
+
+@pytest.fixture(scope="module", params=["v4-tiny", "v4.1-tiny", "qwen4-tiny"])
+def production(request, tokenizer):
+    """The presets of production models."""
+    config = replace(preset(request.param), vocab_size=290, dim=32)
+    canonical = torch.from_numpy(tokenizer.canonical_map())
+    mapped = config.engram is not None and config.engram.canonical
+    return LanguageModel(config, canonical if mapped else None).eval()
 
 
 @torch.no_grad()
@@ -66,6 +77,13 @@ def test_score_is_the_sum_by_hand(model, tokenizer, batch_size):
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert (score.tokens, score.documents) == (tokens, len(TEXTS))
     assert score.bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_production_models_are_scored_document_by_document(production, tokenizer):
+    nats, tokens = by_hand(production, tokenizer, TEXTS)
+    score = evaluate.score(production, tokenizer, TEXTS, seq_len=512, batch_size=3)
+    assert score.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
+    assert score.tokens == tokens
 
 
 @settings(max_examples=30, deadline=None)
@@ -177,6 +195,18 @@ def questions(tmp_path):
 
 @pytest.mark.slow
 def test_lm_eval_runs_a_local_task(model, tokenizer, questions, tmp_path, monkeypatch):
+    check_task(model, tokenizer, questions, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_task_on_production_models(
+    production, tokenizer, questions, tmp_path, monkeypatch
+):
+    check_task(production, tokenizer, questions, tmp_path, monkeypatch)
+
+
+def check_task(model, tokenizer, questions, tmp_path, monkeypatch) -> None:
+    """Compares the harness's accuracy with that of sums by hand."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     batch_size, task = questions
     result = evaluate.tasks(model, tokenizer, [str(task)])

@@ -381,6 +381,21 @@ def test_models_without_a_part_are_read(parts):
         assert edit.status_code == 400 and "without Engram" in edit.json()["error"]
 
 
+@pytest.mark.parametrize("name", ["v4-tiny", "v4.1-tiny", "qwen4-tiny"])
+def test_production_models_are_read(name):
+    config = preset(name)
+    unlike = {"mla": None, "engram": None}
+    unlike |= {field: getattr(config, field) for field in config.parts}
+    other = new_run(**unlike, layers=config.layers, rope=config.rope, eps=config.eps)
+    client = TestClient(app(other), base_url="http://127.0.0.1")
+    result, body = read(client), client.get("/api/model").json()
+    assert body["parts"] == config.parts
+    assert len(result["experts"]) == config.layers
+    assert bool(result["gates"]) == (config.engram is not None)
+    edit = client.post("/api/edit", json=GOOD)
+    assert edit.status_code == (400 if config.engram is None else 200), edit.text
+
+
 def test_a_run_that_diverged_says_so():
     broken = new_run()
     with torch.no_grad():

@@ -65,7 +65,16 @@ def block_states(model: nn.Module, ids: Int[Tensor, "B T"]) -> list[Float[Tensor
     with quiet(model), Taps(model, *map(_literally, names)) as taps:
         run(model, ids)
     left = [_first(taps[name][0]) for name in names]
+    streams = 1 if ours(model) is not None else _streams_of(model)
+    if streams > 1:  # Qwen4-Exp has them side by side
+        left = [state.unflatten(2, (streams, -1)) if state.dim() == 3 else state for state in left]
     return [(state.sum(2) if state.dim() == 4 else state).flatten(0, 1).float() for state in left]
+
+
+def _streams_of(host: nn.Module) -> int:
+    from rorqual.hub.attach import streams_of
+
+    return streams_of(host)
 
 
 def lens_logits(

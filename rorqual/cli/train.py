@@ -52,8 +52,8 @@ so does the first line, typed again
 
 --data is short for --data.source: a corpus (wordnet), a file, a folder, or a Hugging Face dataset.
 
-A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa) is switched on \
-by naming one of its fields, or with
+A part that is off (engram, mtp, hyper, moe, gqa, nsa, moba, dsa, csa, csa2, qsa, delta) is \
+switched on by naming one of its fields, or with
 `default`; `none` switches a part off. The result has to be valid, not each word on the way:
   rorqual train tiny model.mtp.depth=1 model.hyper=default
   rorqual train tiny model.engram=none

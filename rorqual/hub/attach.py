@@ -1,6 +1,7 @@
 """Adds Engram to blocks of any causal model of transformers.
 
-    hidden <- hidden + engram(hidden)       before the block, as in our own models
+    hidden <- hidden + engram(hidden)       before the block, as in our own models; every residual
+                                            stream with its own gate, where a model has several
     W_v = 0 and conv = 0 at first           so that the logits are unchanged, bit for bit, until the
                                             memory is trained
 
@@ -49,15 +50,23 @@ class Memory(nn.Module):
     """
 
     def __init__(
-        self, config: EngramConfig, tokenizer: Tokenizer, vocab_size: int, width: int, *, seed: int
+        self,
+        config: EngramConfig,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        width: int,
+        streams: int = 1,
+        *,
+        seed: int,
     ) -> None:
         super().__init__()
         self.config, self.width, self.vocab_size = config, width, vocab_size
+        self.streams = streams
         self.addresses = Addresses(
             config, tokenizer.canonical_map() if config.canonical else None, vocab_size
         )
         self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
-        self.engrams = nn.ModuleList(Engram(config, width) for _ in config.layers)
+        self.engrams = nn.ModuleList(Engram(config, width, streams) for _ in config.layers)
         self.start("values", seed)
         # A tuple, so that the host is no submodule of its memory.
         self._host: tuple[nn.Module, ...] = ()
@@ -295,8 +304,8 @@ class Memory(nn.Module):
     ) -> tuple[tuple, dict[str, Any]]:
         """Adds Engram's output to the hidden states, before a block with memory runs."""
         assert self._now is not None
-        hidden: Float[Tensor, "B T D"] = args[0] if args else kwargs["hidden_states"]
-        if hidden.dim() != 3 or hidden.shape[-1] != self.width:
+        hidden: Float[Tensor, "B T ..."] = args[0] if args else kwargs["hidden_states"]
+        if list(hidden.shape[2:]) not in _forms(self.width, self.streams):
             got = f"{type(block).__name__} with hidden states {list(hidden.shape)}"
             raise ValueError(
                 f"memory: got {got}, expected [batch, time, {self.width}]: "
@@ -304,7 +313,8 @@ class Memory(nn.Module):
             )
         packed = self._packing
         tokens = hidden if packed is None else packed.pack(hidden)
-        added = self.engrams[table_index](tokens[:, :, None], self._now[table_index])[:, :, 0]
+        streams = tokens.reshape(*tokens.shape[:2], self.streams, self.width)
+        added = self.engrams[table_index](streams, self._now[table_index]).view(tokens.shape)
         added = added if packed is None else packed.unpack(added)
         hidden = hidden + added.to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -409,8 +419,9 @@ def attach(
     read, during its steps. `zero`: what is 0 at first, "values" (W_v) or "rows". With "rows", text
     whose n-grams were never trained keeps its logits, bit for bit, unless its hashes collide with
     trained rows. The memory has the model's device and dtype; of a model in bfloat16 it is better
-    trained in float32 (`memory.float()`). ValueError for a model whose blocks cannot be found or
-    have several residual streams, or layers that it does not have.
+    trained in float32 (`memory.float()`). In a model of several residual streams (DeepSeek-V4,
+    Qwen4-Exp) each stream has its own gate. ValueError for a model whose blocks cannot be found or
+    take other hidden states, or layers that it does not have.
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     fields = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
@@ -425,7 +436,14 @@ def attach(
     )
     # This check comes before anything large is allocated.
     _check_hidden(model, *find_blocks(model))
-    memory = Memory(settings, ours, _vocab_size_of(model, ours), _width_of(model), seed=seed)
+    memory = Memory(
+        settings,
+        ours,
+        _vocab_size_of(model, ours),
+        _width_of(model),
+        streams_of(model),
+        seed=seed,
+    )
     memory.start(zero, seed)
     memory.mount(model)
     return memory
@@ -511,7 +529,7 @@ class _Reached(Exception):
 
 
 def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> None:
-    """Checks that the first block takes [batch, time, width], and not several residual streams.
+    """Checks that the first block takes [batch, time, width], or the streams that config tells.
 
     The check is a call of one token that stops at the block. ValueError for another shape. A model
     that cannot run such a call passes.
@@ -521,7 +539,7 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
         raise _Reached(list((args[0] if args else kwargs["hidden_states"]).shape))
 
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    shape, width = None, _width_of(model)
+    shape, width, streams = None, _width_of(model), streams_of(model)
     try:
         # A host in training mode draws random numbers for its dropout.
         with torch.no_grad(), torch.random.fork_rng():
@@ -534,11 +552,20 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
         return
     finally:
         hook.remove()
-    if shape not in (None, [1, 1, width]):
+    forms = [[1, 1, *form] for form in _forms(width, streams)]
+    if shape is not None and shape not in forms:
         got = f"{type(model).__name__}, whose blocks take hidden states {shape} for one token"
+        expected = " or ".join(map(str, forms))
         raise ValueError(
-            f"attach: got {got}, expected [1, 1, {width}]: several residual streams take no memory"
+            f"attach: got {got}, expected {expected}: other residual streams take no memory"
         )
+
+
+def _forms(width: int, streams: int) -> list[list[int]]:
+    """Returns the shapes that the hidden states of a token may have."""
+    if streams == 1:
+        return [[width]]
+    return [[streams, width], [streams * width]]
 
 
 def _adapters(host: nn.Module) -> tuple[str, ...]:
@@ -549,6 +576,13 @@ def _adapters(host: nn.Module) -> tuple[str, ...]:
 def _width_of(model: Any) -> int:
     """Returns the width of the hidden states, which in some models is not that of the embedding."""
     return model.config.get_text_config(decoder=True).hidden_size
+
+
+def streams_of(model: Any) -> int:
+    """Returns the number of residual streams, by the fields of DeepSeek-V4 and of Qwen4-Exp."""
+    config = model.config.get_text_config(decoder=True)
+    counts = (getattr(config, name, None) for name in ("hc_mult", "hc_count"))
+    return next((count for count in counts if count is not None), 1)
 
 
 def _vocab_size_of(model: Any, tokenizer: Tokenizer) -> int:

@@ -69,6 +69,9 @@ ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),
     "scoring_func": ("sqrtsoftplus", "sigmoid"),
+    # How the experts are stored is seen in the files; a type that these cannot tell is refused.
+    "expert_dtype": ("fp4", "fp8", "bf16", "bfloat16", None),
+    "tie_word_embeddings": (False, True, None),
 }
 NO_LIMIT = 3e38  # of swiglu_limit, which transformers asks for: more than any activation
 ATTENTION = ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")
@@ -115,6 +118,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
         if (value := d.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None)
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
+    _check_quantised(d)
     layers, head_dim = _whole(d, "num_hidden_layers"), _whole(d, "head_dim")
     depth = _mtp_depth(names)
     main, compress, rope_dim = _ropes(d, head_dim)
@@ -182,6 +186,21 @@ def _whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
     return int(value)
 
 
+def _check_quantised(d: Mapping[str, Any]) -> None:
+    quantised = d.get("quantization_config") or {}
+    if not isinstance(quantised, Mapping):
+        raise ValueError(
+            f"config.json: quantization_config: got {quantised!r}, expected its fields"
+        )
+    if (method := quantised.get("quant_method", "fp8")) != "fp8":
+        raise ValueError(
+            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
+        )
+    if (kind := quantised.get("expert_dtype")) not in (allowed := ONLY["expert_dtype"]):
+        expected = " or ".join(str(x) for x in allowed if x is not None)
+        raise ValueError(f"quantization_config.expert_dtype: got {kind!r}, expected {expected}")
+
+
 def _rate(d: Mapping[str, Any], rates: Any, kind: str, scalar: str, default: int) -> int:
     """Reads the tokens of an entry: of `compress_rates`, or of the field before it."""
     if not isinstance(rates, Mapping):
@@ -193,6 +212,7 @@ def _rate(d: Mapping[str, Any], rates: Any, kind: str, scalar: str, default: int
 
 def _kinds(d: Mapping[str, Any], layers: int) -> tuple[CSAKind, ...]:
     """Reads what each block sees: layer_types, or compress_ratios, or transformers' default."""
+    read: dict[str, tuple[CSAKind, ...]] = {}
     for key, table in (("layer_types", KINDS), ("compress_ratios", RATIOS)):
         listed = d.get(key)
         if listed is None:
@@ -205,7 +225,14 @@ def _kinds(d: Mapping[str, Any], layers: int) -> tuple[CSAKind, ...]:
         if wrong := [value for value in listed[:layers] if value not in table]:
             expected = ", ".join(map(str, table))
             raise ValueError(f"config.json: {key}: got {wrong[0]!r}, expected one of {expected}")
-        return tuple(table[value] for value in listed[:layers])
+        read[key] = tuple(table[value] for value in listed[:layers])
+    if len(set(read.values())) > 1:
+        raise ValueError(
+            f"config.json: compress_ratios: got {d['compress_ratios'][:layers]}, expected those of "
+            "layer_types"
+        )
+    for kinds in read.values():
+        return kinds
     return tuple("csa" if i >= 2 and i % 2 else "hca" for i in range(layers))
 
 
@@ -238,6 +265,8 @@ def _hash_layers(d: Mapping[str, Any], layers: int) -> int:
     listed = d.get("mlp_layer_types")
     if listed is None:
         return min(layers, _whole({"num_hash_layers": 3, **d}, "num_hash_layers"))
+    if not isinstance(listed, list):
+        raise ValueError(f"config.json: mlp_layer_types: got {listed!r}, expected a list")
     count = next((i for i, kind in enumerate(listed) if kind != "hash_moe"), len(listed))
     if len(listed) < layers or listed[count:layers] != ["moe"] * (layers - count):
         raise ValueError(
@@ -267,6 +296,13 @@ def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig,
         both["compress"].setdefault("attention_factor", 1.0)
         for each in both.values():
             each["partial_rotary_factor"] = share
+    if d.get("qk_rope_head_dim") is not None and share is not None:
+        width = int(head_dim * _number({"partial_rotary_factor": share}, "partial_rotary_factor"))
+        if (got := _whole(d, "qk_rope_head_dim")) != width:
+            raise ValueError(
+                f"config.json: qk_rope_head_dim: got {got}, "
+                f"expected {width} as partial_rotary_factor has it"
+            )
     widths = {
         name: int(head_dim * _number(each, "partial_rotary_factor", f"{key}.{name}."))
         for name, each in both.items()

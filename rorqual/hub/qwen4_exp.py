@@ -12,11 +12,13 @@ writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as tr
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual.hub.places import Place, Sizes
+from rorqual.hub.rope import number, published_rope, rope_of, whole
 from rorqual.model_config import (
     BalanceConfig,
     DeltaNetConfig,
@@ -48,6 +50,7 @@ DEFAULTS: dict[str, Any] = {  # transformers' Qwen4ExpTextConfig
     "ple_conv_kernel_size": 4, "ngram_size": 3, "heads_per_ngram": 8,
     "ngram_vocab_size_base": 20_000_000, "make_ngram_vocab_size_divisible_by": 128, "seed": 1234,
     "split_ngram_parts": 512, "output_gate_type": None, "eos_token_id": None,
+    "max_position_embeddings": 32_768,
 }  # fmt: skip
 INDEXER = (
     "indexer_n_heads",
@@ -78,11 +81,11 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
         if (value := d.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
-    eps, layers = _number(d, "rms_norm_eps"), _whole(d, "num_hidden_layers")
+    eps, layers = number(d, "rms_norm_eps"), whole(d, "num_hidden_layers")
     types = _layer_types(d, layers)
     return ModelConfig(
-        vocab_size=_whole(d, "vocab_size"),
-        dim=_whole(d, "hidden_size"),
+        vocab_size=whole(d, "vocab_size"),
+        dim=whole(d, "hidden_size"),
         layers=layers,
         mla=None,
         gqa=_gqa_of(d, eps),
@@ -93,13 +96,13 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
         engram=_engram_of(d, types, eps) if d["ple_layer_ids"] else None,
         hyper=HyperConfig(
             kind="gated",
-            streams=_whole(d, "hc_count"),
-            rank=_whole(d, "hc_lowrank"),
+            streams=whole(d, "hc_count"),
+            rank=whole(d, "hc_lowrank"),
             norm_eps=eps,
         ),
         tied=bool(d["tie_word_embeddings"]),
         eps=eps,
-        init_std=_number(d, "initializer_range"),
+        init_std=number(d, "initializer_range"),
     )
 
 
@@ -119,37 +122,36 @@ def _text_of(description: Mapping[str, Any]) -> dict[str, Any]:
         fields["tie_word_embeddings"] = description.get("tie_word_embeddings", False)
         fields.setdefault("quantization_config", description.get("quantization_config"))
     quantised = fields.get("quantization_config") or {}
-    method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
-    if method != "fp8":
+    if not isinstance(quantised, Mapping):
+        raise ValueError(
+            f"config.json: quantization_config: got {quantised!r}, expected its fields"
+        )
+    if (method := quantised.get("quant_method", "fp8")) != "fp8":
         raise ValueError(
             f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
         )
     return DEFAULTS | fields
 
 
-def _number(fields: Mapping[str, Any], key: str) -> float:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {key}: got {value!r}, expected a number")
-    return float(value)
-
-
-def _whole(fields: Mapping[str, Any], key: str) -> int:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise ValueError(f"config.json: {key}: got {value!r}, expected a whole number")
-    return int(value)
+def _check_list(value: Any, name: str) -> None:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"config.json: {name}: got {value!r}, expected a list")
 
 
 def _layer_types(d: Mapping[str, Any], layers: int) -> list[str]:
     """Returns the kind of each block; full_attention is the older name of indexed_attention."""
     types = d.get("layer_types")
     if types is None:
-        every = _whole(d, "full_attention_interval")
+        every = whole(d, "full_attention_interval")
+        if every < 1:
+            raise ValueError(
+                f"config.json: full_attention_interval: got {every}, expected 1 or more"
+            )
         return [
             "linear_attention" if (index + 1) % every else "indexed_attention"
             for index in range(layers)
         ]
+    _check_list(types, "layer_types")
     types = ["indexed_attention" if kind == "full_attention" else kind for kind in types]
     if unknown := sorted(set(types) - {"linear_attention", "indexed_attention"}):
         raise ValueError(
@@ -170,11 +172,11 @@ def _delta_of(d: Mapping[str, Any], types: list[str], eps: float) -> DeltaNetCon
     regular = full == [index for index in range(len(types)) if (index + 1) % every == 0]
     linear = tuple(index for index in range(len(types)) if index not in full)
     return DeltaNetConfig(
-        key_heads=_whole(d, "linear_num_key_heads"),
-        value_heads=_whole(d, "linear_num_value_heads"),
-        key_dim=_whole(d, "linear_key_head_dim"),
-        value_dim=_whole(d, "linear_value_head_dim"),
-        kernel=_whole(d, "linear_conv_kernel_dim"),
+        key_heads=whole(d, "linear_num_key_heads"),
+        value_heads=whole(d, "linear_num_value_heads"),
+        key_dim=whole(d, "linear_key_head_dim"),
+        value_dim=whole(d, "linear_value_head_dim"),
+        kernel=whole(d, "linear_conv_kernel_dim"),
         gate=d["output_gate_type"] or "silu",
         norm_eps=eps,
         **{"full_every": every} if regular else {"layers": linear},
@@ -182,20 +184,20 @@ def _delta_of(d: Mapping[str, Any], types: list[str], eps: float) -> DeltaNetCon
 
 
 def _gqa_of(d: Mapping[str, Any], eps: float) -> GQAConfig:
-    head_dim = _whole(d, "head_dim")
+    head_dim = whole(d, "head_dim")
     factor = _rope_fields(d).get("partial_rotary_factor", d.get("partial_rotary_factor"))
     rope_dim = head_dim
     if factor is not None:
         name = "partial_rotary_factor"
-        rope_dim = int(head_dim * _number({name: factor}, name))
+        rope_dim = int(head_dim * number({name: factor}, name))
     if rope_dim % 2 or rope_dim < 2:
         raise ValueError(
             f"config.json: partial_rotary_factor: got {rope_dim} of {head_dim} values of a head, "
             "expected an even number of them, at least 2"
         )
     return GQAConfig(
-        heads=_whole(d, "num_attention_heads"),
-        kv_heads=_whole(d, "num_key_value_heads"),
+        heads=whole(d, "num_attention_heads"),
+        kv_heads=whole(d, "num_key_value_heads"),
         head_dim=head_dim,
         qk_norm=True,
         norm_eps=eps,
@@ -213,10 +215,10 @@ def _qsa_of(d: Mapping[str, Any]) -> QSAConfig:
             "layers of indexed attention have"
         )
     return QSAConfig(
-        heads=_whole(d, "indexer_n_heads"),
-        dim=_whole(d, "indexer_head_dim"),
-        block=_whole(d, "indexer_compress_ratio"),
-        budget=_whole(d, "indexer_budget"),
+        heads=whole(d, "indexer_n_heads"),
+        dim=whole(d, "indexer_head_dim"),
+        block=whole(d, "indexer_compress_ratio"),
+        budget=whole(d, "indexer_budget"),
     )
 
 
@@ -232,25 +234,40 @@ def _rope_fields(d: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _rope_of(d: Mapping[str, Any]) -> RopeConfig:
     """Reads rope_parameters; sections of image positions (mrope) do not concern text."""
-    rope = _rope_fields(d)
+    rope = {key: value for key, value in _rope_fields(d).items() if key != "partial_rotary_factor"}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"config.json: rope_type: got {kind!r}, expected 'default'")
-    base = {"rope_theta": d.get("rope_theta", 10_000.0)} | dict(rope)
-    return RopeConfig(base=_number(base, "rope_theta"), interleaved=False)
+    if kind == "mrope":
+        rope["rope_type"] = "default"
+    if rope.get("llama_4_scaling_beta") is not None:
+        got = rope["llama_4_scaling_beta"]
+        raise ValueError(f"config.json: llama_4_scaling_beta: got {got!r}, expected none")
+    if kind == "yarn":
+        # transformers scales cos and sin alone, the softmax never.
+        above, below = (rope.pop(key, None) for key in ("mscale", "mscale_all_dim"))
+        if above and below and rope.get("attention_factor") is None:
+            stretch = 0.1 * math.log(max(1.0, number(rope, "factor")))
+            scales = {"mscale": above, "mscale_all_dim": below}
+            above, below = (stretch * number(scales, key) + 1 for key in scales)
+            rope["attention_factor"] = above / below
+    fields = {
+        "rope_theta": d.get("rope_theta", 10_000.0),
+        "max_position_embeddings": d["max_position_embeddings"],
+        "rope_parameters": rope,
+    }
+    return rope_of(fields, interleaved=False)
 
 
 def _moe_of(d: Mapping[str, Any]) -> MoEConfig:
     return MoEConfig(
-        routed=_whole(d, "num_experts"),
-        active=_whole(d, "num_experts_per_tok"),
+        routed=whole(d, "num_experts"),
+        active=whole(d, "num_experts_per_tok"),
         shared=1,
-        width=_whole(d, "moe_intermediate_size"),
-        shared_width=_whole(d, "shared_expert_intermediate_size"),
+        width=whole(d, "moe_intermediate_size"),
+        shared_width=whole(d, "shared_expert_intermediate_size"),
         shared_gate=True,
         router=RouterConfig(score="softmax", renormalise=bool(d["norm_topk_prob"]), bias=False),
         balance=BalanceConfig(
-            bias_rate=0.0, sequence=0.0, expert=_number(d, "router_aux_loss_coef")
+            bias_rate=0.0, sequence=0.0, expert=number(d, "router_aux_loss_coef")
         ),
     )
 
@@ -258,7 +275,8 @@ def _moe_of(d: Mapping[str, Any]) -> MoEConfig:
 def _engram_of(d: Mapping[str, Any], types: list[str], eps: float) -> EngramConfig:
     """Reads the fields of PLE; its layers are counted from 1."""
     name = "ple_layer_ids"
-    layers = tuple(sorted({_whole({name: layer}, name) for layer in d[name]}))
+    _check_list(d[name], name)
+    layers = tuple(sorted({whole({name: layer}, name) for layer in d[name]}))
     if wrong := [x for x in layers if not 1 <= x <= len(types)]:
         raise ValueError(f"config.json: ple_layer_ids: got {wrong}, expected 1 to {len(types)}")
     if wrong := [x for x in layers if types[x - 1] != "linear_attention"]:
@@ -267,8 +285,8 @@ def _engram_of(d: Mapping[str, Any], types: list[str], eps: float) -> EngramConf
         )
     eos = d["eos_token_id"]
     eos = eos[0] if isinstance(eos, list) and eos else eos
-    orders, heads = _whole(d, "ngram_size") - 1, _whole(d, "heads_per_ngram")
-    width = _whole(d, "hidden_size" if d["ple_embed_dim"] is None else "ple_embed_dim")
+    orders, heads = whole(d, "ngram_size") - 1, whole(d, "heads_per_ngram")
+    width = whole(d, "hidden_size" if d["ple_embed_dim"] is None else "ple_embed_dim")
     if orders < 1 or heads < 1 or width % (orders * heads):
         raise ValueError(
             f"config.json: ple_embed_dim: got {width}, expected a multiple of the "
@@ -277,19 +295,19 @@ def _engram_of(d: Mapping[str, Any], types: list[str], eps: float) -> EngramConf
     return EngramConfig(
         layers=tuple(x - 1 for x in layers),
         # 1 and 2 mean the same, since the least prime is 2.
-        rows_per_head=(max(2, _whole(d, "ngram_vocab_size_base")),) * orders,
+        rows_per_head=(max(2, whole(d, "ngram_vocab_size_base")),) * orders,
         heads=heads,
         head_dim=width // (orders * heads),
-        kernel=_whole(d, "ple_conv_kernel_size"),
+        kernel=whole(d, "ple_conv_kernel_size"),
         eps=eps,
         conv_eps=eps,
         centred=True,
-        seed=_whole(d, "seed"),
+        seed=whole(d, "seed"),
         generator="splitmix64",
         canonical=False,
-        eos_id=_whole({"eos_token_id": eos}, "eos_token_id"),
-        row_multiple=_whole(d, "make_ngram_vocab_size_divisible_by"),
-        shards=_whole(d, "split_ngram_parts"),
+        eos_id=whole({"eos_token_id": eos}, "eos_token_id"),
+        row_multiple=whole(d, "make_ngram_vocab_size_divisible_by"),
+        shards=whole(d, "split_ngram_parts"),
     )
 
 
@@ -335,16 +353,22 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
         "rms_norm_eps": config.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rope.base,
-            "partial_rotary_factor": gqa.rotated / gqa.head_dim,
-        },
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    description |= _published_rope(config.rope, gqa.rotated / gqa.head_dim)
     return description | _published_qsa(config) | _published_engram(config) | fields
+
+
+def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
+    fields = published_rope(rope)
+    parameters = fields["rope_scaling"] or {"rope_type": "default"}
+    parameters |= {"rope_theta": rope.base, "partial_rotary_factor": share}
+    if rope.factor == 1.0:
+        return {"rope_parameters": parameters}
+    length = fields["max_position_embeddings"]
+    return {"rope_parameters": parameters, "max_position_embeddings": length}
 
 
 def _published_qsa(config: ModelConfig) -> dict[str, Any]:
@@ -396,7 +420,10 @@ def foreign(config: ModelConfig) -> list[str]:
         norm_eps=config.eps, centred=True, rope_dim=gqa.rope_dim, output_gate=True, bias=gqa.bias,
     )  # fmt: skip
     like_router = RouterConfig(score="softmax", renormalise=router.renormalise, bias=False)
-    rope = RopeConfig(base=config.rope.base, interleaved=False)
+    rope = config.rope
+    of_softmax = rope.query_scale is not None or (
+        rope.yarn is not None and rope.yarn.mscale_all_dim != 0
+    )
     unlike = {
         "gqa with other options than qk_norm, centred, output_gate and eps": gqa != like_gqa,
         "attention without qsa": attention and config.qsa is None,
@@ -404,7 +431,8 @@ def foreign(config: ModelConfig) -> list[str]:
         f"hyper.kind {hyper.kind}": hyper.kind != "gated",
         f"hyper.norm_eps {hyper.norm_eps}": hyper.norm_eps != config.eps,
         "a single stream": hyper.streams < 2,
-        "rope that is interleaved or stretched": config.rope != rope,
+        "rope that is interleaved": rope.interleaved,
+        "rope that scales the softmax": of_softmax,
         "a router with other options than softmax and no bias": router != like_router,
         "dense blocks": moe.first_dense > 0,
         "no shared expert with a gate": not (moe.shared == 1 and moe.shared_gate),
@@ -502,7 +530,7 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
     engram, width = config.engram, config.streams * config.dim
     assert engram is not None
-    number, ours = engram.layers.index(index), f"blocks.{index}.engram"
+    table_index, ours = engram.layers.index(index), f"blocks.{index}.engram"
     table = {
         f"{theirs}.key_proj.weight": Place(f"{ours}.key_proj.weight"),
         f"{theirs}.value_proj.weight": Place(f"{ours}.value_proj.weight"),
@@ -511,9 +539,9 @@ def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
         f"{theirs}.norm_conv.weight": Place(f"{ours}.conv_norm", shape=(width,)),
         f"{theirs}.conv1d.weight": Place(f"{ours}.conv", shape=(width, 1, engram.kernel)),
     }
-    for shard, rows in enumerate(shards(row_totals(engram)[number], engram.shards)):
+    for shard, rows in enumerate(shards(row_totals(engram)[table_index], engram.shards)):
         name = f"{theirs}.ple_embedding.ngram_embedding.shard_{shard}.weight"
-        table[name] = Place(f"tables.{number}.weight", (rows,))
+        table[name] = Place(f"tables.{table_index}.weight", (rows,))
     return table
 
 
@@ -535,12 +563,13 @@ def copies(config: ModelConfig) -> dict[str, Place]:
     if (engram := config.engram) is None:
         return table
     heads = (engram.rows_per_token,)
-    for number, index in enumerate(engram.layers):
+    for table_index, index in enumerate(engram.layers):
         theirs = f"model.layers.{index}.ple.ple_embedding"
+        of_table = (table_index,)
         table |= {
-            f"{theirs}.layer_multipliers": Place("addresses.multipliers", (number,)),
-            f"{theirs}.ngram_heads_vocab_sizes": Place("addresses.primes", (number,), shape=heads),
-            f"{theirs}.ngram_heads_offsets": Place("addresses.offsets", (number,)),
+            f"{theirs}.layer_multipliers": Place("addresses.multipliers", of_table),
+            f"{theirs}.ngram_heads_vocab_sizes": Place("addresses.primes", of_table, shape=heads),
+            f"{theirs}.ngram_heads_offsets": Place("addresses.offsets", of_table),
         }
     return table
 
@@ -556,9 +585,9 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
             table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
                 f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
             )
-    for number, index in enumerate(config.engram.layers if config.engram is not None else ()):
+    for table_index, index in enumerate(config.engram.layers if config.engram is not None else ()):
         name = f"model.layers.{index}.ple.ple_embedding.ngram_embedding.weight"
-        table[name] = Place(f"tables.{number}.weight")
+        table[name] = Place(f"tables.{table_index}.weight")
     return table
 
 

@@ -53,7 +53,7 @@ class Indexer(nn.Module):
 
     def __init__(self, config: QSAConfig, gqa: GQAConfig, dim: int, rope: RopeConfig):
         super().__init__()
-        config.check_rope_dim(gqa.rotated)
+        config.check_rope(rope, gqa.rotated)
         self.config, self.rope, self.rope_dim = config, rope, gqa.rotated
         norm = CentredRMSNorm if gqa.centred else RMSNorm
         self.index_qk_proj = nn.Linear(dim, (config.heads + 1) * config.dim, bias=False)

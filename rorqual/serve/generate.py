@@ -183,13 +183,11 @@ class Run:
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.model.parameters())
-        names = ("mla", "gqa", "csa", "nsa", "moba", "dsa", "moe", "engram", "hyper", "mtp")
-        parts = [name for name in names if getattr(self.config, name) is not None]
         where = next(self.model.parameters())
         return (
             f"Run({self.folder or 'in memory'}: {size:,} parameters, "
             f"{self.config.layers} layers of width "
-            f"{self.config.dim}, {' + '.join(parts)}, "
+            f"{self.config.dim}, {' + '.join(self.config.parts)}, "
             f"{str(where.dtype).removeprefix('torch.')} on {where.device})"
         )
 

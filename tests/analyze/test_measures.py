@@ -31,6 +31,19 @@ def model(tokenizer):
     return LanguageModel(config, tokenizer.canonical_map(), seed=1)
 
 
+PRODUCTION = ("v4-tiny", "v4.1-tiny", "qwen4-tiny")
+
+
+@pytest.fixture(scope="module", params=["tiny", *PRODUCTION])
+def each(request, model, tokenizer):
+    """The model of the other tests, and those of the presets of production models."""
+    if request.param == "tiny":
+        return model
+    config = replace(preset(request.param), vocab_size=tokenizer.vocab_size, init_std=0.2)
+    canonical = tokenizer.canonical_map() if request.param == "v4.1-tiny" else None
+    return LanguageModel(config, canonical, seed=1)
+
+
 def test_hsic_equals_the_sum_over_distinct_samples():
     torch.manual_seed(0)
     x, y = torch.randn(6, 3), torch.randn(6, 2)
@@ -94,16 +107,17 @@ def test_alignment_of_a_shifted_diagonal():
     assert float(measures.alignment(table, k=2)) == pytest.approx(1.0)
 
 
-def test_logit_lens_by_hand(model):
+def test_logit_lens_by_hand(each):
     """The lens agrees with the same model cut off after each block."""
+    model = each
     ids = torch.randint(
         0, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0)
     )
     lens = measures.logit_lens(model, ids)
-    assert lens.shape == (3,) and float(lens[-1]) == pytest.approx(0, abs=1e-5)
+    assert lens.shape == (model.config.layers,) and float(lens[-1]) == pytest.approx(0, abs=1e-5)
     final = model.eval()(ids).detach().double().softmax(-1)
-    for layer in (0, 1):
-        short = copy.deepcopy(model)
+    for layer in range(model.config.layers - 1):
+        short = copy.deepcopy(each)
         short.blocks = short.blocks[: layer + 1]
         early = short(ids).detach().double().softmax(-1)
         kl = (
@@ -116,24 +130,29 @@ def test_logit_lens_by_hand(model):
         assert float(lens[layer]) == pytest.approx(float(kl), rel=1e-4)
 
 
-def test_gates_are_those_of_the_layer(model, tokenizer):
-    result = measures.gates(model, tokenizer, "the whale swims")
+def test_gates_are_those_of_the_layer(each, tokenizer):
+    if each.config.engram is None:
+        with pytest.raises(ValueError, match="without Engram"):
+            measures.gates(each, tokenizer, "the")
+        return
+    layers = each.config.engram.layers
+    result = measures.gates(each, tokenizer, "the whale swims")
     assert "".join(result.tokens) == "the whale swims"
-    assert result.layers == (0, 2) and result.values.shape == (2, len(result.tokens), 4)
+    assert result.layers == layers
+    assert result.values.shape == (len(layers), len(result.tokens), 4)
     assert ((result.values > 0) & (result.values < 1)).all()
     with pytest.raises(ValueError, match="empty text"):
-        measures.gates(model, tokenizer, "")
-    with pytest.raises(ValueError, match="without Engram"):
-        measures.gates(LanguageModel(replace(model.config, engram=None)), tokenizer, "the")
+        measures.gates(each, tokenizer, "")
 
 
-def test_expert_load_counts_every_choice(model):
-    batches = [torch.randint(0, model.config.vocab_size, (2, 9)) for _ in range(3)]
-    load = measures.expert_load(model, iter(batches))
-    assert load.counts.shape == (3, 32)
-    assert load.counts.sum(-1).tolist() == [3 * 2 * 9 * 2] * 3
-    assert torch.allclose(load.shares.sum(-1), torch.ones(3))
-    seen = torch.stack(batches).flatten().bincount(minlength=model.config.vocab_size) * 2
+def test_expert_load_counts_every_choice(each):
+    config = each.config
+    batches = [torch.randint(0, config.vocab_size, (2, 9)) for _ in range(3)]
+    load = measures.expert_load(each, iter(batches))
+    assert load.counts.shape == (config.layers, config.moe.routed)
+    assert load.counts.sum(-1).tolist() == [3 * 2 * 9 * 2] * config.layers
+    assert torch.allclose(load.shares.sum(-1), torch.ones(config.layers))
+    seen = torch.stack(batches).flatten().bincount(minlength=config.vocab_size) * 2
     assert torch.equal(load.by_token[0].sum(0), seen)
 
 
@@ -204,12 +223,17 @@ def test_suppressed_scores_every_task_both_ways(model):
         measures.suppressed(LanguageModel(replace(model.config, engram=None)), tasks)
 
 
-def test_suppression_equals_a_model_whose_memory_says_nothing(model):
+def test_suppression_equals_a_model_whose_memory_says_nothing(each):
+    model = each
+    if model.config.engram is None:
+        with pytest.raises(ValueError, match="without Engram"):
+            measures.suppression(model, torch.ones(1, 4).long(), torch.ones(1, 4).long())
+        return
     torch.manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (2, 9))
     labels = ids.roll(-1, 1)
     whole, without = measures.suppression(model, ids, labels)
-    silent = LanguageModel(model.config, model.addresses.canonical_map, seed=None)
+    silent = LanguageModel(model.config, getattr(model.addresses, "canonical_map", None), seed=None)
     silent.load_state_dict(model.state_dict())
     for block in silent.blocks:
         if block.engram is not None:
@@ -219,10 +243,10 @@ def test_suppression_equals_a_model_whose_memory_says_nothing(model):
     assert not math.isclose(whole, without, abs_tol=1e-9)
 
 
-def test_similarity_of_a_model_with_itself(model):
-    batches = [torch.randint(0, model.config.vocab_size, (4, 16)) for _ in range(2)]
-    table = measures.similarity(model, model, batches)
-    assert torch.allclose(table.diagonal(), torch.ones(3), atol=1e-4)
+def test_similarity_of_a_model_with_itself(each):
+    batches = [torch.randint(0, each.config.vocab_size, (4, 16)) for _ in range(2)]
+    table = measures.similarity(each, each, batches)
+    assert torch.allclose(table.diagonal(), torch.ones(each.config.layers), atol=1e-4)
 
 
 def test_similarity_is_cka_of_every_pair_of_layers(model):

@@ -44,6 +44,38 @@ def runs(tmp_path_factory):
     return [folder / "moe", folder / "engram"]
 
 
+@pytest.fixture(scope="module")
+def production(tmp_path_factory):
+    """Runs of the presets of production models."""
+    folder, tokenizer = tmp_path_factory.mktemp("production"), train_tokenizer(TEXTS * 20, 300)
+    for name in ("v4-tiny", "v4.1-tiny", "qwen4-tiny"):
+        config = replace(preset(name), vocab_size=tokenizer.vocab_size)
+        mapped = config.engram is not None and config.engram.canonical
+        model = LanguageModel(config, tokenizer.canonical_map() if mapped else None)
+        save_model(folder / name, model, tokenizer)
+        records = [{"step": s, "tokens": 100 * s, "loss": 5.0 / s} for s in range(1, 9)]
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return [folder / name for name in ("v4-tiny", "v4.1-tiny", "qwen4-tiny")]
+
+
+@pytest.mark.slow
+def test_the_page_of_production_models(production, tmp_path):
+    page = write_report(
+        production, tmp_path / "report.html", texts=TEXTS, sentence="the whale sings"
+    )
+    text = page.read_text(encoding="utf-8")
+    for name in ("v4-tiny", "v4.1-tiny", "qwen4-tiny"):
+        assert name in text
+    assert "v4.1-tiny, block 1" in text and "qwen4-tiny, block 1" in text
+    for folder in production:
+        reading = read_run(folder, texts=TEXTS)
+        config = reading.config
+        assert reading.load.counts.sum(-1).gt(0).all()
+        assert (reading.gates is None) == (config.engram is None)
+        assert (reading.memory_kept is None) == (config.engram is None)
+        assert reading.costs.total > reading.costs.activated > 0
+
+
 class Balanced(HTMLParser):
     """Checks that every tag that must be closed is."""
 

@@ -1,6 +1,8 @@
 """Tests that the measures treat hosts of transformers like our own models."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,12 @@ from rorqual.presets import preset
 
 transformers = pytest.importorskip("transformers")
 
+from rorqual.hub import checkpoints  # noqa: E402
 from rorqual.hub.attach import attach  # noqa: E402 (transformers first)
 from rorqual.hub.auto import RorqualForCausalLM  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
+import random_qwen4_exp  # noqa: E402, F401 (it chooses the functions that run on a CPU)
 
 V = 64
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -58,6 +64,69 @@ def test_the_lens_of_a_host_is_its_own_end_after_an_early_block(kind, norm, ids)
             assert float(lens[layer]) == pytest.approx(float(kl), rel=1e-4) and kl > 1e-6
     assert float(lens[-1]) == pytest.approx(0, abs=1e-6)
     assert torch.equal(model(input_ids=ids).logits, out.logits), "the host is as it was"
+
+
+STREAMS = {
+    "deepseek_v4": {
+        "head_dim": 8,
+        "partial_rotary_factor": 0.5,
+        "q_lora_rank": 8,
+        "o_groups": 2,
+        "o_lora_rank": 4,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "sliding_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 4,
+        "index_n_heads": 4,
+        "index_head_dim": 8,
+        "index_topk": 3,
+    },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+        "num_experts": 4,
+        "hc_count": 3,
+        "hc_lowrank": 4,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 8,
+        "ngram_vocab_size_base": 30,
+        "heads_per_ngram": 2,
+        "split_ngram_parts": 1,
+        "eos_token_id": 0,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_host_of_several_streams_is_measured_as_our_model_of_its_folder(kind, ids, tmp_path):
+    """Logit lens, hidden states and loads of both are the same."""
+    theirs = host(kind, **{"num_experts_per_tok": 2} | STREAMS[kind])
+    theirs.save_pretrained(tmp_path)
+    model = checkpoints.load(tmp_path)
+    lens = measures.logit_lens(theirs, ids)
+    assert torch.allclose(lens, measures.logit_lens(model, ids), rtol=1e-4, atol=1e-6)
+    for our_state, state in zip(
+        states.block_states(model, ids), states.block_states(theirs, ids), strict=True
+    ):
+        torch.testing.assert_close(our_state, state, rtol=1e-4, atol=1e-4)
+    load, expected = measures.expert_load(model, [ids]), measures.expert_load(theirs, [ids])
+    assert load.layers == expected.layers == (0, 1, 2)
+    assert torch.equal(load.by_token, expected.by_token)
+    assert torch.allclose(
+        measures.similarity(theirs, model, [ids]).diagonal(), torch.ones(3), atol=1e-4
+    )
 
 
 def test_states_of_a_host_are_its_hidden_states(ids):

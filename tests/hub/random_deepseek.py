@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.axk1.configuration_axk1 import AXK1Config
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.glm4_moe_lite.configuration_glm4_moe_lite import Glm4MoeLiteConfig
 from transformers.models.glm_moe_dsa.configuration_glm_moe_dsa import GlmMoeDsaConfig
@@ -146,6 +147,34 @@ def deepseek_v2(seed: int) -> PreTrainedConfig:
     return DeepseekV2Config(**fields)
 
 
+class KimiK2Config(DeepseekV3Config):
+    """Kimi K2's folders have another model_type; transformers has no class of its own for it."""
+
+
+def kimi_k2(seed: int) -> PreTrainedConfig:
+    """Draws a V3 with other numbers: no groups of experts, one dense block, a long YaRN."""
+    draw = random.Random(f"kimi_k2 {seed}")
+    fields = sizes(draw) | experts(draw, most_groups=1) | {"tie_word_embeddings": False}
+    fields |= {
+        "first_k_dense_replace": min(1, fields["num_hidden_layers"]),
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.827,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 50_000.0,
+            "factor": draw.choice([8.0, 32.0]),
+            "original_max_position_embeddings": draw.choice([8, 16]),
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    }
+    return KimiK2Config(**fields)
+
+
 def glm4_moe_lite(seed: int) -> PreTrainedConfig:
     draw = random.Random(f"glm4_moe_lite {seed}")
     fields = sizes(draw) | experts(draw) | {"rope_interleave": draw.random() < 0.7}
@@ -196,6 +225,7 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
     "glm_moe_dsa": glm_moe_dsa,
     "deepseek_v3": deepseek_v3,
     "deepseek_v2": deepseek_v2,
+    "kimi_k2": kimi_k2,
     "glm4_moe_lite": glm4_moe_lite,
     "axk1": axk1,
     "youtu": youtu,
@@ -207,6 +237,18 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     """Builds a model; AutoModelForCausalLM lists Mistral 4 only as a part of another model."""
     if isinstance(config, Mistral4Config):
         return Mistral4ForCausalLM(config)
+    if isinstance(config, KimiK2Config):
+        model = DeepseekV3ForCausalLM(config)
+        plain = model.save_pretrained
+
+        def save_pretrained(folder: Path) -> None:
+            plain(folder)
+            path = Path(folder) / "config.json"
+            description = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(description | {"model_type": "kimi_k2"}))
+
+        model.save_pretrained = save_pretrained
+        return model
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -170,6 +170,27 @@ def exact_caches() -> Iterator[None]:
         attention.quantize_cache = before
 
 
+class _Torch:
+    """Stands for torch where a module compares dtypes with float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Lets the reference compute in float64, which it otherwise refuses."""
+    from nemo_automodel.components.models.deepseek_v41 import model
+
+    before, model.torch = model.torch, _Torch()
+    try:
+        yield
+    finally:
+        model.torch = before
+
+
 def reference(description: dict[str, Any]) -> Any:
     """Builds the reference of a config.json, without values."""
     from nemo_automodel.components.models.common import BackendConfig

@@ -4,6 +4,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.presets import preset
 from rorqual.serve.decoding import decode
 from rorqual.serve.generate import load
 
@@ -50,6 +52,10 @@ CONFIGS = {
         moe=MoEConfig(routed=6, active=2, width=16, first_dense=1),
         mtp=MTPConfig(),
     ),
+    **{
+        name: replace(preset(name), vocab_size=290, dim=32, init_std=0.2)
+        for name in ("v4-tiny", "v4.1-tiny", "qwen4-tiny")
+    },
 }
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [200, 3, 3]]
 
@@ -59,7 +65,16 @@ def tokenizer():
     return train(["A whale lives in the SEA; a Whale in the sea. é è"] * 4, 280)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# V4.1 stands for these two in the fast tests.
+SLOW = {"v4-tiny", "qwen4-tiny"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS
+    ],
+)
 def model(request, tokenizer):
     canonical = torch.from_numpy(tokenizer.canonical_map())
     return LanguageModel(CONFIGS[request.param], canonical, seed=2).eval()
@@ -141,7 +156,7 @@ def test_the_cache_knows_transformers_verbs(face, model):
     cache.crop(-2)
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([3, 0]))
-    assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (3, 2, 2)
+    assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (3, 2, model.config.layers)
     more = torch.tensor([[50, 51], [52, 53]])
     whole = torch.cat([ids[[1, 0], :3], more], 1)
     got = face(more, past_key_values=cache).logits
@@ -399,7 +414,10 @@ def test_peft_trains_saves_loads_and_merges(face, tmp_path):
     before = {name: tensor.clone() for name, tensor in face.state_dict().items()}
     plain = face(ids).logits
     lora = LoraConfig(
-        target_modules=["kv_b_proj", "o_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False
+        target_modules=r".*attention\.(kv_b_proj|o_proj|wq_b|wo_b|out_proj)",
+        r=2,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
     )
     adapted = get_peft_model(face, lora).train()
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}

@@ -1,16 +1,25 @@
 """Tests folders of DeepSeek-V4 against transformers, in and out."""
 
 import json
+import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+import rorqual as rq
 from rorqual.hub import checkpoints, deepseek_v4
+from rorqual.hub.formats import ROWS, decode, encode_e2m1, encode_e4m3
+from rorqual.model import LanguageModel
 from rorqual.presets import preset
 
 sys.path.insert(0, str(Path(__file__).parent))
+from doubles import check_gradients
 from random_deepseek_v4 import MODEL, oracle_config
 
 SEEDS = range(3)  # test_random_families has more
@@ -56,19 +65,6 @@ def test_a_random_configuration_is_transformers_model(seed: int, tmp_path: Path)
     labels[:, :-1] = ids[:, 1:]
     loss = ours.loss(ids, labels).next_token
     close(loss, expected.loss)
-    loss.backward()
-    expected.loss.backward()
-    table = deepseek_v4.aliases(ours.config)
-    largest = max(p.grad.abs().max().item() for p in theirs.parameters() if p.grad is not None)
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in ours.named_parameters()
-    }
-    for name, parameter in theirs.named_parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        difference = (table[name].of(gradients) - grad).abs().max().item()
-        # Some gradients, those of scales, are small differences of large sums.
-        assert difference < 5e-5 * max(grad.abs().max().item(), 1e-2 * largest), name
     with torch.no_grad():
         cache, step, cached = ours.new_cache(2), ids[:, :20], ids[:, :20]
         for _ in range(20):
@@ -81,6 +77,9 @@ def test_a_random_configuration_is_transformers_model(seed: int, tmp_path: Path)
     back = MODEL.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     with torch.no_grad():
         close(back(ids, use_cache=False).logits, expected.logits)
+    table = deepseek_v4.aliases(ours.config)
+    their_loss = lambda: theirs(ids, labels=ids, use_cache=False).loss  # noqa: E731
+    check_gradients(ours, theirs, table, ids, their_loss, float32=5e-5)
 
 
 def test_published_names_are_read(tmp_path: Path) -> None:
@@ -95,6 +94,96 @@ def test_published_names_are_read(tmp_path: Path) -> None:
     again = checkpoints.load(tmp_path / "ours")
     for name, value in ours.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+# What is stored as e4m3 in blocks of 128 by 128; experts are mxfp4.
+DENSE = re.compile(r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight|shared_experts\.w\d\.")
+
+
+def quantised(folder: Path, model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Writes a model in the published formats; returns the numbers that they stand for."""
+    checkpoints.export(
+        model,
+        folder,
+        quantization_config={
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        },
+        expert_dtype="fp4",
+    )
+    stored, numbers = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        numbers[name] = tensor
+        if ".ffn.experts." in name:
+            encoded, block = encode_e2m1(tensor), ROWS
+        elif DENSE.search(name):
+            encoded, block = encode_e4m3(tensor, (128, 128), power_of_two=True), (128, 128)
+        else:
+            stored[name] = tensor
+            continue
+        stored[name], stored[name.removesuffix(".weight") + ".scale"] = encoded
+        numbers[name] = decode(*encoded, block)
+        if tensor.shape[0] % 128 == tensor.shape[1] % 128 == 0 or block == ROWS:
+            theirs = Fp8Dequantize(None)._dequantize_one(*encoded, torch.float32)
+            assert torch.equal(numbers[name], theirs), name
+    save_file(stored, folder / "model.safetensors")
+    return numbers
+
+
+def test_published_formats_are_read_exactly(tmp_path: Path) -> None:
+    """The numbers are those of transformers' reader, and logits those of the numbers' folder."""
+    tiny = preset("v4-tiny")
+    # Several blocks of rows and columns, some of them incomplete.
+    config = replace(
+        tiny,
+        vocab_size=96,
+        dim=192,
+        csa=replace(tiny.csa, heads=8, head_dim=32, q_lora_rank=128, o_lora_rank=96),
+        moe=replace(tiny.moe, routed=4, width=160),
+    )
+    model = LanguageModel(config, seed=3).eval()
+    numbers = quantised(tmp_path / "a", model)
+    changed = [
+        name
+        for name, each in deepseek_v4.places(config).items()
+        if not torch.equal(each.of(model.state_dict()), numbers[name])
+    ]
+    # 4 layers of 5 projections, 2 indexers, 3 matrices of 5 experts.
+    assert len(changed) == 4 * 5 + 2 + 4 * 3 * 5
+    ours = rq.load(tmp_path / "a", dtype="float32", device="cpu").model
+    for name, each in deepseek_v4.places(config).items():
+        assert torch.equal(each.of(ours.state_dict()), numbers[name]), name
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    save_file(numbers, tmp_path / "b" / "model.safetensors")
+    description = json.loads((tmp_path / "b" / "config.json").read_text())
+    del description["quantization_config"], description["expert_dtype"]
+    (tmp_path / "b" / "config.json").write_text(json.dumps(description))
+    plain = checkpoints.load(tmp_path / "b")
+    ids = torch.randint(96, (2, 50))
+    with torch.no_grad():
+        assert torch.equal(ours(ids), plain(ids))
+        theirs = MODEL.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
+        close(ours(ids), theirs(ids, use_cache=False).logits)
+    rounded = checkpoints.load(tmp_path / "a", dtype=torch.bfloat16)
+    assert torch.equal(
+        rounded.state_dict()["blocks.0.attention.wq_a.weight"],
+        numbers["layers.0.attn.wq_a.weight"].bfloat16(),
+    )
+
+
+def test_a_quantised_folder_without_its_scales_is_refused(tmp_path: Path) -> None:
+    quantised(tmp_path, LanguageModel(preset("v4-tiny")))
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = "layers.1.attn.wkv.scale"
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: layers\.1\.attn\.wkv"):
+        checkpoints.load(tmp_path)
+    tensors["layers.1.ffn.experts.3.w2.scale"] = torch.zeros(1, 7, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"misshapen: layers\.1\.ffn\.experts\.3\.w2\.scale"):
+        checkpoints.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +201,24 @@ def test_published_names_are_read(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type: got 'llama3'"),
         ({"swiglu_limit": "much"}, "swiglu_limit: got 'much'"),
         ({"head_dim": 16.5}, "head_dim: got 16.5"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: got 'no'"),
+        ({"mlp_layer_types": 5}, "mlp_layer_types: got 5"),
+        (
+            {"compress_ratios": [0, 4, 4, 4]},
+            "compress_ratios: got .* expected those of layer_types",
+        ),
+        (
+            {"partial_rotary_factor": 0.5, "qk_rope_head_dim": 8},
+            "qk_rope_head_dim: got 8, expected",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method: got 'awq'"),
+        ({"quantization_config": "fp8"}, "quantization_config: got 'fp8'"),
+        ({"quantization_config": {"expert_dtype": "int8"}}, "expert_dtype: got 'int8'"),
+        ({"expert_dtype": "int4"}, "expert_dtype: got 'int4'"),
+        ({"num_experts_per_tok": 17}, "moe.active: got 17"),
+        ({"o_groups": 3}, "csa.groups: got 3"),
+        ({"index_head_dim": 8}, "csa.rope_dim: got 16"),
+        ({"num_hidden_layers": 5}, "layer_types: got 4 values"),
     ],
 )
 def test_what_our_model_cannot_express_is_refused_by_name(change: dict, words: str) -> None:

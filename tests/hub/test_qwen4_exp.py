@@ -18,6 +18,9 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import GQAConfig, ModelConfig
 from rorqual.presets import preset
 
+sys.path.insert(0, str(Path(__file__).parent))
+from doubles import check_gradients
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen4_exp_tiny"
 
 
@@ -50,12 +53,9 @@ def test_random_configurations_are_as_in_transformers(seed, oracle, tmp_path):
     ids = torch.randint(config.vocab_size, (2, 50))
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     expected = theirs(ids, labels=ids, use_cache=False)
-    expected.loss.backward()
     loss = ours.loss(ids, labels).next_token
-    loss.backward()
     assert error(ours(ids), expected.logits) < 1e-5
     assert error(loss, expected.loss) < 1e-5
-    check_gradients(ours, theirs, config.pad_token_id)
     check_greedy(ours, theirs, ids[:1, :11])
     fresh = checkpoints.load(tmp_path / "theirs")
     checkpoints.export(fresh, tmp_path / "ours")
@@ -64,26 +64,15 @@ def test_random_configurations_are_as_in_transformers(seed, oracle, tmp_path):
     )
     with torch.no_grad():
         assert error(again(ids, use_cache=False).logits, expected.logits) < 1e-5
-
-
-def check_gradients(ours: LanguageModel, theirs, pad: int | None) -> None:
-    """Holds every gradient to the oracle's, but for what rounding changes in sums that cancel.
-
-    In float64 ours agree with the float32 ones of either no better than that.
-    """
-    table = {**qwen4_exp.places(ours.config), **qwen4_exp.aliases(ours.config)}
-    gradients = {
-        name: p.new_zeros(p.shape) if p.grad is None else p.grad
-        for name, p in ours.named_parameters()
-    }
-    largest = max(p.grad.abs().max().item() for p in theirs.parameters() if p.grad is not None)
-    for name, parameter in theirs.named_parameters():
-        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        result = table[name].of(gradients)
-        if name.endswith("embed_tokens.weight") and pad is not None:
-            rows = [row for row in range(len(expected)) if row != pad]
-            result, expected = result[rows], expected[rows]
-        assert error(result, expected, 0.01 * largest) < 3e-4, name
+    check_gradients(
+        ours,
+        theirs,
+        {**qwen4_exp.places(ours.config), **qwen4_exp.aliases(ours.config)},
+        ids,
+        lambda: theirs(ids, labels=ids, use_cache=False).loss,
+        float32=3e-4,
+        padding_id=config.pad_token_id,
+    )
 
 
 @torch.no_grad()
@@ -113,6 +102,66 @@ def test_padded_batches_are_as_in_transformers(oracle):
     result = ours(ids, lengths=lengths)
     for row, length in enumerate(lengths):
         assert error(result[row, :length], expected[row, 40 - length :]) < 1e-5
+
+
+ROPES = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, two scales": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    },
+    "yarn, one scale": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale_all_dim": 1.0,
+    },
+    "yarn, a factor": {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.3,
+    },
+    "linear": {"factor": 3.0},
+    "llama3": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    # Text has one position of three kinds, whatever its sections are.
+    "default": {"mrope_section": [2, 1, 1], "mrope_interleaved": True},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@torch.no_grad()
+def test_every_kind_of_rope_is_as_in_transformers(name, oracle, tmp_path):
+    rope = {"rope_type": name, "rope_theta": 50.0, "partial_rotary_factor": 0.5} | ROPES[name]
+    config = Qwen4ExpTextConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+        layer_types=["linear_attention", "indexed_attention"], num_key_value_heads=2, head_dim=16,
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=1,
+        linear_num_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8, hc_count=2, hc_lowrank=4, indexer_n_heads=2,
+        indexer_kv_heads=1, indexer_head_dim=12, indexer_budget=8, indexer_compress_ratio=2,
+        rope_parameters=rope, max_position_embeddings=32,
+    )  # fmt: skip
+    theirs = oracle.build(config).eval()
+    oracle.stir(theirs, 1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, ids = checkpoints.load(tmp_path / "theirs"), torch.randint(60, (2, 45))
+    expected = theirs(ids, use_cache=False).logits
+    assert error(ours(ids), expected) < 1e-5
+    checkpoints.export(ours, tmp_path / "ours")
+    assert checkpoints.load(tmp_path / "ours").config == ours.config
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert error(again(ids, use_cache=False).logits, expected) < 1e-5
 
 
 def rewritten(folder: Path, tensors: dict[str, Tensor], description: dict) -> Path:
@@ -180,7 +229,17 @@ def test_a_hash_of_other_numbers_is_refused(tmp_path):
         ({"ple_embed_dim": 63}, "ple_embed_dim: got 63, expected a multiple of the 8 heads"),
         ({"eos_token_id": None}, "eos_token_id: got None, expected a whole number"),
         ({"partial_rotary_factor": 0.2}, "partial_rotary_factor: got 3 of 16 values of a head"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: got 'yarn', expected 'default'"),
+        ({"layer_types": 5}, "layer_types: got 5, expected a list"),
+        ({"ple_layer_ids": 2}, "ple_layer_ids: got 2, expected a list"),
+        ({"full_attention_interval": 0, "layer_types": None}, "full_attention_interval: got 0"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "type: got 'axial', expected yarn, linear"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "got dynamic with qsa, .* expected frequencies that no later position changes",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor: got None, expected a number"),
+        ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta: got 0.1"),
+        ({"quantization_config": "fp8"}, "quantization_config: got 'fp8', expected its fields"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method: got 'awq', expected"),
         ({"indexer_head_dim": 8}, "qsa.dim: got 8, expected at least the 16 values that gqa"),
     ],

@@ -22,7 +22,15 @@ BENCH = load()
 
 
 # Relatives of DeepSeek-V3, which differ from it by a line.
-RELATIVES = {"deepseek_v2", "deepseek_v3", "axk1", "glm4_moe_lite", "mistral4", "youtu"}
+RELATIVES = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "axk1",
+    "glm4_moe_lite",
+    "kimi_k2",
+    "mistral4",
+    "youtu",
+}
 CASES = [
     pytest.param(name, seed, marks=[pytest.mark.slow] if seed else [])
     for name in BENCH.families()

@@ -345,7 +345,7 @@ def test_longest_context_is_where_the_cosine_turns_back(base, factor):
     "build, words",
     [
         (lambda: YarnConfig(factor=0.5), "factor 0.5"),
-        (lambda: YarnConfig(beta_fast=1.0, beta_slow=2.0), "0 < slow < fast"),
+        (lambda: YarnConfig(beta_fast=1.0, beta_slow=2.0), "0 < slow <= fast"),
         (lambda: RopeConfig(base=1.0), "rope base 1.0"),
         (lambda: rope_frequencies(RopeConfig(), 7), "width of 7"),
     ],

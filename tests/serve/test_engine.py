@@ -5,12 +5,16 @@ import functools
 import itertools
 import operator
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rorqual.layers.attention import GQAConfig, MLAConfig
+from rorqual.layers.csa import CSAConfig
+from rorqual.layers.csa2 import CSA2Config
+from rorqual.layers.delta_net import DeltaNetConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
@@ -18,6 +22,7 @@ from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.nsa import NSAConfig
+from rorqual.layers.qsa import QSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.decoding import decode
 from rorqual.serve.engine import Engine
@@ -95,6 +100,21 @@ def test_sampling_is_each_requests_own(model):
 
 GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=8)}
 NSA = {"block": 4, "stride": 2, "select_block": 4, "top_k": 3, "window": 5}
+CSA = CSAConfig(
+    heads=2,
+    head_dim=8,
+    rope_dim=4,
+    q_lora_rank=8,
+    groups=2,
+    o_lora_rank=4,
+    window=4,
+    kinds=("csa", "hca"),
+    ratio=2,
+    heavy_ratio=3,
+    index_heads=2,
+    index_dim=8,
+    top_k=3,
+)
 ATTENTIONS = {
     "mla": {"mla": MLAConfig(heads=2)},
     "gqa": GQA,
@@ -104,6 +124,20 @@ ATTENTIONS = {
     "nsa tile": GQA | {"nsa": NSAConfig(**NSA, choice="tile")},
     "moba": GQA | {"moba": MoBAConfig(block=4, top_k=2)},
     "moba tile": GQA | {"moba": MoBAConfig(block=4, top_k=2, choice="tile")},
+    "v4": {"mla": None, "csa": CSA},
+    "v4.1": {
+        "mla": None,
+        "csa": replace(CSA, kinds=()),
+        "csa2": CSA2Config(ratios=(2, 1), kv_sources=(0, 1), index_sources=(0, 1)),
+    },
+    "qwen4": {
+        "mla": None,
+        "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=8, output_gate=True),
+        "qsa": QSAConfig(heads=2, dim=8, block=2, budget=6),
+        "delta": DeltaNetConfig(
+            key_heads=2, value_heads=4, key_dim=6, value_dim=5, kernel=3, layers=(0,)
+        ),
+    },
     "moba decodes fully": GQA | {"moba": MoBAConfig(block=4, top_k=1, decode="full")},
     "moba and a full layer": GQA | {"moba": MoBAConfig(block=4, top_k=1, full_layers=1)},
 }

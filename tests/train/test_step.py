@@ -16,6 +16,7 @@ from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.moe import MoE
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.presets import preset
 from rorqual.train import step as step_module
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
@@ -228,6 +229,87 @@ def test_the_indexers_warm_up_is_given_by_the_number_of_the_step(small, indexed,
     for result in results:
         assert 0 < result.means["indexer_kl"] < result.means["indexer_kl_uniform"] + 1 < 5
         assert 0.2 < result.means["indexer_recall"] <= 1
+
+
+PRODUCTION = ("v3.2", "v4-tiny", "v4.1-tiny", "qwen4-tiny")
+
+
+@pytest.fixture(params=PRODUCTION)
+def production(request, small) -> ModelConfig:
+    """A production model whose attention selects a few of the tokens of a short text."""
+    if request.param == "v3.2":
+        dsa = DSAConfig(heads=2, dim=8, top_k=4, warmup=2, ties="topk")
+        return replace(small.without_noise(small.config), dsa=dsa)
+    config = replace(preset(request.param), vocab_size=61, dim=16, init_std=0.1)
+    if config.csa is not None:
+        csa = replace(config.csa, window=3, ratio=2, heavy_ratio=3, top_k=3, warmup=2)
+        config = replace(config, csa=csa)
+    if config.csa2 is not None:
+        blocks = {"candidate_block": 2, "candidate_blocks": 2}
+        config = replace(config, csa2=replace(config.csa2, **blocks))
+    if config.qsa is not None:
+        config = replace(config, qsa=replace(config.qsa, block=2, budget=4))
+    return config
+
+
+@pytest.mark.slow
+def test_production_models_learn_in_every_part(small, production):
+    """Losses fall, biases move, and indexers learn alone while they warm up, if they have a loss.
+
+    The indexer of Qwen4-Exp has none: as in transformers, what it selects is not learnt.
+    """
+    alone = production.indexer is not None
+    step, stream = small.step(steps=16, config=production, indexer_alone=alone), small.stream()
+    first = state_of(step)
+    early = run(step, stream, 1, 2)
+    warmed = state_of(step)
+    joint = run(step, stream, 3)
+    last = state_of(step)
+    for name, _ in step.model.named_parameters():
+        indexer = ".indexer." in name
+        still = indexer != alone if alone or indexer else False
+        assert torch.equal(first[name], warmed[name]) == still, name
+        assert torch.equal(warmed[name], last[name]) == (indexer and not alone), name
+    means = [float(result.means["loss"]) for result in joint]
+    assert sum(means[-4:]) < sum(means[:4]) - 0.2
+    for result in (*early, *joint):
+        assert ("indexer_kl" in result.means) == alone
+    if alone:
+        assert 0 < joint[-1].means["indexer_recall"] <= 1
+    biases = [
+        mixture.router.e_score_correction_bias
+        for mixture in step.mixtures
+        if mixture.config.balance.bias_rate
+    ]
+    learnt = [bias for bias in biases if bias is not None]
+    assert bool(learnt) == (production.qsa is None)
+    assert all(bias.any() for bias in learnt)
+
+
+def test_micro_batches_of_production_models_add_up(small, production):
+    """Losses that are means of a batch, of experts and of sequences, are of micro-batches."""
+    balance = replace(production.moe.balance, sequence=0.0, expert=0.0)
+    config = replace(production, mtp=None, moe=replace(production.moe, balance=balance))
+    if config.csa2 is not None:  # values that are rounded differ in whole steps
+        config = replace(config, csa2=replace(config.csa2, cache_formats="none"))
+    batch, results = next(small.stream()), []
+    for rows in (None, 1):
+        step = small.step(config=config, micro_batch_size=rows)
+        losses, counts = step.forward_backward(batch, 1)
+        results.append((step.model, losses["loss"], counts))
+    (whole, loss, counts), (other, other_loss, other_counts) = results
+    assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert torch.equal(other_counts, counts)
+    largest = max(
+        float(p.grad.to_dense().abs().max()) for p in whole.parameters() if p.grad is not None
+    )
+    for (name, one), two in zip(whole.named_parameters(), other.parameters(), strict=True):
+        # The indexers' losses are means over the tokens of a micro-batch.
+        if one.grad is not None and ".indexer." not in name:
+            expected = one.grad.to_dense()
+            torch.testing.assert_close(
+                two.grad.to_dense(), expected, rtol=1e-4, atol=1e-5 * largest
+            )
 
 
 def test_moba_attends_fully_in_its_last_phase(small, monkeypatch):

@@ -27,6 +27,7 @@ from rorqual.layers.balance import BalanceConfig, max_violation
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel
+from rorqual.presets import preset
 from rorqual.serve.generate import load
 from rorqual.tables import TableConfig
 from rorqual.train import trainer
@@ -255,6 +256,28 @@ def test_tables_elsewhere_are_refused_for_a_model_without_any(config, tables):
         ValueError, match=f"got {tables} for a model without Engram.*--model.engram default"
     ):
         train(replace(config, placement=tables, model=replace(config.model, engram=None)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4-tiny", "v4.1-tiny", "qwen4-tiny"])
+def test_production_models_train_from_text_stop_and_go_on(config, tmp_path, name):
+    """A run that was stopped ends with the bits of one that was not; its folder generates."""
+    model = replace(preset(name), vocab_size=300, dim=32)
+    config = replace(config, model=model, validate_every=4)
+    straight = train(replace(config, folder=str(tmp_path / "straight")))
+    with pytest.raises(Stopped):
+        train(config, on_metrics=stop_at(5))
+    folder = train(config)
+    weights = (folder / "model.safetensors").read_bytes()
+    assert weights == (straight / "model.safetensors").read_bytes()
+    assert losses(folder)[-1] < losses(folder)[0]
+    run = load(folder, device="cpu")
+    assert run.config == model
+    text = run.generate("The whale", max_new_tokens=12, temperature=0.0)
+    assert text == load(straight, device="cpu").generate(
+        "The whale", max_new_tokens=12, temperature=0.0
+    )
+    assert f"{config.steps}" in str(lines(folder)[-1]["step"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
