@@ -66,8 +66,9 @@ class Decoder:
             step = STEP.choose(self.model.embed.weight.detach())
             if step is not None and built(step):
                 self.compiled = _Compiled(step, self.model)
-        modules = self.compiled is None or len(ids) > BATCH or cache.past.named
-        if modules or self.model.cache_is_outdated(cache, ids):
+        takes = len(ids) <= BATCH and not cache.past.named
+        takes = takes and not self.model.cache_is_outdated(cache, ids)
+        if self.compiled is None or not takes:
             return self.model.logits(self.model.hidden(ids, cache=cache)[0])[:, 0]
         return self.compiled(ids, cache)
 
@@ -160,13 +161,12 @@ class _Compiled:
         # Referenced, since the step reads their memory.
         self.weights = [value.detach() for value in (*model.parameters(), *model.buffers())]
         self.blocks = [cast(Block, block) for block in model.blocks]
-        self.places = np.array(
-            [_places(block, _attends(model), step.PLACES) for block in self.blocks], np.int64
-        )
+        self.attends = _attends(model)
+        places = [_places(block, self.attends, step.PLACES) for block in self.blocks]
+        self.places = np.array(places, np.int64)
         widths = np.array([_width(block) for block in self.blocks], np.int64)
         ends = np.array(_ends(model, step.ENDS), np.int64)
         self.latent = step.PLACES.index("latent")
-        self.attends = _attends(model)
         # The parts of blocks before which a module runs: Engram comes before the rest of its block,
         # an attention of another kind before the feed-forward.
         edges = {2 * n for n, block in enumerate(self.blocks) if block.engram is not None}
