@@ -247,6 +247,8 @@ def training(
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     one_forward, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
+    # transformers does not train the indexer; ours does in training mode alone.
+    one_forward.eval()
     losses = {
         "ours": lambda: one_forward.loss(ids, labels).total,
         "transformers": lambda: peer(ids, labels=labels, shift_labels=labels, use_cache=False).loss,
