@@ -672,14 +672,14 @@ def _step(
 ):  # pragma: no cover
     """Computes this thread's share of the parts from `first` to `last` of a decoding step.
 
-    Part 2 l is the attention of block l, part 2 l + 1 its feed-forward. The logits are computed
+    Half 2 l is the attention of block l, half 2 l + 1 its feed-forward. The logits are computed
     unless `logits` is empty. `places` [layers, PLACES] and `ends` are addresses; `widths` are those
     of each SwiGLU; `phase` is greater than that of every barrier so far.
     """
-    for part in range(first, last):
-        layer, barrier = part // 2, phase + BARRIERS * (part - first)
+    for half in range(first, last):
+        layer, barrier = half // 2, phase + BARRIERS * (half - first)
         pointer = places[layer]
-        if part % 2:
+        if half % 2:
             _feed_forward(pointer, sizes, tokens, work, widths[layer], clocks, me, barrier)
         else:
             _attention(pointer, sizes, tokens, work, clocks, me, barrier)
