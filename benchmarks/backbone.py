@@ -68,7 +68,12 @@ CONFIG = ModelConfig(
     ),
     init_std=0.05,
 )
-V32 = replace(CONFIG, dsa=DSAConfig(heads=8, dim=32, top_k=256, weight=0.0))
+# Index heads. The products of 8 are all negative for one key in 256, so scores of 0 tie, and ours
+# computes the cached tokens again for a selection that does not depend on the cache; transformers
+# does not. The released models have 64 heads and no ties.
+INDEX_HEADS = 16
+# Of equal scores transformers selects those of torch.topk; it does not train the indexer.
+V32 = replace(CONFIG, dsa=DSAConfig(heads=INDEX_HEADS, dim=32, top_k=256, ties="topk", weight=0.0))
 V4 = ModelConfig(
     vocab_size=8192,
     dim=256,
@@ -83,7 +88,7 @@ V4 = ModelConfig(
         o_lora_rank=64,
         window=128,
         kinds=("window", "window", "csa", "hca", "csa", "hca"),
-        index_heads=8,
+        index_heads=INDEX_HEADS,
         index_dim=32,
         top_k=256,
         ties="topk",
@@ -242,6 +247,8 @@ def training(
     ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     one_forward, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
+    # transformers does not train the indexer; ours does in training mode alone.
+    one_forward.eval()
     losses = {
         "ours": lambda: one_forward.loss(ids, labels).total,
         "transformers": lambda: peer(ids, labels=labels, shift_labels=labels, use_cache=False).loss,

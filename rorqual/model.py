@@ -254,7 +254,7 @@ class LanguageModel(nn.Module):
         documents, which never see each other; lengths [B] is the number of valid tokens of each
         row, which padding follows.
         """
-        if cache is not None and cache.length and self._cache_is_outdated(cache, ids, lengths):
+        if cache is not None and cache.length and self.cache_is_outdated(cache, ids, lengths):
             return self._hidden_again(ids, document_ids, lengths, cache, last, for_mtp)
         ctx, pending = self.prepare(
             ids,
@@ -295,7 +295,7 @@ class LanguageModel(nn.Module):
             ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
         return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
 
-    def _cache_is_outdated(self, cache: Cache, ids: Tensor, lengths) -> bool:
+    def cache_is_outdated(self, cache: Cache, ids: Tensor, lengths=None) -> bool:
         """Whether the new tokens change what an uncached call computes for the cached ones.
 
         They do if an indexer selects among equal scores as torch.topk does, and if the rotary

@@ -2,7 +2,8 @@
 
 It does what serve.step does with the model's modules, for DeepSeek models with any number of
 residual streams, in float32 on the CPU. A step of few tokens reads each weight that it needs once
-and computes little; module by module it is bound by Python's overhead.
+and computes little; module by module it is bound by Python's overhead. MLA is compiled; another
+attention is a module that the caller runs between the two parts of a block.
 
     Every thread runs `_step` on its share of each product's rows, columns or heads, or of the
     tokens, and waits at `_meet` where the next part reads what all of them wrote.
@@ -26,6 +27,7 @@ from numba.extending import intrinsic
 
 from rorqual.io import Locked, lock
 from rorqual.kernels.compiled import compiled
+from rorqual.kernels.compiled import pointer as pointer_at
 from rorqual.kernels.vectors import (
     ONE,
     ZERO,
@@ -42,12 +44,12 @@ from rorqual.kernels.vectors import (
 
 PLACES = (
     "attention_norm", "q_a", "q_norm", "q_b", "kv_a", "kv_norm", "kv_b", "o", "latent",
-    "ffn_norm", "gate", "up", "down", "router", "bias", "gate_up", "experts_down",
+    "ffn_norm", "gate", "up", "down", "router", "bias", "table", "gate_up", "experts_down",
     "attention_fn", "attention_base", "attention_scale", "ffn_fn", "ffn_base", "ffn_scale",
 )  # fmt: skip
 (
     ATTENTION_NORM, Q_A, Q_NORM, Q_B, KV_A, KV_NORM, KV_B, O, LATENT,
-    FFN_NORM, GATE, UP, DOWN, ROUTER, BIAS, GATE_UP, EXPERTS_DOWN,
+    FFN_NORM, GATE, UP, DOWN, ROUTER, BIAS, TABLE, GATE_UP, EXPERTS_DOWN,
     ATTENTION_FN, ATTENTION_BASE, ATTENTION_SCALE, FFN_FN, FFN_BASE, FFN_SCALE,
 ) = range(len(PLACES))  # fmt: skip
 ENDS = ("norm", "head", "fn", "base", "scale")  # the last three reduce the streams
@@ -57,7 +59,7 @@ LINE = 8  # int64 numbers in a cache line: no two threads write to the same line
 PATIENCE = 2000  # polls of another thread's clock before the core is yielded
 GONE = np.iinfo(np.int64).max  # the clock of a thread that failed: no other thread waits for it
 TINY = np.float32(np.finfo(np.float32).tiny)
-BARRIERS = 11  # of a block: six of attention, five of the feed-forward
+BARRIERS = 6  # of a part of a block, at most
 
 
 class Sizes(NamedTuple):
@@ -81,6 +83,7 @@ class Sizes(NamedTuple):
     experts: int
     active: int
     width: int
+    limit: float  # of the factors inside of the experts and of the shared SwiGLU
     score: int
     groups: int
     groups_kept: int
@@ -97,6 +100,7 @@ class Sizes(NamedTuple):
 class Tokens(NamedTuple):
     """The N tokens of a step: one of each sequence, or several that follow each other."""
 
+    ids: np.ndarray  # [N], which select experts where the router does so
     x: np.ndarray  # [N, S, D], their residual streams
     pre: np.ndarray  # [N, S], the pre-mapping that is handed on
     positions: np.ndarray  # [N], how many tokens of its sequence are cached before each
@@ -116,7 +120,7 @@ class Scratch(NamedTuple):
     heads: np.ndarray  # [N, heads value]
     plain: np.ndarray  # [N widest], inside of the SwiGLU that all tokens take
     inner: np.ndarray  # [N active, width], inside of the experts
-    delta: np.ndarray  # [N, D], output of a sublayer
+    delta: np.ndarray  # [N, D], output of a sublayer, of the caller's attention too
     expert_ids: np.ndarray  # [N, active]
     expert_weights: np.ndarray  # [N, active]
 
@@ -185,6 +189,11 @@ def _share(count, me, threads):  # pragma: no cover
 @compiled
 def _vector(address, size):  # pragma: no cover
     return matrix_at(address, 1, size)[0]
+
+
+@compiled
+def _ids_at(address, size):  # pragma: no cover
+    return numba.carray(pointer_at(address), (size,), np.int64)
 
 
 @compiled
@@ -394,10 +403,15 @@ def _heads(pointer, sizes, low, tokens, out, me, threads):  # pragma: no cover
 
 @compiled
 def _attention(pointer, sizes, tokens, work, clocks, me, phase):  # pragma: no cover
-    """Adds attention to the streams; the new latents are cached. Six barriers."""
+    """Adds attention to the streams; the new latents are cached. Six barriers.
+
+    Where the caller runs the attention, only its input is written, to work.hidden.
+    """
     threads, down = clocks.shape[0], sizes.rank + sizes.rope
     site = pointer[ATTENTION_FN], pointer[ATTENTION_BASE], pointer[ATTENTION_SCALE]
     _read(*site, pointer[ATTENTION_NORM], sizes, tokens, work, clocks, me, phase)
+    if not pointer[O]:
+        return
     hidden, low = work.hidden, work.low
     start, end = _share(sizes.query_rank, me, threads)
     score_tile(hidden, matrix_at(pointer[Q_A], sizes.query_rank, sizes.dim), low, start, end)
@@ -475,7 +489,7 @@ def _score(logits, kind):  # pragma: no cover
 
 
 @compiled
-def _route(pointer, sizes, hidden, expert_ids, weights):  # pragma: no cover
+def _route(pointer, sizes, hidden, token_id, expert_ids, weights):  # pragma: no cover
     """Computes the router of layers.router for one token, hidden [1, D].
 
     Of equal scores the lower expert is selected.
@@ -498,6 +512,8 @@ def _route(pointer, sizes, hidden, expert_ids, weights):  # pragma: no cover
         for e in range(1, sizes.experts):
             if biased[e] > biased[best]:
                 best = e
+        if pointer[TABLE]:
+            best = _ids_at(pointer[TABLE] + 8 * token_id * sizes.active, sizes.active)[k]
         expert_ids[k], weights[k] = best, scores[best]
         biased[best] = np.float32(-np.inf)
         total += scores[best]
@@ -519,16 +535,22 @@ def _slots_of(expert_ids, expert, slots):  # pragma: no cover
 
 
 @compiled
-def _gated(gate, up, out, factor):  # pragma: no cover
+def _gated(gate, up, limit, out, factor):  # pragma: no cover
+    """Writes out = factor silu(gate) up, with both clipped as layers.basics.gated does."""
     for i in range(gate.shape[0]):
-        out[i] = gate[i] * _sigmoid(gate[i]) * up[i] * factor
+        g, u = gate[i], up[i]
+        if g > limit:
+            g = limit
+        if abs(u) > limit:
+            u = math.copysign(limit, u)
+        out[i] = g * _sigmoid(g) * u * factor
 
 
 @compiled
 def _experts_in(pointer, sizes, work, start, end):  # pragma: no cover
     """Writes work.inner[slot, start:end] = weight silu(gate) up of every slot."""
     dim, width, active = sizes.dim, sizes.width, sizes.active
-    slots = np.empty(work.inner.shape[0], np.int64)
+    slots, limit = np.empty(work.inner.shape[0], np.int64), np.float32(sizes.limit)
     if start == end:
         return
     for expert in range(sizes.experts):
@@ -548,7 +570,7 @@ def _experts_in(pointer, sizes, work, start, end):  # pragma: no cover
         sum_rows(hidden, weight + 4 * width, 8 * width, dim, up)
         for c in range(count):
             share = work.expert_weights[slots[c] // active, slots[c] % active]
-            _gated(gate[c], up[c], work.inner[slots[c], start:end], share)
+            _gated(gate[c], up[c], limit, work.inner[slots[c], start:end], share)
 
 
 @compiled
@@ -579,33 +601,42 @@ def _experts_out(pointer, sizes, work, start, end):  # pragma: no cover
 
 @compiled
 def _feed_forward(pointer, sizes, tokens, work, width, clocks, me, phase):  # pragma: no cover
-    """Adds the SwiGLU, dense or shared, and the selected experts to the streams. Five barriers."""
+    """Adds the SwiGLU, dense or shared, and the selected experts to the streams. Six barriers.
+
+    Where the caller ran the attention, its output is added first.
+    """
     threads, count = clocks.shape[0], tokens.x.shape[0]
+    if not pointer[O]:
+        start, end = _share(sizes.dim, me, threads)
+        _write(sizes, tokens, work, start, end)
+        _meet(clocks, me, phase)
     site = pointer[FFN_FN], pointer[FFN_BASE], pointer[FFN_SCALE]
-    _read(*site, pointer[FFN_NORM], sizes, tokens, work, clocks, me, phase)
+    _read(*site, pointer[FFN_NORM], sizes, tokens, work, clocks, me, phase + 1)
     if pointer[ROUTER]:
         start, end = _share(count, me, threads)
         for n in range(start, end):
             hidden = work.hidden[n : n + 1]
-            _route(pointer, sizes, hidden, work.expert_ids[n], work.expert_weights[n])
-        _meet(clocks, me, phase + 2)
+            ids, weights = work.expert_ids[n], work.expert_weights[n]
+            _route(pointer, sizes, hidden, tokens.ids[n], ids, weights)
+        _meet(clocks, me, phase + 3)
     plain = matrix_at(work.plain.ctypes.data, count, width)
     start, end = _share(width, me, threads)
     gate, up = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
     score_tile(work.hidden, matrix_at(pointer[GATE], width, sizes.dim), gate, start, end)
     score_tile(work.hidden, matrix_at(pointer[UP], width, sizes.dim), up, start, end)
+    limit = np.float32(sizes.limit if pointer[ROUTER] else np.inf)
     for n in range(count):
-        _gated(gate[n, start:end], up[n, start:end], plain[n, start:end], ONE)
+        _gated(gate[n, start:end], up[n, start:end], limit, plain[n, start:end], ONE)
     if pointer[ROUTER]:
         start, end = _share(sizes.width, me, threads)
         _experts_in(pointer, sizes, work, start, end)
-    _meet(clocks, me, phase + 3)
+    _meet(clocks, me, phase + 4)
     start, end = _share(sizes.dim, me, threads)
     score_tile(plain, matrix_at(pointer[DOWN], sizes.dim, width), work.delta, start, end)
     if pointer[ROUTER]:
         _experts_out(pointer, sizes, work, start, end)
     _write(sizes, tokens, work, start, end)
-    _meet(clocks, me, phase + 4)
+    _meet(clocks, me, phase + 5)
 
 
 @compiled
@@ -639,16 +670,19 @@ def _logits(ends, sizes, tokens, work, logits, clocks, me, phase):  # pragma: no
 def _step(
     places, widths, ends, sizes, tokens, work, first, last, logits, clocks, me, phase
 ):  # pragma: no cover
-    """Computes this thread's share of the blocks from `first` to `last` of a decoding step.
+    """Computes this thread's share of the parts from `first` to `last` of a decoding step.
 
-    The logits are computed unless `logits` is empty. `places` [layers, PLACES] and `ends` are
-    addresses; `widths` are those of each SwiGLU; `phase` is greater than that of every barrier so
-    far.
+    Half 2 l is the attention of block l, half 2 l + 1 its feed-forward. The logits are computed
+    unless `logits` is empty. `places` [layers, PLACES] and `ends` are addresses; `widths` are those
+    of each SwiGLU; `phase` is greater than that of every barrier so far.
     """
-    for layer in range(first, last):
-        pointer, barrier = places[layer], phase + BARRIERS * (layer - first)
-        _attention(pointer, sizes, tokens, work, clocks, me, barrier)
-        _feed_forward(pointer, sizes, tokens, work, widths[layer], clocks, me, barrier + 6)
+    for half in range(first, last):
+        layer, barrier = half // 2, phase + BARRIERS * (half - first)
+        pointer = places[layer]
+        if half % 2:
+            _feed_forward(pointer, sizes, tokens, work, widths[layer], clocks, me, barrier)
+        else:
+            _attention(pointer, sizes, tokens, work, clocks, me, barrier)
     if logits.shape[0]:
         barrier = phase + BARRIERS * (last - first)
         _logits(ends, sizes, tokens, work, logits, clocks, me, barrier)
@@ -663,9 +697,8 @@ def _types() -> tuple:
     sizes = Sizes(*(kind() for kind in Sizes.__annotations__.values()))
     step = Step(np.zeros((1, len(PLACES)), np.int64), whole, whole, sizes, 1)
     none = np.empty((0, 0), np.float32)
-    tokens = Tokens(
-        np.empty((1, 1, 1), np.float32), none, whole, np.zeros((1, 1), np.int64), none, none
-    )
+    streams, pages = np.empty((1, 1, 1), np.float32), np.zeros((1, 1), np.int64)
+    tokens = Tokens(whole, streams, none, whole, pages, none, none)
     arguments = step.arguments(tokens, 0, 0, none)
     return tuple(numba.typeof(value) for value in (*arguments, 0, 0))
 
@@ -730,7 +763,7 @@ class Step:
         return *sizes, tokens, self.work, first, last, logits, self.clocks
 
     def __call__(self, tokens: Tokens, first: int, last: int, logits: np.ndarray) -> None:
-        """Runs the blocks from `first` to `last` on the tokens' streams, in place.
+        """Runs the parts of blocks from `first` to `last` on the tokens' streams, in place.
 
         `logits` [N, V] are written if they are not empty.
         """

@@ -50,7 +50,7 @@ from rorqual.layers.dsa import (
 from rorqual.layers.sparse import Blocks
 from rorqual.model_config import CSAConfig as CSAConfig
 
-QUERIES = 128  # processed at a time: their window keys and scores stay in a core's cache
+QUERIES = 64  # processed at a time: their window keys and scores stay in a core's cache
 GATHERING = 3  # time of a gathered entry relative to one that is read in place
 COPIED = 1 << 21  # numbers of entries gathered at a time
 
@@ -659,7 +659,8 @@ def attend_with_sink(
     logits = ((query * scale).flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
+        # In place: the product's gradient does not need its result.
+        logits = logits.masked_fill_(~mask[:, :, None], -torch.inf)
     sinks = sink.to(logits.dtype)[:, None].expand(*logits.shape[:3], 1)
     weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
     return (weights.to(key.dtype).flatten(1, 2) @ key).view_as(query)

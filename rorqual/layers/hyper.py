@@ -253,7 +253,9 @@ class Residual(nn.Module):
 
 def expand(hidden: Float[Tensor, "B T D"], config: HyperConfig | None) -> Streams:
     """Copies the embedding to every stream; to one stream when config is None."""
-    return Streams(hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1))
+    streams = hidden[:, :, None].expand(-1, -1, config.streams if config else 1, -1)
+    # Batched products of streams that share memory would be computed one by one.
+    return Streams(streams.contiguous())
 
 
 class StreamReduction(nn.Module):

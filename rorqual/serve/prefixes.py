@@ -54,12 +54,12 @@ class Prefixes:
         if self._keep and self._model.config.delta is None:
             cache.reserve_slack(len(ids))
         # The last id is always read: its logits are wanted.
-        for place, key in reversed(list(enumerate(keys_of(ids[:-1]), start=1))):
+        for count, key in reversed(list(enumerate(keys_of(ids[:-1]), start=1))):
             if key in self._by_key:
                 number = self._by_key[key]
                 self._kept.move_to_end(number)
-                cache.load(self._kept[number][0], place * PAGE)
-                return cache, place * PAGE
+                cache.load(self._kept[number][0], count * PAGE)
+                return cache, count * PAGE
         return cache, 0
 
     def add(self, ids: Sequence[int], cache: Cache) -> None:
@@ -67,7 +67,7 @@ class Prefixes:
         if not self._keep:
             return
         keys = [
-            key for place, key in enumerate(keys_of(ids), start=1) if place * PAGE >= cache.oldest
+            key for count, key in enumerate(keys_of(ids), start=1) if count * PAGE >= cache.oldest
         ]
         if not keys:
             return

@@ -63,13 +63,13 @@ class Runner:
         self.rows, self.cache = self._keep(self.rows, self.cache, requests)
         joining, self._joining = self._joining, []
         for group, cache in joining:
-            rows, kept = self._keep(group, cache, requests)
-            if kept is None:
+            rows, selected = self._keep(group, cache, requests)
+            if selected is None:
                 continue
             if self.cache is None:
-                self.cache = kept
+                self.cache = selected
             else:
-                self.cache.join(kept)
+                self.cache.join(selected)
             self.rows += rows
 
     def _keep(
@@ -113,7 +113,7 @@ class Runner:
         if output.logits is not None:
             (request, *more) = requests
             if request.cache is not None and not more:
-                # The batch gets a copy: this one is kept as it is.
+                # The batch gets a copy: this one stays as it is.
                 self.prefixes.add(request.sequence, cache)
                 request.cache = None
                 copy = self.model.new_cache(1, capacity=cache.length + SPARE)

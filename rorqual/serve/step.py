@@ -1,19 +1,21 @@
 """Computes the logits of the next token with the fastest decoding step that fits the model.
 
     reference   the model itself: any model, any batch
-    decode_step kernels.step, compiled: MLA, dense or MoE, one residual stream or several, Engram
-                in any blocks; at most BATCH sequences of any lengths without documents; float32 on
-                the CPU, without hooks, adapters or replaced modules
+    decode_step kernels.step, compiled: any attention, dense or MoE, one residual stream or several,
+                Engram in any blocks; at most BATCH sequences of any lengths without documents;
+                float32 on the CPU, without hooks, adapters or replaced modules
 
-Both leave the same cache, so that either can continue after the other. Engram itself is computed by
-its module between two compiled calls, wherever its table is.
+Both leave the same cache, so that either can continue after the other. Engram is computed by its
+module between two compiled calls, wherever its table is, and so is any attention but MLA.
 """
 
 import functools
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -64,7 +66,9 @@ class Decoder:
             step = STEP.choose(self.model.embed.weight.detach())
             if step is not None and built(step):
                 self.compiled = _Compiled(step, self.model)
-        if self.compiled is None or len(ids) > BATCH or cache.past.named:
+        takes = len(ids) <= BATCH and not cache.past.named
+        takes = takes and not self.model.cache_is_outdated(cache, ids)
+        if self.compiled is None or not takes:
             return self.model.logits(self.model.hidden(ids, cache=cache)[0])[:, 0]
         return self.compiled(ids, cache)
 
@@ -113,14 +117,11 @@ def _building(step: Any) -> subprocess.Popen | None:
 def fits(model: LanguageModel) -> bool:
     """Returns whether the compiled step computes what this model does."""
     c = model.config
-    if c.mla is None or c.mla.bias or c.dsa is not None or model.training:
-        return False
-    if c.rope.varies or c.rope.query_scale is not None:
+    if model.training or c.rope.varies or c.rope.query_scale is not None:
         return False
     if c.moe is not None and (
         c.moe.router.adaptive_mass is not None
-        or c.moe.router.token_id_layers
-        or c.moe.swiglu_limit is not None
+        or c.moe.router.image_ids
         or c.moe.norm_eps is not None
         or c.moe.shared_gate
     ):
@@ -130,8 +131,9 @@ def fits(model: LanguageModel) -> bool:
         return False
     compiled: list[nn.Module] = [model.embed, model.norm, model.head]
     compiled += [] if model.reduction is None else [model.reduction]
+    outside = ("engram",) if _attends(model) else ("engram", "attention")
     for block in model.blocks:
-        children = [child for name, child in block.named_children() if name != "engram"]
+        children = [child for name, child in block.named_children() if name not in outside]
         compiled += [block, *(module for child in children for module in child.modules())]
     values = [value for module in compiled for value in module.parameters(recurse=False)]
     return all(
@@ -143,6 +145,13 @@ def fits(model: LanguageModel) -> bool:
     ) and all(p.dtype == torch.float32 and p.is_contiguous() and p.is_cpu for p in values)
 
 
+def _attends(model: LanguageModel) -> bool:
+    """Returns whether the compiled step computes the model's attention, too."""
+    mla = model.config.mla
+    plain = all(type(cast(Block, block).attention) is MLA for block in model.blocks)
+    return plain and mla is not None and not mla.bias
+
+
 class _Compiled:
     """Runs kernels.step.Step, the class `step`, which needs numba and is imported when it runs."""
 
@@ -152,13 +161,18 @@ class _Compiled:
         # Referenced, since the step reads their memory.
         self.weights = [value.detach() for value in (*model.parameters(), *model.buffers())]
         self.blocks = [cast(Block, block) for block in model.blocks]
-        self.places = np.array([_places(block, step.PLACES) for block in self.blocks], np.int64)
+        self.attends = _attends(model)
+        places = [_places(block, self.attends, step.PLACES) for block in self.blocks]
+        self.places = np.array(places, np.int64)
         widths = np.array([_width(block) for block in self.blocks], np.int64)
         ends = np.array(_ends(model, step.ENDS), np.int64)
         self.latent = step.PLACES.index("latent")
-        # Engram comes before the rest of its block.
-        memories = [index for index, block in enumerate(self.blocks) if block.engram is not None]
-        self.edges = sorted({0, *memories, len(self.blocks)})
+        # The parts of blocks before which a module runs: Engram comes before the rest of its block,
+        # an attention of another kind before the feed-forward.
+        edges = {2 * n for n, block in enumerate(self.blocks) if block.engram is not None}
+        if not self.attends:
+            edges.update(range(1, 2 * len(self.blocks), 2))
+        self.edges = sorted(edges | {0, 2 * len(self.blocks)})
         self.step = step(
             self.places, widths, ends, sizes(model, step.SIZES), torch.get_num_threads()
         )
@@ -167,21 +181,27 @@ class _Compiled:
         model, batch, streams = self.model, len(ids), self.model.config.streams
         lengths = np.array(cache.past.lengths, np.int64)
         ctx, pending = model.prepare(ids, cache)
-        pages = self._pages(cache, lengths)
+        pages = self._pages(cache, lengths) if self.attends else np.empty((batch, 0), np.int64)
         x = self.embed[ids[:, 0]][:, None].repeat(1, streams, 1)  # [B, S, D]
         # single_pass reads stream 0 first.
         pre = np.zeros((batch, streams), np.float32)
         pre[:, 0] = 1
         assert ctx.cos is not None and ctx.sin is not None
         cos, sin = (table[:, 0].expand(batch, -1).contiguous() for table in (ctx.cos, ctx.sin))
-        tokens = self.step.TOKENS(x.numpy(), pre, lengths, pages, cos.numpy(), sin.numpy())
+        rest = pre, lengths, pages, cos.numpy(), sin.numpy()
+        tokens = self.step.TOKENS(ids[:, 0].contiguous().numpy(), x.numpy(), *rest)
         logits = np.empty((batch, self.step.sizes.vocab_size), np.float32)
         for first, last in pairwise(self.edges):
-            engram = self.blocks[first].engram
-            if engram is not None:
-                of_block = ctx.for_block(cache.layers[first], pending[first])
-                x += engram(x[:, None], of_block)[:, 0]
-            ends = last == len(self.blocks)
+            block, index = self.blocks[first // 2], first // 2
+            of_block = ctx.for_block(cache.layers[index], pending.get(index))
+            if first % 2:
+                work = self.step.work
+                out, _, *shared = block.attention(torch.from_numpy(work.hidden)[:, None], of_block)
+                torch.from_numpy(work.delta).copy_(out[:, 0])
+                ctx = replace(ctx, shared=shared[0]) if shared else ctx
+            elif block.engram is not None:
+                x += block.engram(x[:, None], of_block)[:, 0]
+            ends = last == self.edges[-1]
             self.step(tokens, first, last, logits if ends else logits[:0])
         return torch.from_numpy(logits)
 
@@ -206,13 +226,10 @@ def _ends(model: LanguageModel, names: Sequence[str]) -> list[int]:
     return [weights[name].data_ptr() if name in weights else 0 for name in names]
 
 
-def _places(block: Block, names: Sequence[str]) -> list[int]:
-    """Returns the addresses of a block's weights in the order of `names`; 0 for a missing one."""
-    attention, ffn = cast(MLA, block.attention), block.ffn
-    plain = ffn.shared if isinstance(ffn, MoE) else ffn
+def _of_attention(attention: MLA) -> dict[str, Tensor | None]:
+    """Returns the weights of a compiled attention."""
     lora = attention.config.q_lora_rank is not None
-    weights: dict[str, Tensor | None] = {
-        "attention_norm": cast(RMSNorm, block.attention_norm).weight,
+    return {
         "q_a": attention.q_a_proj.weight if lora else None,
         "q_norm": attention.q_a_layernorm.weight if lora else None,
         "q_b": attention.q_b_proj.weight if lora else attention.q_proj.weight,
@@ -220,12 +237,24 @@ def _places(block: Block, names: Sequence[str]) -> list[int]:
         "kv_norm": attention.kv_a_layernorm.weight,
         "kv_b": attention.kv_b_proj.weight,
         "o": attention.o_proj.weight,
+    }
+
+
+def _places(block: Block, attends: bool, names: Sequence[str]) -> list[int]:
+    """Returns the addresses of a block's weights in the order of `names`; 0 for a missing one."""
+    attention, ffn = block.attention, block.ffn
+    plain = ffn.shared if isinstance(ffn, MoE) else ffn
+    weights: dict[str, Tensor | None] = {
+        "attention_norm": cast(RMSNorm, block.attention_norm).weight,
         "ffn_norm": cast(RMSNorm, block.ffn_norm).weight,
     }
+    if attends:
+        weights |= _of_attention(cast(MLA, attention))
     if plain is not None:
         weights |= {name: getattr(plain, f"{name}_proj").weight for name in ("gate", "up", "down")}
     if isinstance(ffn, MoE):
         weights |= {"router": ffn.router.weight, "bias": ffn.router.e_score_correction_bias}
+        weights |= {"table": ffn.router.table}
         weights |= {"gate_up": ffn.experts.gate_up, "experts_down": ffn.experts.down}
     for site in ("attention", "ffn"):
         mapping = getattr(block, f"{site}_residual").named_parameters()
@@ -242,31 +271,28 @@ def _width(block: Block) -> int:
 
 def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
     """Makes the compiled step's Sizes of the sizes and options of a model."""
-    c, mla, moe, attention = (
-        model.config,
-        model.config.mla,
-        model.config.moe,
-        model.blocks[0].attention,
-    )
-    assert mla is not None and isinstance(attention, MLA)
+    c, moe = model.config, model.config.moe
+    # An attention that is not compiled has no sizes.
+    mla = c.mla if _attends(model) else None
     router = moe.router if moe is not None else None
     hyper = c.hyper or HyperConfig(streams=1)
     return make(
         dim=c.dim,
         vocab_size=c.vocab_size,
-        heads=mla.heads,
-        query_rank=mla.q_lora_rank or 0,
-        rank=mla.kv_lora_rank,
-        nope=mla.nope_dim,
-        rope=mla.rope_dim,
-        value=mla.value_dim,
+        heads=mla.heads if mla is not None else 0,
+        query_rank=(mla.q_lora_rank or 0) if mla is not None else 0,
+        rank=mla.kv_lora_rank if mla is not None else 0,
+        nope=mla.nope_dim if mla is not None else 0,
+        rope=mla.rope_dim if mla is not None else 0,
+        value=mla.value_dim if mla is not None else 0,
         interleaved=c.rope.interleaved,
-        scale=attention.scale,
+        scale=cast(MLA, model.blocks[0].attention).scale if mla is not None else 1.0,
         eps=c.eps,
-        latent_eps=mla.eps,
+        latent_eps=mla.eps if mla is not None else 0.0,
         experts=moe.routed if moe is not None else 0,
         active=moe.active if moe is not None else 0,
         width=moe.width if moe is not None else 0,
+        limit=math.inf if moe is None or moe.swiglu_limit is None else moe.swiglu_limit,
         score=ROUTER_SCORES.index(router.score) if router is not None else 0,
         groups=router.groups if router is not None else 1,
         groups_kept=router.groups_kept if router is not None else 1,

@@ -53,10 +53,10 @@ def texts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
     return [first + [draw.randrange(61) for _ in range(length)] for length in lengths]
 
 
-def check(model, prompts, *, seed: int = 0, most: int = 12, **options) -> Engine:
+def check(model, prompts, *, seed: int = 0, longest: int = 12, **options) -> Engine:
     """Requests come, are sent back and cancelled at random; each gets the ids it gets alone."""
     draw, engine, requests = random.Random(seed), Engine(model, **options), []
-    counts = [draw.randrange(1, most) for _ in prompts]
+    counts = [draw.randrange(1, longest) for _ in prompts]
     while not engine.idle or len(requests) < len(prompts):
         for _ in range(draw.randrange(3)):
             if (number := len(requests)) < len(prompts):
@@ -94,7 +94,7 @@ def test_ids_are_those_of_a_request_alone_under_many_arrivals(kind):
         prompts = texts(seed, [1, 50, 2, 64], shared)
         prompts.append(prompts[3] + [1, 2, 3])
         options = {"context": 260, "cache_tokens": 6 * PAGE, "prefill_chunk": 40, "seed": seed}
-        preemptions += check(model, prompts, most=50, **options).stats().preemptions
+        preemptions += check(model, prompts, longest=50, **options).stats().preemptions
     assert preemptions
 
 
@@ -140,21 +140,21 @@ def test_a_request_that_was_sent_back_goes_on_as_if_nothing_had_happened():
         assert bool(engine.stats().preemptions) == (pages == 5)
         return requests
 
-    for narrow, wide in zip(run(5), run(40), strict=True):
-        assert narrow.ids == wide.ids
+    for narrow, ample in zip(run(5), run(40), strict=True):
+        assert narrow.ids == ample.ids
         assert [len(one.experts) for one in narrow.observed] == [len(narrow.prompt)] + [1] * 69
-        assert [one.experts for one in narrow.observed] == [one.experts for one in wide.observed]
+        assert [one.experts for one in narrow.observed] == [one.experts for one in ample.observed]
         rows = [
             [
                 [read.rows for read in token.values()]
                 for one in request.observed
                 for token in one.memory
             ]
-            for request in (narrow, wide)
+            for request in (narrow, ample)
         ]
         assert rows[0] == rows[1]
         result = torch.tensor([one.logprob for one in narrow.logprobs])
-        expected = torch.tensor([one.logprob for one in wide.logprobs])
+        expected = torch.tensor([one.logprob for one in ample.logprobs])
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 

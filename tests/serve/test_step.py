@@ -18,6 +18,7 @@ from rorqual.kernels import step as kernel
 from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.cache import Cache
+from rorqual.layers.csa import CSAConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
@@ -77,7 +78,43 @@ SIZES = {
         BASE, engram=replace(ENGRAM, layers=(0, 2), gating="shared"), moe=None
     ),
     "all of it": replace(BASE, engram=ENGRAM, hyper=HyperConfig(scale=0.5)),
+    "clipped, experts by token id": replace(
+        BASE, moe=replace(BASE.moe, swiglu_limit=0.7, router=RouterConfig(token_id_layers=2))
+    ),
 }
+# Their attention is a module between compiled parts.
+MODULES = {
+    "gqa": replace(BASE, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)),
+    "bias": replace(BASE, mla=replace(BASE.mla, bias=True)),
+    "dsa, memory": replace(BASE, dsa=DSAConfig(heads=2, dim=8, top_k=6), engram=ENGRAM),
+    "dsa, shared and tied": replace(
+        BASE, dsa=DSAConfig(heads=2, dim=8, top_k=6, shared=(1,), ties="topk")
+    ),
+    "v4": replace(
+        BASE,
+        layers=4,
+        mla=None,
+        csa=CSAConfig(
+            heads=4, head_dim=8, rope_dim=4, q_lora_rank=6, groups=2, o_lora_rank=5, window=5,
+            ratio=3, heavy_ratio=4, index_heads=3, index_dim=6, top_k=2,
+            kinds=("window", "csa", "hca", "csa"),
+        ),
+        moe=replace(
+            BASE.moe,
+            first_dense=0,
+            swiglu_limit=0.7,
+            router=RouterConfig(score="sqrtsoftplus", token_id_layers=1),
+        ),
+        hyper=HyperConfig(scale=0.5),
+    ),
+    "single pass, memory": replace(
+        BASE,
+        mla=None,
+        gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4),
+        engram=replace(ENGRAM, layers=(0, 2)),
+        hyper=HyperConfig(kind="single_pass", scale=0.5),
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -142,6 +179,27 @@ def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
         ours, theirs = (piece.attention.latent.buffer[:, :30] for piece in (ours, theirs))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
     assert cache.length == 30
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_attend_between_compiled_parts(name, threads, poisoned, monkeypatch):
+    """Logits are the model's, of sequences alone and of a batch of different lengths."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, ids = build(MODULES[name]), ids_of(30, 3)
+    for lengths in ([5], [5, 17, 9]):
+        cache, longest = model.new_cache(len(lengths)), max(lengths)
+        model.hidden(ids[: len(lengths), :longest], lengths=lengths, cache=cache)
+        step = Decoder(model)
+        for turn in range(13):
+            new = [row[length + turn] for row, length in zip(ids, lengths, strict=False)]
+            result = step(torch.stack(new)[:, None], cache)
+            for row, length in enumerate(lengths):
+                expected = model(ids[row : row + 1, : length + turn + 1])[0, -1]
+                bound = 1e-5 * expected.abs().max().item()
+                torch.testing.assert_close(result[row], expected, rtol=0, atol=bound)
+        assert step.compiled is not None
 
 
 @torch.inference_mode()
@@ -412,13 +470,9 @@ def test_what_it_does_not_know_it_leaves_alone(change):
 @pytest.mark.parametrize(
     "config",
     [
-        replace(BASE, mla=None, gqa=GQAConfig(heads=2, kv_heads=1, head_dim=4)),
-        replace(BASE, dsa=DSAConfig(heads=2, dim=8, top_k=6)),
         replace(BASE, hyper=HyperConfig(kind="hc")),
         replace(BASE, hyper=HyperConfig(mix="identity")),
-        replace(BASE, mla=replace(BASE.mla, bias=True)),
         replace(BASE, moe=replace(BASE.moe, router=RouterConfig(adaptive_mass=0.9))),
-        replace(BASE, moe=replace(BASE.moe, router=RouterConfig(token_id_layers=2))),
     ],
 )
 def test_other_architectures_are_the_models_own(config):
