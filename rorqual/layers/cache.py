@@ -77,13 +77,12 @@ class Rows:
     full.
     """
 
-    def __init__(self) -> None:
-        self.clear()
+    buffer: Tensor | None = None
+    _memory: Tensor | None = None  # [R, C, ...], R >= B
 
     def clear(self) -> None:
         """Frees the memory."""
-        self.buffer: Tensor | None = None
-        self._memory: Tensor | None = None  # [R, C, ...], R >= B
+        self.buffer = self._memory = None
 
     def _store_in(self, memory: Tensor, rows: int) -> Tensor:
         self._memory, self.buffer = memory, memory[:rows]
@@ -123,7 +122,6 @@ class Appended(Rows):
     """
 
     def __init__(self, capacity: int = 0, before: int = 0, fill: int = 0):
-        super().__init__()
         self.capacity, self.before, self.fill = capacity, before, fill
 
     def append(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
@@ -148,17 +146,17 @@ class Appended(Rows):
         size, buffer = self.before + length, self.buffer
         if buffer is None or len(buffer) != len(like):
             columns = max(size, self.before + self.capacity, 16)
-            buffer = self._store_in(like.new_zeros(len(like), columns, *like.shape[2:]), len(like))
+            buffer = self.buffer = self._memory = like.new_zeros(
+                len(like), columns, *like.shape[2:]
+            )
             buffer[:, : self.before] = self.fill
         elif buffer.shape[1] < size:
-            buffer = self._more_columns(max(size, self.before + self.capacity, 2 * buffer.shape[1]))
+            size = max(size, self.before + self.capacity, 2 * buffer.shape[1])
+            memory = buffer.new_zeros(len(self._memory), size, *like.shape[2:])
+            memory[: len(buffer), : buffer.shape[1]] = buffer
+            self._memory, buffer = memory, memory[: len(buffer)]
+            self.buffer = buffer
         return buffer
-
-    def _more_columns(self, size: int) -> Tensor:
-        assert self.buffer is not None and self._memory is not None
-        memory = self._memory.new_zeros(len(self._memory), size, *self.buffer.shape[2:])
-        memory[: len(self.buffer), : self.buffer.shape[1]] = self.buffer
-        return self._store_in(memory, len(self.buffer))
 
     def window(self, ctx: NewTokens, time: int) -> Shaped[Tensor, "B W ..."]:
         """Returns the last `time` tokens, already stored, and the `before` ones before them."""
@@ -175,11 +173,8 @@ class Appended(Rows):
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
-        second = self.before + max(lengths[1])
-        if self.buffer.shape[1] < second:
-            # Space for more tokens, so that the next one does not copy everything again.
-            self._more_columns(self.before + max(self.capacity, second + 64))
-        batch = len(self.buffer)
+        batch, second = len(self.buffer), self.before + max(lengths[1])
+        self.reserve(self.buffer, max(lengths[1]))
         self._more_rows(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
 
     def load(self, other: "Appended", length: int) -> None:
@@ -204,7 +199,6 @@ class Recent(Rows):
     """
 
     def __init__(self, count: int, slack: int = 64):
-        super().__init__()
         self.count, self.slack = count, slack
 
     def extend(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
@@ -217,7 +211,7 @@ class Recent(Rows):
         """Returns the last `count` tokens before the new ones; `like` has their shape."""
         size, count, buffer = self.count + self.slack, self.count, self.buffer
         if buffer is None or len(buffer) != len(like):
-            buffer = self._store_in(like.new_zeros(len(like), size, *like.shape[2:]), len(like))
+            buffer = self.buffer = self._memory = like.new_zeros(len(like), size, *like.shape[2:])
         if ctx.starts is not None:
             columns = ctx.starts[:, None] + torch.arange(-count, 0, device=buffer.device)
             missing = (columns < 0).view(*columns.shape, *[1] * (buffer.dim() - 2))
