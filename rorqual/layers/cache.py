@@ -146,11 +146,11 @@ class Appended(Rows):
         size, buffer = self.before + length, self.buffer
         if buffer is None or len(buffer) != len(like):
             columns = max(size, self.before + self.capacity, 16)
-            buffer = self.buffer = self._memory = like.new_zeros(
-                len(like), columns, *like.shape[2:]
-            )
+            buffer = like.new_zeros(len(like), columns, *like.shape[2:])
             buffer[:, : self.before] = self.fill
+            self.buffer = self._memory = buffer
         elif buffer.shape[1] < size:
+            assert self._memory is not None
             size = max(size, self.before + self.capacity, 2 * buffer.shape[1])
             memory = buffer.new_zeros(len(self._memory), size, *like.shape[2:])
             memory[: len(buffer), : buffer.shape[1]] = buffer
