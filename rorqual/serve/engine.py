@@ -73,7 +73,8 @@ class Engine:
         The cache has space for `cache_tokens` tokens of all requests, None for as many as they may
         have; what they do not use holds the prompts that were read last. Beside requests that
         decode, at most `prefill_chunk` tokens of longer prompts are read in a step. Without
-        `prefix_cache` each prompt is read, whatever was read before it.
+        `prefix_cache` each prompt is read, whatever was read before it. Where the rotary
+        frequencies depend on the length (dynamic, LongRoPE), one request runs at a time.
         """
         if max_batch_size < 1 or context < 2:
             raise ValueError(
@@ -82,6 +83,9 @@ class Engine:
             )
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk: got {prefill_chunk}, expected at least 1 token")
+        if model.config.rope.varies:
+            # The longest sequence of a batch would change the keys of all others.
+            max_batch_size = 1
         # A token more than the context: pages are taken before the next token is known.
         least = (pages_of(context) + 1) * PAGE
         cache_tokens = max_batch_size * least if cache_tokens is None else cache_tokens

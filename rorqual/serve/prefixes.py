@@ -7,7 +7,9 @@ Tokens are compared in pages of PAGE: a page's key is a hash of its ids and of t
 before it, so that one look-up per page finds the longest prefix. A cache that is kept can be
 cropped to the end of each of its pages: what others store of the last tokens alone, as Engram's
 convolution its inputs, is kept as far back as the prompt goes. Only the state of a delta net is
-not, so that its prompts are shared no further back than the slack of its cache.
+not, so that its prompts are shared no further back than the slack of its cache. Where the rotary
+frequencies depend on the length of a sequence (dynamic, LongRoPE), its keys are those of no other
+length: a prompt is read in one piece, and nothing is kept.
 
 Found pages are copied, since the compiled layers read the tokens of a sequence side by side: 1,000
 tokens are some megabytes, which takes a thousandth of what it takes to read them. Hashed pages:
@@ -37,7 +39,9 @@ class Prefixes:
 
     def __init__(self, model: LanguageModel, *, keep: bool = True) -> None:
         """With `keep` False every prompt is read."""
-        self._model, self._keep = model, keep
+        # Whether a prompt may be read in pieces at all.
+        self.divisible = not model.config.rope.varies
+        self._model, self._keep = model, keep and self.divisible
         # Caches in the order of their last use, each with the keys that lead to it.
         self._kept: OrderedDict[int, tuple[Cache, set[bytes]]] = OrderedDict()
         self._by_key: dict[bytes, int] = {}

@@ -218,7 +218,7 @@ class Scheduler:
             if budget <= 0:
                 break
             # Where the output of every token of the prompt is wanted, none can be left out.
-            if request.tokens < SHORT or request.reads_prompt:
+            if request.tokens < SHORT or request.reads_prompt or not self._prefixes.divisible:
                 whole.append(request)
                 budget -= request.tokens
                 continue

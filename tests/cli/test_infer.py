@@ -167,7 +167,8 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run)
     )
-    assert main(["serve", str(small_run), "--port", "1234", "--max-batch-size", "2"]) == 0
+    words = "--port 1234 --max-batch-size 2 --cache-tokens 9000 --prefill-chunk 32".split()
+    assert main(["serve", str(small_run), *words, "--prefix-cache", "false"]) == 0
     assert asked.pop("run").config.layers == 2
     assert asked.pop("run_name") == str(small_run)
     assert asked == {
@@ -177,6 +178,9 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
         "cors": (),
         "max_batch_size": 2,
         "context": 4096,
+        "cache_tokens": 9000,
+        "prefill_chunk": 32,
+        "prefix_cache": False,
         "max_waiting": 256,
         "timeout": 600.0,
     }

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.layers.engram import EngramConfig
+from rorqual.model_config import DynamicRopeConfig, RopeConfig
 from rorqual.serve.engine import Engine
 from rorqual.serve.prefixes import PAGE, Prefixes, keys_of
 from tests.serve.test_scheduler import alone, model_of, texts
@@ -36,6 +37,19 @@ def test_of_prompts_that_come_together_the_shared_prefix_is_read_once():
     expected = [alone(model, prompt, max_new_tokens=4) for prompt in prompts]
     assert engine.run(prompts, max_new_tokens=4) == expected
     assert engine.stats().prefix_tokens == 3 * 256
+
+
+def test_keys_of_another_length_are_not_shared_where_frequencies_vary():
+    """With dynamic rope the keys of the first 64 tokens depend on how many follow them."""
+    rope = RopeConfig(dynamic=DynamicRopeConfig(factor=4.0, original_length=32))
+    model = model_of("gqa", rope=rope)
+    long, short = texts(0, [200, 80], shared=70)
+    engine = Engine(model, prefill_chunk=40)
+    expected = [alone(model, prompt, max_new_tokens=20) for prompt in (long, short)]
+    for prompt, ids in zip((long, short), expected, strict=True):
+        assert engine.run([prompt], max_new_tokens=20) == [ids]
+    assert engine.run([long, short], max_new_tokens=20) == expected
+    assert engine.stats().prefix_tokens == 0
 
 
 def test_without_prefix_cache_all_is_read():
