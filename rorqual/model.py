@@ -301,19 +301,22 @@ class LanguageModel(nn.Module):
         They do if an indexer selects among equal scores as torch.topk does, and if the rotary
         frequencies change with the longest position.
         """
-        ties = (getattr(layer.attention, "ties", None) for layer in cache.layers)
-        if any(each is not None and each.noted for each in ties):
+        if cache.tied:
             return True
         rope = self.config.rope
         if not rope.varies:
             return False
         counts = [ids.shape[1]] * len(ids) if lengths is None else [int(n) for n in lengths]
         longest = max(map(sum, zip(cache.lengths, counts, strict=True)))
+        # Keys are those of the longest that the sequences have been, whatever was cropped since.
+        before = max(cache.past.longest)
         if rope.dynamic is not None:
-            return longest > rope.dynamic.original_length
+            return max(longest, before) > rope.dynamic.original_length
         assert rope.longrope is not None
         original = rope.longrope.original_length
-        return longest > original and (cache.past.named or cache.length <= original)
+        return (longest > original) != (before > original) or (
+            longest > original and cache.past.named
+        )
 
     def _hidden_again(
         self, ids: Tensor, document_ids, lengths, cache: Cache, last: bool, for_mtp: bool
@@ -345,12 +348,18 @@ class LanguageModel(nn.Module):
             last=last,
             for_mtp=for_mtp,
         )
-        if last:
-            return hidden, auxes
         columns = torch.tensor(past, device=ids.device)[:, None] + torch.arange(
             time, device=ids.device
         )
         rows = torch.arange(len(ids), device=ids.device)[:, None]
+        if last:
+            return hidden, auxes
+        routings = (
+            None if aux.routing is None else aux.routing.select(rows, columns) for aux in auxes
+        )
+        auxes = [
+            aux._replace(routing=routing) for aux, routing in zip(auxes, routings, strict=True)
+        ]
         return hidden[rows, columns], auxes
 
     def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:

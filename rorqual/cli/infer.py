@@ -200,10 +200,10 @@ class Serve:
     cors: tuple[str, ...] = ()  # origins whose pages may use the server, as https://example.org
     max_batch_size: int = 8  # requests at once
     context: int = 4096  # tokens of a request and its answer
-    # tokens that the cache has space for; none: what all requests at once may have. Prompts that
-    # were read last stay in what is free, for others that begin with the same tokens
+    # tokens that the cache has space for, of all requests together; none: max-batch-size times the
+    # context
     cache_tokens: int | None = None
-    prefix_cache: bool = True  # whether they do
+    prefix_cache: bool = True  # whether prompts that were read stay for others that begin alike
     prefill_chunk: int = 64  # tokens of long prompts that are read in a step beside others
     max_waiting: int = 256  # requests in the queue; more are answered with status 429
     timeout: float = 600.0  # seconds that a request may take, in the queue and out of it

@@ -478,6 +478,11 @@ class Cache:
         self.past.lengths, self.past.longest = [length], [max(length, forgotten)]
 
     @property
+    def tied(self) -> bool:
+        """Whether the selection of cached tokens depended on the number of columns of its call."""
+        return any(bool(getattr(state, "tied", False)) for state in self.states())
+
+    @property
     def oldest(self) -> int:
         """The least number of tokens but 0 that the longest sequence can be cropped to."""
         slack = self._slack
@@ -519,7 +524,8 @@ class Cache:
     def reserve_slack(self, k: int) -> None:
         """Lets `crop` go back k tokens; the default is 64. The cache must be empty.
 
-        It costs the memory of k tokens of Engram's values, and of 2 k of what delta net reads.
+        It costs the memory of k tokens of all that forgets: Engram's values, the keys of a window,
+        the inputs of compressors, and 2 k tokens of what delta net reads.
         """
         if k < 0:
             raise ValueError(f"reserve_slack: got {k}, expected at least 0 tokens")

@@ -124,22 +124,37 @@ class Ties:
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self.noted: Bool[Tensor, " B"] | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether it had to for any sequence of the batch."""
+        return self.noted is not None and bool(self.noted.any())
 
     def note(self, tied: Bool[Tensor, "B T"]) -> None:
-        self.noted = self.noted or bool(tied.any())
+        rows = tied.any(-1)
+        if self.noted is not None and len(self.noted) == len(rows):
+            rows = rows | self.noted
+        self.noted = rows
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
-        """Does nothing: one answer serves the whole batch."""
+        if self.noted is not None:
+            self.noted = self.noted[index.to(self.noted.device)]
 
     def join(self, other: "Ties", lengths: Lengths) -> None:
-        self.noted = self.noted or other.noted
+        if self.noted is None and other.noted is None:
+            return
+        both = zip((self, other), lengths, strict=True)
+        rows = [
+            [False] * len(of) if each.noted is None else each.noted.tolist() for each, of in both
+        ]
+        self.noted = torch.tensor(rows[0] + rows[1])
 
     def load(self, other: "Ties", length: int) -> None:
         self.noted = other.noted
 
     def clear(self) -> None:
-        self.noted = False
+        self.noted = None
 
 
 @dataclass(eq=False)

@@ -42,6 +42,17 @@ class Routing(NamedTuple):
     valid: Bool[Tensor, "B T"] | None = None  # False at padding; None: no padding
     fixed: bool = False  # selected by token id: no balance loss could change it
 
+    def select(self, rows: Int[Tensor, "B 1"], columns: Int[Tensor, "B T2"]) -> "Routing":
+        """Returns the routing of these tokens."""
+        return Routing(
+            self.topk_indices[rows, columns],
+            self.weights[rows, columns],
+            self.scores[rows, columns],
+            self.logits[rows, columns],
+            None if self.valid is None else self.valid[rows, columns],
+            self.fixed,
+        )
+
     def taken(self) -> Bool[Tensor, "B T K"]:
         return self.weights != 0
 

@@ -96,7 +96,7 @@ class Answer:
         copies = self.request.copies
         prompts = sum(len(handle.request.prompt) for handle in self.handles[::copies])
         made = sum(len(handle.request.ids) for handle in self.handles)
-        cached = sum(handle.request.prefix for handle in self.handles[::copies])
+        cached = sum(handle.request.prefix or 0 for handle in self.handles[::copies])
         return {
             "prompt_tokens": prompts,
             "completion_tokens": made,

@@ -96,14 +96,14 @@ class Engine:
             )
         self.model, self.context, self.end_id = model, context, end_id
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        prefixes = Prefixes(model, keep=prefix_cache)
+        self._prefixes = Prefixes(model, keep=prefix_cache)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
             pages=cache_tokens // PAGE,
             chunk=prefill_chunk,
-            prefixes=prefixes,
+            prefixes=self._prefixes,
         )
-        self._runner = Runner(model, prefixes)
+        self._runner = Runner(model, self._prefixes)
 
     @property
     def max_batch_size(self) -> int:
@@ -170,6 +170,7 @@ class Engine:
         """Drops and returns all requests that were admitted, after a step that failed."""
         dropped = self._scheduler.drop()
         self._runner.drop()
+        self._prefixes.shrink(0)
         for request in dropped:
             request.finish, request.cache = request.finish or "error", None
         return dropped
@@ -212,10 +213,17 @@ class Engine:
         plan = self._scheduler.schedule()
         outputs = self._runner.run(plan)
         self._scheduler.postprocess(plan)
-        done = [output for output in outputs if output.logits is not None]
-        for output in done:
-            self._give(output)
-        return [request for output in done for request in output.requests]
+        for output in outputs:
+            if output.logits is not None:
+                self._give(output)
+        changed = [
+            request
+            for output in outputs
+            for request in output.requests
+            if output.logits is not None or request.finish == "error"
+        ]
+        self._scheduler.leave()
+        return changed
 
     def _give(self, output: Output) -> None:
         """Gives every request of a forward its next id, and what it wants to know besides."""

@@ -9,7 +9,8 @@ cropped to the end of each of its pages: what others store of the last tokens al
 convolution its inputs, is kept as far back as the prompt goes. Only the state of a delta net is
 not, so that its prompts are shared no further back than the slack of its cache. Where the rotary
 frequencies depend on the length of a sequence (dynamic, LongRoPE), its keys are those of no other
-length: a prompt is read in one piece, and nothing is kept.
+length, and where MoBA decodes by full attention a single token is read otherwise than several: such
+prompts are read in one piece, and nothing is kept.
 
 Found pages are copied, since the compiled layers read the tokens of a sequence side by side: 1,000
 tokens are some megabytes, which takes a thousandth of what it takes to read them. Hashed pages:
@@ -39,9 +40,10 @@ class Prefixes:
 
     def __init__(self, model: LanguageModel, *, keep: bool = True) -> None:
         """With `keep` False every prompt is read."""
-        # Whether a prompt may be read in pieces at all.
-        self.divisible = not model.config.rope.varies
-        self._model, self._keep = model, keep and self.divisible
+        moba = model.config.moba
+        # Whether the cache of a text does not depend on the pieces in which it was read.
+        self.divisible = not model.config.rope.varies and (moba is None or moba.decode != "full")
+        self._model, self.keeps = model, keep and self.divisible
         # Caches in the order of their last use, each with the keys that lead to it.
         self._kept: OrderedDict[int, tuple[Cache, set[bytes]]] = OrderedDict()
         self._by_key: dict[bytes, int] = {}
@@ -55,7 +57,7 @@ class Prefixes:
     def start(self, ids: Sequence[int]) -> tuple[Cache, int]:
         """Returns a new cache for these ids, and how many of them it holds, never all of them."""
         cache = self._model.new_cache(1, capacity=len(ids) + SPARE)
-        if self._keep and self._model.config.delta is None:
+        if self.keeps and self._model.config.delta is None:
             cache.reserve_slack(len(ids))
         # The last id is always read: its logits are wanted.
         for count, key in reversed(list(enumerate(keys_of(ids[:-1]), start=1))):
@@ -68,7 +70,7 @@ class Prefixes:
 
     def add(self, ids: Sequence[int], cache: Cache) -> None:
         """Keeps a cache that was made by `start` and has read these ids; it must not change."""
-        if not self._keep:
+        if not self.keeps:
             return
         keys = [
             key for count, key in enumerate(keys_of(ids), start=1) if count * PAGE >= cache.oldest

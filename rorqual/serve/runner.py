@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rorqual import runtime
 from rorqual.layers.cache import Cache
 from rorqual.model import Aux, LanguageModel
 from rorqual.serve.decoding import pad
@@ -56,7 +57,18 @@ class Runner:
         """Returns the output of each forward."""
         self._arrange(set(plan.decode))
         outputs = [self._decode()] if self.rows else []
-        return outputs + [self._read(read) for read in plan.reads]
+        for read in plan.reads:
+            try:
+                outputs.append(self._read(read))
+            # What fails while these requests read must not end those that run.
+            except Exception as error:
+                runtime.log(
+                    f"serve: a prompt cannot be read, its requests are dropped: {error!r}", "red"
+                )
+                for request in read.requests:
+                    request.finish = request.finish or "error"
+                outputs.append(Output(read.requests, read.counts, None))
+        return outputs
 
     def _arrange(self, requests: set[Request]) -> None:
         """Removes the rows of requests that have left, and joins those of new ones."""
@@ -81,7 +93,7 @@ class Runner:
             return [], None
         if len(staying) < len(rows):
             # The last rows fill the holes, so that no other is copied.
-            holes = [row for row in range(len(staying)) if row not in set(staying)]
+            holes = sorted(set(range(len(staying))) - set(staying))
             moved = staying[len(staying) - len(holes) :]
             order = list(range(len(staying)))
             for hole, row in zip(holes, moved, strict=True):
@@ -113,12 +125,13 @@ class Runner:
         if output.logits is not None:
             (request, *more) = requests
             if request.cache is not None and not more:
-                # The batch gets a copy: this one stays as it is.
-                self.prefixes.add(request.sequence, cache)
                 request.cache = None
-                copy = self.model.new_cache(1, capacity=cache.length + SPARE)
-                copy.load(cache, cache.length)
-                cache = copy
+                if self.prefixes.keeps:
+                    # The batch gets a copy: this one stays as it is.
+                    self.prefixes.add(request.sequence, cache)
+                    copy = self.model.new_cache(1, capacity=cache.length + SPARE)
+                    copy.load(cache, cache.length)
+                    cache = copy
             self._joining.append((requests, cache))
         return output
 
@@ -128,9 +141,11 @@ class Runner:
         """Runs the model on new ids."""
         whole = any(request.reads_prompt for request in requests)
         memory = any(request.watch.memory for request in requests)
+        starts = cache.lengths
         with traced(self.model, memory=memory) as trace:
             lengths = counts if min(counts) < ids.shape[1] else None
             hidden, auxes = self.model.hidden(ids, lengths=lengths, cache=cache, last=not whole)
+        trace.keep_last(starts, ids.shape[1])
         every = hidden if whole else None
         if hidden.shape[1] > 1:
             last = torch.tensor(counts, device=hidden.device) - 1

@@ -27,7 +27,7 @@ SHORT = 2 * PAGE  # tokens; shorter prompts are read together, and not kept for 
 ALONE = 2048  # tokens of prompts that a step reads while nobody decodes
 # A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
 # more the longer it is.
-PADDED_LENGTH = 256  # longer prompts are read only with prompts of the same length
+PADDED_LENGTH = 256  # longer ones, read whole, are read only with others of the same length
 PADDING = 128  # tokens of padding that cost about as much as one more forward
 
 
@@ -77,7 +77,8 @@ class Request:
     embedding: list[float] | None = None
     finish: str | None = None
     number: int = 0  # in the order of arrival
-    prefix: int = 0  # tokens of the prompt that were found in the cache of an earlier one
+    # Tokens of the prompt that were found in the cache of an earlier one; None before it is read.
+    prefix: int | None = None
     cached: int = 0  # tokens of `sequence` that are in a cache
     cache: Cache | None = None  # its own, until all of `sequence` but the last id has been read
 
@@ -135,7 +136,13 @@ class Scheduler:
     @property
     def pages_used(self) -> int:
         """Pages of the requests that were admitted, and of their next tokens."""
-        return sum(pages_of(request.tokens + 1) for request in self.admitted)
+        return sum(self._needs(request) for request in self.admitted)
+
+    def _needs(self, request: Request) -> int:
+        """Returns the pages of a request, of all its tokens to come if it cannot be sent back."""
+        if self._prefixes.divisible:
+            return pages_of(request.tokens + 1)
+        return pages_of(len(request.prompt) + request.max_new_tokens + 1)
 
     def add(self, request: Request) -> None:
         with self._lock:
@@ -144,11 +151,10 @@ class Scheduler:
 
     def cancel(self, request: Request) -> None:
         """Removes a request from the queue at once, or from the batch at the next step."""
-        if request.finish is not None:
-            return
-        request.finish = "cancelled"
         with self._lock, contextlib.suppress(ValueError):
-            self._waiting.remove(request)
+            if request.finish is None:
+                request.finish = "cancelled"
+                self._waiting.remove(request)
 
     def drop(self) -> list[Request]:
         """Removes and returns all requests that were admitted."""
@@ -157,13 +163,17 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Returns what the next step runs, after requests have left, been sent back and come."""
+        self.leave()
+        self._preempt()
+        self._admit()
+        return Plan(list(self.running), self._reads())
+
+    def leave(self) -> None:
+        """Removes the requests that have ended."""
         for request in self.admitted:
             if request.finish is not None:
                 (self.running if request in self.running else self.reading).remove(request)
                 request.cache = None
-        self._preempt()
-        self._admit()
-        return Plan(list(self.running), self._reads())
 
     def postprocess(self, plan: Plan) -> None:
         """Counts the tokens that a plan has read."""
@@ -172,7 +182,7 @@ class Scheduler:
         for read in plan.reads:
             for request, count in zip(*read, strict=True):
                 request.cached += count
-                if request.cached == request.tokens:
+                if request.cached == request.tokens and request in self.reading:
                     self.reading.remove(request)
                     self.running.append(request)
 
@@ -198,16 +208,13 @@ class Scheduler:
             # Those that run may need a page each before one of them ends.
             free = self.pages - self.pages_used - len(self.running)
             with self._lock:
+                while self._waiting and self._waiting[0].finish is not None:
+                    self._waiting.popleft()
                 if not self._waiting:
                     break
-                if pages_of(self._waiting[0].tokens + 1) > free and self.admitted:
+                if self._needs(self._waiting[0]) > free and self.admitted:
                     break
-                request = self._waiting.popleft()
-            if request.finish is not None:
-                continue
-            if not request.ids:
-                self.prompt_tokens += len(request.prompt)
-            self.reading.append(request)
+                self.reading.append(self._waiting.popleft())
         self._shrink()
 
     def _reads(self) -> list[Read]:
@@ -219,24 +226,33 @@ class Scheduler:
                 break
             # Where the output of every token of the prompt is wanted, none can be left out.
             if request.tokens < SHORT or request.reads_prompt or not self._prefixes.divisible:
+                self._count(request, 0)
                 whole.append(request)
                 budget -= request.tokens
                 continue
             # What begins alike waits for the first of them, and need not be read then.
             first_page = request.sequence[:PAGE]
-            if first_page in first_pages:
+            if self._prefixes.keeps and first_page in first_pages:
                 continue
             first_pages.add(first_page)
             if request.cache is None:
                 request.cache, request.cached = self._prefixes.start(request.sequence)
-                if not request.ids:
-                    request.prefix = request.cached
-                    self.prefix_tokens += request.cached
-            count = min(request.tokens - request.cached, budget)
+                self._count(request, request.cached)
+            count = request.tokens - request.cached
+            # Where a selection was tied each call reads all tokens again: one call does.
+            if not request.cache.tied:
+                count = min(count, budget)
             reads.append(Read([request], [count]))
             budget -= count
         groups = [Read(group, [one.tokens for one in group]) for group in by_length(whole)]
         return groups + reads
+
+    def _count(self, request: Request, prefix: int) -> None:
+        """Counts the tokens of a prompt when it is read for the first time."""
+        if request.prefix is None:
+            request.prefix = prefix
+            self.prompt_tokens += len(request.prompt)
+            self.prefix_tokens += prefix
 
 
 def by_length(requests: Sequence[Request]) -> list[list[Request]]:

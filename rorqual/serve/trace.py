@@ -36,6 +36,21 @@ class Trace:
     lookup_mask: Tensor | None = None  # [B, T]
     gates: dict[int, Tensor] = field(default_factory=dict)  # [B, T, S]
 
+    def keep_last(self, starts: Sequence[int], time: int) -> None:
+        """Keeps `time` tokens of each row from `starts` on, where the model read more.
+
+        It reads all tokens again where the new ones change what it computes for the others.
+        """
+        if self.rows is None or self.rows.shape[2] == time:
+            return
+        steps = torch.arange(time, device=self.rows.device)
+        columns = torch.tensor(list(starts), device=self.rows.device)[:, None] + steps
+        rows = torch.arange(len(columns), device=self.rows.device)[:, None]
+        self.rows = self.rows[:, rows, columns]
+        if self.lookup_mask is not None:
+            self.lookup_mask = self.lookup_mask[rows, columns]
+        self.gates = {layer: gates[rows, columns] for layer, gates in self.gates.items()}
+
     def memory(self, row: int, count: int) -> list[dict[int, MemoryRead]]:
         """Returns what the first `count` tokens of a row read, by block."""
         if self.rows is None:

@@ -167,8 +167,9 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "rorqual.serve.server.serve", lambda run, **options: asked.update(options, run=run)
     )
-    words = "--port 1234 --max-batch-size 2 --cache-tokens 9000 --prefill-chunk 32".split()
-    assert main(["serve", str(small_run), *words, "--prefix-cache", "false"]) == 0
+    words = ["--port", "1234", "--max-batch-size", "2", "--cache-tokens", "9000"]
+    words += ["--prefill-chunk", "32", "--prefix-cache", "false"]
+    assert main(["serve", str(small_run), *words]) == 0
     assert asked.pop("run").config.layers == 2
     assert asked.pop("run_name") == str(small_run)
     assert asked == {

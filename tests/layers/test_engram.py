@@ -20,6 +20,7 @@ from rorqual.layers.cache import BlockCache, Cache, Past
 from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Addresses, Engram, EngramConfig, row_totals
 from rorqual.tables import Handle
+from tests.hub.doubles import Doubles
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 # The canonical ids of input.ids in engram_forward.safetensors, by the map that
@@ -112,12 +113,16 @@ VARIANTS = st.fixed_dictionaries(
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
+    """Tests in float64: in float32 a gate whose score is near 0 keeps few digits of it."""
     torch.manual_seed(0)
-    rig = Rig(**data.draw(VARIANTS))
+    rig = Rig(**data.draw(VARIANTS)).double()
+    rig.tables = [table.double() for table in rig.tables]
+    rig.hidden = rig.hidden.double()
     batch, time = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
     ids = torch.randint(40, (batch, time))
     document_ids = torch.randint(2, (batch, time)).cumsum(1) if data.draw(st.booleans()) else None
-    rows, out = rig(ids, document_ids=document_ids)
+    with Doubles():
+        rows, out = rig(ids, document_ids=document_ids)
     cache, done = rig.new_cache(), [0] * batch
     ragged = data.draw(st.booleans())
     # Each call extends each sequence by a number of tokens of its own.
@@ -133,11 +138,12 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
             if document_ids is not None:
                 numbers[b, :count] = document_ids[b, start : start + count]
         reference = {"document_ids": None if document_ids is None else numbers, "lengths": counts}
-        got_rows, got = rig(piece, cache=cache, **reference)
+        with Doubles():
+            got_rows, got = rig(piece, cache=cache, **reference)
         for b, (start, count) in enumerate(zip(done, counts, strict=True)):
             assert torch.equal(got_rows[:, b, :count], rows[:, b, start : start + count])
             expected = out[b, start : start + count]
-            torch.testing.assert_close(got[b, :count], expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(got[b, :count], expected, atol=1e-11, rtol=1e-10)
         done = [start + count for start, count in zip(done, counts, strict=True)]
     # Each sequence alone gives the same result as in a batch.
     for row in range(batch):

@@ -2,21 +2,26 @@
 
 import copy
 
+import pytest
 import torch
 
 from rorqual.serve.engine import Engine
-from tests.serve.test_scheduler import alone, model_of
+from tests.hub.doubles import Doubles
+from tests.serve.test_scheduler import KINDS, alone, model_of
 
 
 def test_nan_of_a_request_that_left_does_not_stay_in_its_row():
-    """The next request in its row is shorter than its neighbour, so that old columns are masked."""
+    """The next request in its row is shorter than its neighbour, so that old columns are masked.
+
+    The longest prompt has the last row, which is the next one's.
+    """
     model = copy.deepcopy(model_of("gqa", engram=None))
     with torch.no_grad():
         model.embed.weight[60] = torch.nan
     engine = Engine(model, vocab_size=60)
     expected = [alone(model, p, max_new_tokens=6, vocab_size=60) for p in ([1] * 30, [2, 3])]
     engine.vocab_size = 61
-    bad = engine.submit([60] * 20, max_new_tokens=3)
+    bad = engine.submit([60] * 40, max_new_tokens=3)
     engine.vocab_size = 60
     long = engine.submit([1] * 30, max_new_tokens=6)
     engine.step()
@@ -25,6 +30,31 @@ def test_nan_of_a_request_that_left_does_not_stay_in_its_row():
         engine.step()
     assert bad.finish == "error"
     assert [long.ids, short.ids] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_loaded_cache_goes_on_as_the_one_it_was_copied_from(kind):
+    """A copy of its first tokens, and a copy of that, after another text was cropped from both."""
+    model = model_of(kind).double()
+    text, other = torch.randint(61, (2, 1, 60), generator=torch.Generator().manual_seed(3))
+    source = model.new_cache(1)
+    slack = 64 if kind == "delta net" else 100
+    source.reserve_slack(slack)
+    with Doubles():
+        model.hidden(text[:, :40], cache=source)
+        whole = model.hidden(text)[0]
+    for length in (17, 33, 40):
+        copy, again = model.new_cache(1), model.new_cache(1)
+        copy.reserve_slack(slack)
+        copy.load(source, length)
+        with Doubles():
+            model.hidden(other[:, :9], cache=copy)
+            copy.crop(9 + 3)
+            again.load(copy, length - 3)
+            result = model.hidden(text[:, length - 3 :], cache=again)[0]
+        torch.testing.assert_close(result, whole[:, length - 3 :], rtol=1e-8, atol=1e-9)
+    assert source.lengths == (40,)
 
 
 def test_rows_of_requests_that_stay_are_not_moved():

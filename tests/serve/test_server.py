@@ -178,6 +178,7 @@ def test_a_completion_is_the_runs_own(client, run):
         "prompt_tokens": length,
         "completion_tokens": 9,
         "total_tokens": length + 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
