@@ -270,23 +270,26 @@ def build(config: Any) -> Any:
         "vision_config": config.vision_config.to_dict(),
         "dtype": "float32",
     }
-    model = reference(fields)
+    model = _eager(reference(fields))
+    model.save_pretrained = lambda folder: save(model, Path(folder))
+    return model
+
+
+def _eager(model: Any) -> Any:
+    """Keeps the reference from compiling, which goes wrong after a few models of a process."""
     plain = model.forward
 
     def forward(ids: torch.Tensor, **_: Any) -> Any:
-        return plain(ids)
+        with torch.compiler.set_stance("force_eager"):
+            return plain(ids)
 
     model.forward = forward
-    model.save_pretrained = lambda folder: save(model, Path(folder))
     return model
 
 
 def again(folder: Path) -> Any:
     """Loads an exported folder with the reference."""
-    model = load(folder)
-    plain = model.forward
-    model.forward = lambda ids, **_: plain(ids)
-    return model
+    return _eager(load(folder))
 
 
 FAMILIES = {"deepseek_v41": family_config} if is_installed() else {}
