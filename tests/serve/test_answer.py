@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ httpx = pytest.importorskip("httpx", reason="openai brings httpx")
 from rorqual import memory  # noqa: E402
 from rorqual.serve import schema, server  # noqa: E402
 from rorqual.serve.server import Service  # noqa: E402
+
+# A loaded machine may take longer than the 5 s that httpx waits.
+POST, GET = partial(httpx.post, timeout=60), partial(httpx.get, timeout=60)
 
 TOOL = {
     "type": "function",
@@ -311,7 +315,7 @@ def test_tools_are_told_to_the_template_and_results_read(client, address):
     answer = client.chat.completions.create(model="whale", **body)
     assert answer.choices[0].message.tool_calls is None
     text = "[add]user: A\nassistant: <tool_call>4</tool_call>\ntool: 5\nassistant:"
-    ids = httpx.post(f"{address}/tokenize", json={"prompt": text}).json()["tokens"]
+    ids = POST(f"{address}/tokenize", json={"prompt": text}).json()["tokens"]
     assert answer.usage.prompt_tokens == len(ids)
 
 
@@ -333,31 +337,29 @@ def test_embeddings_are_means_of_final_hidden_states(client, run):
 
 def test_base64_is_of_little_endian_floats(address):
     body = {"input": "A whale", "encoding_format": "base64"}
-    packed = httpx.post(f"{address}/v1/embeddings", json=body).json()["data"][0]["embedding"]
-    floats = httpx.post(f"{address}/v1/embeddings", json=body | {"encoding_format": "float"})
+    packed = POST(f"{address}/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    floats = POST(f"{address}/v1/embeddings", json=body | {"encoding_format": "float"})
     vector = struct.unpack("<32f", base64.b64decode(packed))
     assert list(vector) == pytest.approx(floats.json()["data"][0]["embedding"])
 
 
 def test_the_tokenizer_has_routes(address, run, folder):
     text = "A whale 🐋"
-    answer = httpx.post(
-        f"{address}/tokenize", json={"prompt": text, "return_token_strs": True}
-    ).json()
+    answer = POST(f"{address}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert answer["tokens"] == run.prompt(text)
     assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 128)
     assert len(answer["token_strs"]) == answer["count"]
-    bare = httpx.post(f"{address}/tokenize", json={"prompt": text, "add_special_tokens": False})
+    bare = POST(f"{address}/tokenize", json={"prompt": text, "add_special_tokens": False})
     assert bare.json()["tokens"] == run.prompt(text)[1:]
-    back = httpx.post(f"{address}/detokenize", json={"tokens": bare.json()["tokens"]}).json()
+    back = POST(f"{address}/detokenize", json={"tokens": bare.json()["tokens"]}).json()
     assert back == {"prompt": text}
     messages = [{"role": "user", "content": "A"}]
-    chat_ids = httpx.post(f"{address}/tokenize", json={"messages": messages}).json()["tokens"]
+    chat_ids = POST(f"{address}/tokenize", json={"messages": messages}).json()["tokens"]
     assert run.tokenizer.decode(chat_ids) == "<|end|>user: A\nassistant:"
-    info = httpx.get(f"{address}/tokenizer_info").json()
+    info = GET(f"{address}/tokenizer_info").json()
     assert (info["eos_token"], info["vocab_size"]) == ("<|end|>", 280)
     assert info["chat_template"] == (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    wrong = httpx.post(f"{address}/detokenize", json={"tokens": [10**6]})
+    wrong = POST(f"{address}/detokenize", json={"tokens": [10**6]})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
 
 
@@ -368,15 +370,15 @@ def test_a_key_is_asked_for(run, serving):
             {"authorization": "Bearer a"},
             {"authorization": b"Basic a key \xc3\xa9"},
         ):
-            answer = httpx.get(f"{address}/v1/models", headers=headers)
+            answer = GET(f"{address}/v1/models", headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
         right = {"authorization": "Bearer a key é".encode()}
-        assert httpx.get(f"{address}/v1/models", headers=right).status_code == 200
-        assert httpx.get(f"{address}/metrics").status_code == 401
+        assert GET(f"{address}/v1/models", headers=right).status_code == 200
+        assert GET(f"{address}/metrics").status_code == 401
         for path in ("/health", "/"):
-            assert httpx.get(f"{address}{path}").status_code == 200
+            assert GET(f"{address}{path}").status_code == 200
 
 
 def test_other_origins_are_let_in_only_by_name(run, address, serving):
@@ -391,9 +393,9 @@ def test_other_origins_are_let_in_only_by_name(run, address, serving):
 
 
 def test_request_ids_come_back_and_into_the_log(address, capsys):
-    answer = httpx.get(f"{address}/v1/models", headers={"x-request-id": "mine-1"})
+    answer = GET(f"{address}/v1/models", headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    made = httpx.get(f"{address}/v1/models", headers={"x-request-id": "a b" + "c" * 99})
+    made = GET(f"{address}/v1/models", headers={"x-request-id": "a b" + "c" * 99})
     assert re.fullmatch(r"req-[0-9a-f]{16}", made.headers["x-request-id"])
     end = time.monotonic() + 10
     lines = ""
@@ -424,15 +426,15 @@ def test_answers_have_the_shapes_that_the_page_describes(address):
         ("/detokenize", {"tokens": [40]}, schema.Detokenized, None),
         ("/detokenize", {"tokens": [-1]}, schema.ProblemAnswer, None),
     ):
-        answer = httpx.post(f"{address}{path}", json=body).json()
+        answer = POST(f"{address}{path}", json=body).json()
         whole.model_validate(answer, extra="forbid")
         if chunk is not None:
             options = {"stream": True, "stream_options": {"include_usage": True}}
-            text = httpx.post(f"{address}{path}", json=body | options).text
+            text = POST(f"{address}{path}", json=body | options).text
             for line in text.split("\n\n")[:-2]:
                 chunk.model_validate_json(line.removeprefix("data: "), extra="forbid")
-    schema.ModelList.model_validate(httpx.get(f"{address}/v1/models").json(), extra="forbid")
-    page = httpx.get(f"{address}/openapi.json").json()
+    schema.ModelList.model_validate(GET(f"{address}/v1/models").json(), extra="forbid")
+    page = GET(f"{address}/openapi.json").json()
     assert set(page["paths"]) >= {"/v1/completions", "/v1/chat/completions", "/v1/embeddings"}
     answers = page["paths"]["/v1/completions"]["post"]["responses"]
     assert "422" not in answers
@@ -505,10 +507,10 @@ def test_answers_and_chunks_are_of_openais_own_schema(address):
         ("/v1/embeddings", {"input": ["A", "B"]}, "CreateEmbeddingResponse", None),
         ("/v1/embeddings", {"input": 3}, "ErrorResponse", None),
     ):
-        lines.append((whole, httpx.post(f"{address}{path}", json=body, timeout=60).json()))
+        lines.append((whole, POST(f"{address}{path}", json=body, timeout=60).json()))
         if chunk is not None:
             body = body | {"stream": True, "stream_options": {"include_usage": True}}
-            text = httpx.post(f"{address}{path}", json=body, timeout=60).text
+            text = POST(f"{address}{path}", json=body, timeout=60).text
             for line in text.split("\n\n")[:-2]:
                 value = json.loads(line.removeprefix("data: "))
                 if chunk == "CreateCompletionResponse":
@@ -518,8 +520,8 @@ def test_answers_and_chunks_are_of_openais_own_schema(address):
                     for choice in value["choices"]:
                         choice["finish_reason"] = choice["finish_reason"] or "stop"
                 lines.append((chunk, value))
-    lines.append(("ListModelsResponse", httpx.get(f"{address}/v1/models").json()))
-    lines.append(("Model", httpx.get(f"{address}/v1/models/whale").json()))
+    lines.append(("ListModelsResponse", GET(f"{address}/v1/models").json()))
+    lines.append(("Model", GET(f"{address}/v1/models/whale").json()))
     assert len(lines) > 20
     done = subprocess.run(
         [CLIENTS, "-c", OPENAI],

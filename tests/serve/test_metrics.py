@@ -1,6 +1,7 @@
 """Tests that the metrics of a server count what it did."""
 
 import re
+from functools import partial
 
 import pytest
 
@@ -12,13 +13,16 @@ pytest.importorskip("llguidance", reason="the extra [serve] is not installed")
 from rorqual.serve.generate import load  # noqa: E402 (after the extra is known to be there)
 from rorqual.serve.service import Service  # noqa: E402
 
+# A loaded machine may take longer than the 5 s that httpx waits.
+POST, GET = partial(httpx.post, timeout=60), partial(httpx.get, timeout=60)
+
 
 def test_metrics_count_what_was_done(run, serving):
     with serving(Service(run, max_batch_size=2, context=64)) as address:
         body = {"prompt": ["A whale", "é"], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
-        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
-        assert httpx.post(f"{address}/v1/completions", json={}).status_code == 400
-        text = httpx.get(f"{address}/metrics").text
+        assert POST(f"{address}/v1/completions", json=body).status_code == 200
+        assert POST(f"{address}/v1/completions", json={}).status_code == 400
+        text = GET(f"{address}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     route = 'route="/v1/completions"'
     assert values[f'rorqual_requests_total{{{route},status="200"}}'] == "1.0"
@@ -38,9 +42,9 @@ def test_a_prompt_that_was_read_before_is_counted(run, serving):
     with serving(Service(run, context=1000)) as address:
         body = {"prompt": [7] * 200, "max_tokens": 2}
         first, again = (
-            httpx.post(f"{address}/v1/completions", json=body).json()["usage"] for _ in range(2)
+            POST(f"{address}/v1/completions", json=body).json()["usage"] for _ in range(2)
         )
-        text = httpx.get(f"{address}/metrics").text
+        text = GET(f"{address}/metrics").text
     assert first["prompt_tokens_details"] == {"cached_tokens": 0}
     assert again["prompt_tokens_details"] == {"cached_tokens": 192}
     assert 0.4 < float(re.findall(r"\nrorqual_prefix_hit_rate (\S+)", text)[0]) < 0.5
@@ -50,7 +54,7 @@ def test_table_metrics_name_the_table(folder, serving):
     run = load(folder, device="cpu", placement="disk")
     with serving(Service(run, context=64)) as address:
         for _ in range(2):
-            httpx.post(f"{address}/v1/completions", json={"prompt": "A whale", "max_tokens": 4})
-        text = httpx.get(f"{address}/metrics").text
+            POST(f"{address}/v1/completions", json={"prompt": "A whale", "max_tokens": 4})
+        text = GET(f"{address}/metrics").text
     (rate,) = re.findall(r'rorqual_table_hit_rate\{table="0"\} (\S+)', text)
     assert 0 < float(rate) < 1

