@@ -12,9 +12,8 @@ frequencies depend on the length of a sequence (dynamic, LongRoPE), its keys are
 length, and where MoBA decodes by full attention a single token is read otherwise than several: such
 prompts are read in one piece, and nothing is kept.
 
-Found pages are copied, since the compiled layers read the tokens of a sequence side by side: 1,000
-tokens are some megabytes, which takes a thousandth of what it takes to read them. Hashed pages:
-vLLM, arXiv:2309.06180.
+Shared pages are copied, since the compiled layers read the tokens of a sequence side by side; what
+that saves and costs is in docs/log.md. Hashed pages: vLLM, arXiv:2309.06180.
 """
 
 import hashlib

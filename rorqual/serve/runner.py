@@ -58,17 +58,23 @@ class Runner:
         self._arrange(set(plan.decode))
         outputs = [self._decode()] if self.rows else []
         for read in plan.reads:
-            try:
-                outputs.append(self._read(read))
-            # What fails while these requests read must not end those that run.
-            except Exception as error:
-                runtime.log(
-                    f"serve: a prompt cannot be read, its requests are dropped: {error!r}", "red"
-                )
-                for request in read.requests:
-                    request.finish = request.finish or "error"
-                outputs.append(Output(read.requests, read.counts, None))
+            outputs += self._attempt(read)
         return outputs
+
+    def _attempt(self, read: Read) -> list[Output]:
+        """Reads tokens of prompts; a prompt that cannot be read ends its own request alone."""
+        try:
+            return [self._read(read)]
+        # Whatever fails here must not end the requests that run.
+        except Exception as error:
+            if len(read.requests) > 1:
+                pairs = zip(*read, strict=True)
+                alone = [Read([request], [count]) for request, count in pairs]
+                return [output for one in alone for output in self._attempt(one)]
+            runtime.log(f"serve: a prompt cannot be read, its request ends: {error!r}", "red")
+            (request,) = read.requests
+            request.finish = request.finish or "error"
+            return [Output(*read, logits=None)]
 
     def _arrange(self, requests: set[Request]) -> None:
         """Removes the rows of requests that have left, and joins those of new ones."""

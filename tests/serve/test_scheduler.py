@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-from rorqual.layers.csa import CSAConfig
 from rorqual.layers.delta_net import DeltaNetConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
@@ -17,21 +16,7 @@ from rorqual.serve.sampling import Sampling
 from rorqual.serve.scheduler import Watch
 from tests.serve.test_engine import ATTENTIONS, ENGRAM, GQA, SMALL
 
-CSA = CSAConfig(
-    heads=2,
-    head_dim=16,
-    rope_dim=4,
-    q_lora_rank=8,
-    groups=2,
-    o_lora_rank=8,
-    window=6,
-    kinds=("csa", "hca"),
-    index_heads=2,
-    index_dim=8,
-    top_k=3,
-)
 KINDS = ATTENTIONS | {
-    "csa": {"mla": None, "csa": CSA},
     "delta net": GQA
     | {"delta": DeltaNetConfig(key_heads=1, value_heads=2, key_dim=8, value_dim=8, full_every=2)},
 }
@@ -174,12 +159,15 @@ def test_a_prompt_that_cannot_be_read_harms_nobody(monkeypatch):
 
     monkeypatch.setattr(model, "hidden", broken)
     bad = [engine.submit([7] * length, max_new_tokens=3) for length in (3, 200)]
+    # It is read together with the first that fails.
+    good = engine.submit([8, 9], max_new_tokens=3)
     changed = engine.step()
     assert changed.count(bad[0]) == changed.count(bad[1]) == 1
     while not engine.idle:
         engine.step()
     assert [(request.finish, request.ids) for request in bad] == [("error", [])] * 2
     assert first.ids == alone(model, [1, 2, 3], max_new_tokens=9)
+    assert good.ids == alone(model, [8, 9], max_new_tokens=3)
 
 
 def test_who_came_first_is_never_sent_back():
