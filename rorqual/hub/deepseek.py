@@ -28,8 +28,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import mtp_layers, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import number, published_rope, rope_of, whole
+from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
     DSAConfig,
@@ -163,9 +164,10 @@ ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
 def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
     """Converts a published config.json; `names` are the folder's tensors, which show MTP's blocks.
 
-    Missing fields have transformers' defaults; fields that transformers ignores (V2's
-    norm_topk_prob and rope_interleave, moe_layer_freq) are ignored. ValueError for another
-    architecture, absent sizes, or values that this architecture does not support.
+    Without names the config says how many there are. Missing fields have transformers' defaults;
+    fields that transformers ignores (V2's norm_topk_prob and rope_interleave, moe_layer_freq) are
+    ignored. ValueError for another architecture, absent sizes, or values that this architecture
+    does not support.
     """
     kind = description.get("model_type")
     if kind not in MODEL_TYPES:
@@ -312,12 +314,7 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
         raise ValueError(
             f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none"
         )
-    quantised = description.get("quantization_config") or {}
-    method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
-    if method != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
+    quantisation(description)
 
 
 def _moe_of(
@@ -690,10 +687,12 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 def _mtp_depth(description: Mapping[str, Any], names: Collection[str]) -> int:
-    """Counts the blocks stored after the last layer.
+    """Counts the blocks stored after the last layer; without tensors, those of the config.
 
     A folder may have them in its config and leave out their weights.
     """
+    if not names:
+        return mtp_layers(description)
     matches = (re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in names)
     layers = description.get("num_hidden_layers")
     return len(

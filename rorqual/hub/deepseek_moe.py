@@ -9,8 +9,9 @@ Fields of training and of deployment are ignored. arXiv 2401.06066.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import number, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import number, published_rope, rope_of, whole
+from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
     GQAConfig,

@@ -19,6 +19,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import quantisation
 from rorqual.hub.places import AnyPlace, Joined, Place, Sizes
 from rorqual.model_config import (
     BalanceConfig,
@@ -175,12 +176,7 @@ def _refuse_unknown(d: Mapping[str, Any], description: Mapping[str, Any]) -> Non
             raise ValueError(f"config.json: text_config.{key}: got {value!r}, expected {expected}")
     if description.get("tie_word_embeddings"):
         raise ValueError("config.json: tie_word_embeddings: got true, expected false")
-    quantised = description.get("quantization_config") or {}
-    method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
-    if method != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
+    quantisation(description)
     if _whole(d, "num_attention_heads", 1) % _whole(d, "o_groups", 1):
         raise ValueError(
             f"config.json: text_config.o_groups: got {d['o_groups']}, expected a divisor of "

@@ -17,8 +17,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import number, published_rope, rope_of, whole
+from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
     DeltaNetConfig,
@@ -121,15 +122,7 @@ def _text_of(description: Mapping[str, Any]) -> dict[str, Any]:
         # transformers ties the multimodal model by the outer field.
         fields["tie_word_embeddings"] = description.get("tie_word_embeddings", False)
         fields.setdefault("quantization_config", description.get("quantization_config"))
-    quantised = fields.get("quantization_config") or {}
-    if not isinstance(quantised, Mapping):
-        raise ValueError(
-            f"config.json: quantization_config: got {quantised!r}, expected its fields"
-        )
-    if (method := quantised.get("quant_method", "fp8")) != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
+    quantisation(fields)
     return DEFAULTS | fields
 
 

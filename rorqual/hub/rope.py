@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rorqual.hub.fields import number, whole
 from rorqual.model_config import (
     ROPE_KINDS,
     DynamicRopeConfig,
@@ -31,20 +32,6 @@ from rorqual.model_config import (
 
 ORIGINAL = "original_max_position_embeddings"
 UNSTRETCHED = 4096  # what a folder says of its longest context if nothing tells
-
-
-def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
-    return float(value)
-
-
-def whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
-    return int(value)
 
 
 def rope_of(
