@@ -310,7 +310,8 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
             expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
     heads, keys = description["num_attention_heads"], description.get("num_key_value_heads")
-    if keys not in (None, heads):
+    # transformers asks for one key head a query head, and divides rounding down.
+    if keys is not None and heads // max(1, whole(description, "num_key_value_heads")) != 1:
         raise ValueError(
             f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none"
         )
@@ -491,7 +492,7 @@ def _foreign_moe(config: ModelConfig) -> list[str]:
     unlike = {
         f"score {router.score} in {kind}": router.score != ("softmax" if softmax else "sigmoid"),
         "adaptive_mass": router.adaptive_mass is not None,
-        "token_id_layers": router.token_id_layers > 0,
+        "token_id_layers": router.token_id_layers > 0 or bool(router.other_token_id_layers),
         "swiglu_limit": moe.swiglu_limit is not None,
         "renormalised softmax weights": v2 and router.renormalise,
         "a softmax router with a bias": softmax and router.bias,

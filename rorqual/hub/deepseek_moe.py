@@ -202,7 +202,7 @@ def foreign(config: ModelConfig) -> list[str]:
             f"router scale {router.scale}": router.scale != 1,
             "a softmax router with a bias": router.bias,
             "adaptive_mass": router.adaptive_mass is not None,
-            "token_id_layers": router.token_id_layers > 0,
+            "token_id_layers": router.token_id_layers > 0 or bool(router.other_token_id_layers),
             "norm_eps": moe.norm_eps is not None,
             f"shared_width {moe.shared_width}": moe.shared_hidden != moe.shared * moe.width,
             "dense_layers without a period": _period(config) is None,

@@ -12,14 +12,13 @@ writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as tr
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual.hub.fields import number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import published_rope, rope_of
+from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
     BalanceConfig,
     DeltaNetConfig,
@@ -235,13 +234,7 @@ def _rope_of(d: Mapping[str, Any]) -> RopeConfig:
         got = rope["llama_4_scaling_beta"]
         raise ValueError(f"config.json: llama_4_scaling_beta: got {got!r}, expected none")
     if kind == "yarn":
-        # transformers scales cos and sin alone, the softmax never.
-        above, below = (rope.pop(key, None) for key in ("mscale", "mscale_all_dim"))
-        if above and below and rope.get("attention_factor") is None:
-            stretch = 0.1 * math.log(max(1.0, number(rope, "factor")))
-            scales = {"mscale": above, "mscale_all_dim": below}
-            above, below = (stretch * number(scales, key) + 1 for key in scales)
-            rope["attention_factor"] = above / below
+        rope = tables_alone(rope)
     fields = {
         "rope_theta": d.get("rope_theta", 10_000.0),
         "max_position_embeddings": d["max_position_embeddings"],

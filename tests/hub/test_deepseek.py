@@ -186,7 +186,6 @@ def test_a_description_survives_the_round_trip(description):
             "mscale_all_dim: got 1 with type 'linear'",
         ),
         ({"quantization_config": ["fp8"]}, "quantization_config: got"),
-        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate: got False"),
         (
             {"rope_scaling": YARN | {"attention_factor": 2.0, "factor": 1}},
             "attention_factor: got 2.0 with factor 1",
