@@ -406,7 +406,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4's format does not have."""
     differences = [
         name
-        for name in ("mla", "gqa", "nsa", "moba", "dsa", "engram")
+        for name in ("mla", "gqa", "csa2", "nsa", "moba", "dsa", "qsa", "delta", "engram")
         if getattr(config, name) is not None
     ]
     csa, moe, hyper = config.csa, config.moe, config.hyper
@@ -430,7 +430,9 @@ def foreign(config: ModelConfig) -> list[str]:
         f"hyper.kind {hyper.kind}": hyper.kind != "mhc",
         f"hyper.mix {hyper.mix}": hyper.mix != "sinkhorn",
         f"hyper.norm_eps {hyper.norm_eps} (eps is {config.eps})": hyper.norm_eps != config.eps,
-        "blocks without experts": moe.first_dense > 0,
+        "blocks without experts": moe.first_dense > 0 or bool(moe.dense_layers),
+        "norm_eps of experts": moe.norm_eps is not None,
+        "shared_gate": moe.shared_gate,
         f"score {router.score}": router.score not in ("sigmoid", "sqrtsoftplus"),
         "groups of experts": router.groups_kept < router.groups,
         "weights that are not renormalised": not router.renormalise,

@@ -425,7 +425,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4.1's format does not have."""
     differences = [
         name
-        for name in ("mla", "gqa", "nsa", "moba", "dsa", "mtp")
+        for name in ("mla", "gqa", "nsa", "moba", "dsa", "qsa", "delta", "mtp")
         if getattr(config, name) is not None
     ]
     differences += [
@@ -447,7 +447,9 @@ def foreign(config: ModelConfig) -> list[str]:
         "token_id_layers": router.token_id_layers > 0 or bool(router.other_token_id_layers),
         "a router without a bias": not router.bias,
         f"{len(router.image_ids)} ids of image tokens (1 only)": len(router.image_ids) > 1,
-        "dense blocks": moe.first_dense > 0,
+        "dense blocks": moe.first_dense > 0 or bool(moe.dense_layers),
+        "norm_eps of experts": moe.norm_eps is not None,
+        "shared_gate": moe.shared_gate,
         f"{moe.shared} shared experts (1 only)": moe.shared != 1,
         f"shared_width {moe.shared_width}": moe.shared_hidden != moe.width,
         f"hyper-connections of kind {hyper.kind}": hyper.kind != "single_pass",

@@ -420,7 +420,9 @@ def foreign(config: ModelConfig) -> list[str]:
         "rope that is interleaved": rope.interleaved,
         "rope that scales the softmax": of_softmax,
         "a router with other options than softmax and no bias": router != like_router,
-        "dense blocks": moe.first_dense > 0,
+        "dense blocks": moe.first_dense > 0 or bool(moe.dense_layers),
+        "norm_eps of experts": moe.norm_eps is not None,
+        "swiglu_limit": moe.swiglu_limit is not None,
         "no shared expert with a gate": not (moe.shared == 1 and moe.shared_gate),
     }
     if engram is not None:
