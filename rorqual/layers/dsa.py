@@ -581,6 +581,8 @@ def choose_within(
     if torch.compiler.is_compiling():
         return
     rows, queries = choices_open(scores, index).nonzero(as_tuple=True)
+    if not len(rows):
+        return
     alike = torch.cat([rows[:, None], spans.expand(len(scores), -1, -1)[rows, queries]], dim=1)
     alike, group = alike.unique(dim=0, return_inverse=True)
     for number, (row, first, stop) in enumerate(alike.tolist()):
