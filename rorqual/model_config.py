@@ -529,10 +529,12 @@ class CSA2Config:
                 "that ratios names"
             )
         source = self.candidate_source
-        if source is not None and (later := [i for i in self.kv_sources if i > source]):
+        for index in self.kv_sources:
+            if source is None or index < source or self.ratio(index) == self.ratio(source):
+                continue
             raise ValueError(
-                f"csa2.kv_sources: got {later[0]} after candidate_source {source}, whose coarse "
-                "blocks are of other entries, expected none after it"
+                f"csa2.kv_sources: got {index} of ratio {self.ratio(index)} after candidate_source "
+                f"{source}, whose coarse blocks are of ratio {self.ratio(source)}, expected the same"
             )
 
     def ratio(self, index: int) -> int:

@@ -405,12 +405,15 @@ class CSA2(SharedKV):
             keys = self.indexer.k_norm(self.indexer.wk(latents.detach()))
             keys = rotate_entries(keys, places, ctx)
             keys = rounded(keys, "mxfp4") if self.rounds else keys
+        # The coarse blocks of an earlier source of this ratio stay.
+        coarse = None if ctx.shared is None else ctx.shared.coarse
         if ctx.cache is None:
-            return Shared(*(numbered(x, places, ctx, self.ratio) for x in (new, keys)))
-        cache = ctx.cache.attention
-        return Shared(
-            cached(new, places, ctx, cache.entries), cached(keys, places, ctx, cache.index_keys)
-        )
+            entries, index_keys = (numbered(x, places, ctx, self.ratio) for x in (new, keys))
+        else:
+            cache = ctx.cache.attention
+            entries = cached(new, places, ctx, cache.entries)
+            index_keys = cached(keys, places, ctx, cache.index_keys)
+        return Shared(entries, index_keys, coarse=coarse)
 
     def choose(
         self,
