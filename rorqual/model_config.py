@@ -534,7 +534,7 @@ class CSA2Config:
                 continue
             raise ValueError(
                 f"csa2.kv_sources: got {index} of ratio {self.ratio(index)} after candidate_source "
-                f"{source}, whose coarse blocks are of ratio {self.ratio(source)}, expected the same"
+                f"{source}, expected its ratio, {self.ratio(source)}, which its coarse blocks have"
             )
 
     def ratio(self, index: int) -> int:
