@@ -3,11 +3,12 @@
     python benchmarks/families.py deepseek_v32 --count 40
     python benchmarks/families.py                           lists the families
 
-For each seed it draws a configuration and a model of transformers, lets that write its folder with
-what tests/golden/check.py reads (logits, hidden states, loss, gradients, a greedy continuation,
-each id from an uncached forward), and holds ours against it: everything to 1e-5, the continuation
-from an empty cache and without one. Then our model is exported, transformers loads it, and its
-logits are compared with the first ones. The exit status is 1 if any configuration differs.
+For each seed it draws a configuration and a model of transformers, lets that write its folder, in
+one of the forms that released folders have, with what tests/golden/check.py reads (logits, hidden
+states, loss, gradients, a greedy continuation, each id from an uncached forward), and holds ours
+against it: everything to 1e-5, the continuation from an empty cache and without one. Then our model
+is exported, transformers loads it, and its logits are compared with the first ones. The exit status
+is 1 if any configuration differs.
 
 Families are the entries of FAMILIES in tests/hub/random_*.py: name -> a function that maps a seed
 to a configuration of transformers. A module may define `build(config)` if AutoModelForCausalLM does
@@ -20,6 +21,7 @@ digits as they have when every weight changes in its last bit.
 import argparse
 import importlib.util
 import json
+import random
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,15 +87,64 @@ def stir(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict(keep_vars=True)
     for name, value in saved.items():
+        if name.endswith("tid2eid"):
+            # Different experts for each token id.
+            experts = len(saved[name.removesuffix("tid2eid") + "weight"])
+            order = torch.rand(len(value), experts, generator=generator).argsort(1)
+            value.copy_(order[:, : value.shape[1]])
         if not value.is_floating_point():
             continue
         noise = torch.randn(value.shape, generator=generator)
         if value.dim() == 1 and name.endswith("weight"):
             value.copy_(1 + 0.2 * noise)
         elif name.endswith("e_score_correction_bias"):
-            value.copy_(0.1 * noise)
+            # A large one makes scores negative that it is added to.
+            value.copy_((1.0 if seed % 3 == 2 else 0.1) * noise)
         else:
             value.copy_(noise * (SPREAD if value.dim() > 1 else 0.1))
+
+
+@torch.no_grad()
+def rounded(model: nn.Module) -> None:
+    """Rounds every parameter to bfloat16, and keeps it in float32."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
+def as_released(folder: Path, draw: random.Random) -> None:
+    """Writes a saved folder as others do.
+
+    Perhaps as several files, in bfloat16 where that loses nothing, with rope_scaling and rope_theta
+    in place of rope_parameters.
+    """
+    path = folder / "config.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    rope = description.get("rope_parameters") or {}
+    plain = not any(isinstance(value, dict) for value in rope.values())
+    if rope and plain and "partial_rotary_factor" not in rope and draw.random() < 0.5:
+        del description["rope_parameters"]
+        description["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type")
+        rope.pop("type", None)
+        description["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    path.write_text(json.dumps(description), encoding="utf-8")
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        if value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
+            tensors[name] = value.bfloat16()
+    count, where = draw.choice([1, 3]), {}
+    if count > 1:
+        (folder / "model.safetensors").unlink()
+    for number in range(count):
+        part = dict(sorted(tensors.items())[number::count])
+        file = (
+            f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        )
+        save_file(part, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    if count > 1:
+        index = {"metadata": {}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def write_expected(
@@ -160,6 +211,9 @@ def compare(name: str, seed: int, *, new: int = 16) -> Result:
     torch.manual_seed(seed)
     model = getattr(module, "build", build)(config).float().eval()
     getattr(module, "stir", stir)(model, seed)
+    draw = random.Random(seed)
+    if draw.random() < 0.3:
+        rounded(model)
     time_steps = 20 + seed * 7 % 40
     count = getattr(module, "IDS", None) or config.get_text_config().vocab_size
     ids = torch.randint(count, (2, time_steps))
@@ -168,6 +222,7 @@ def compare(name: str, seed: int, *, new: int = 16) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         folder, exported = Path(scratch, "theirs"), Path(scratch, "ours")
         model.save_pretrained(folder)
+        as_released(folder, draw)
         logits = write_expected(model, folder, ids, new, getattr(module, "METADATA", None))
         digits = last_digits(model, ids) if hasattr(module, "CANCELS") else {}
         for item in module_of(ROOT / "tests/golden/check.py").check(folder):

@@ -30,6 +30,7 @@ class YarnConfig:
     beta_slow: float = 1.0  # pairs that turn less often than this are slowed by the whole factor
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+    truncate: bool = True  # the ends of what is slowed in part are rounded to whole pairs
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_length < 1:
@@ -439,6 +440,11 @@ class CSAConfig:
             )
         if self.ties not in ("last", "topk"):
             raise ValueError(f"csa.ties: got {self.ties!r}, expected last or topk")
+        if self.compress_rope.varies:
+            raise ValueError(
+                "csa.compress_rope: got dynamic or longrope, expected a kind whose frequencies are "
+                "the same in every call"
+            )
         if wrong := [kind for kind in self.kinds if kind not in CSA_KINDS]:
             raise ValueError(f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}")
 
@@ -523,10 +529,12 @@ class CSA2Config:
                 "that ratios names"
             )
         source = self.candidate_source
-        if source is not None and (later := [i for i in self.kv_sources if i > source]):
+        for index in self.kv_sources:
+            if source is None or index < source or self.ratio(index) == self.ratio(source):
+                continue
             raise ValueError(
-                f"csa2.kv_sources: got {later[0]} after candidate_source {source}, whose coarse "
-                "blocks are of other entries, expected none after it"
+                f"csa2.kv_sources: got {index} of ratio {self.ratio(index)} after candidate_source "
+                f"{source}, expected its ratio, {self.ratio(source)}, which its coarse blocks have"
             )
 
     def ratio(self, index: int) -> int:
@@ -639,6 +647,7 @@ class RouterConfig:
     adaptive_mass: float | None = None
     min_active: int = 1  # experts that adaptive_mass takes at least
     token_id_layers: int = 0  # number of first layers that select experts by token id
+    other_token_id_layers: tuple[int, ...] = ()  # and the others that do
     # raw ids of image tokens, whose selection has a bias of its own; (): there is none
     image_ids: tuple[int, ...] = ()
 
@@ -668,9 +677,13 @@ class RouterConfig:
                     f"router.{name}: got {getattr(self, name)}, expected at least {least}"
                 )
 
+    def by_token_id(self, layer: int) -> bool:
+        """Whether the router of a block selects experts by token id."""
+        return layer < self.token_id_layers or layer in self.other_token_id_layers
+
     def bias_of(self, layer: int) -> bool:
         """Whether the router of a block has a bias: one that selects by token id has none."""
-        return self.bias and layer >= self.token_id_layers
+        return self.bias and not self.by_token_id(layer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

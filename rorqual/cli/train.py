@@ -581,8 +581,9 @@ def sweep_command(argv: list[str]) -> int:
 
 
 def named(name: str) -> ModelConfig:
-    """Returns the config of a preset, of a run folder, or of a published one."""
-    if (Path(name) / "config.json").is_file():
+    """Returns the config of a preset, of a run folder or a published one, or of a config.json."""
+    is_config = name.endswith(".json") and Path(name).is_file()
+    if is_config or (Path(name) / "config.json").is_file():
         from rorqual.serve.generate import read_config
 
         return read_config(Path(name))

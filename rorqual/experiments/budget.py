@@ -79,7 +79,21 @@ def spend(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelCon
     if like.moe is None:
         raise ValueError("like: got a model without experts, expected moe to be on")
     want = wanted(budget, costs(like, context))
-    base = _backbone(replace(like, engram=None), want, context)
+    return _fitted(_backbone(replace(like, engram=None), want, context), want, context)
+
+
+def fit(like: ModelConfig, budget: Budget, *, context: int = 4096) -> ModelConfig:
+    """Returns `like` with other experts, so that it has the budget.
+
+    Its backbone and its memory stay as they are. Errors as in `spend`.
+    """
+    if like.moe is None:
+        raise ValueError("like: got a model without experts, expected moe to be on")
+    return _fitted(like, wanted(budget, costs(like, context)), context)
+
+
+def _fitted(base: ModelConfig, want: Wanted, context: int) -> ModelConfig:
+    """Changes the number and the widths of the experts of `base`, until it has what is wanted."""
     assert base.moe is not None
     have = costs(base, context)
     only_experts = _only_experts(base, have, want)

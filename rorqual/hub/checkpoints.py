@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from rorqual import runtime
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.families import Family, family_for, family_of
+from rorqual.hub.fields import mtp_layers, scale_block
 from rorqual.hub.formats import (
     E4M3,
     PACKED,
@@ -201,7 +202,7 @@ def load(
     config = family.config_of(description, files.where)
     if cache_formats is not None:
         config = _with_cache_formats(config, cache_formats)
-    block = _scale_block(description)
+    block = scale_block(description)
     if config.engram is None and tables not in (None, TableConfig()):
         raise ValueError(
             f"{folder}: got {tables} for a model without Engram, expected none, or a run of "
@@ -241,13 +242,19 @@ def load(
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads the config of a published folder, and says what `load` would read past.
 
-    Of the weights only the headers are read. A config.json without weights is enough.
+    Of the weights only the headers are read: they decide which blocks of MTP there are. A
+    config.json without weights, or the path of one, is enough; then its fields decide.
     """
     folder = Path(folder)
-    description = _json(folder / "config.json")
+    file = folder if folder.is_file() else folder / "config.json"
+    description = _json(file)
     family = family_of(description)
-    if not any(folder.glob("model.safetensors*")):
-        return family.config_of(description)
+    if file == folder or not any(folder.glob("model.safetensors*")):
+        config = family.config_of(description)
+        count = mtp_layers(description.get("text_config") or description)
+        if count and config.mtp is None:
+            runtime.log(f"{file}: {count} layers of multi-token prediction are not counted")
+        return config
     files = Files(folder)
     files.rename(family.canonical)
     config = family.config_of(description, files.where)
@@ -372,26 +379,6 @@ def _report(files: Files, config: ModelConfig, family: Family) -> None:
         some = f", {count} layer{'s' * (count > 1)}" if count else ""
         parts.append(f"{label}{some}, {size:,} parameters")
     runtime.log(f"{files.folder}: read past: {'; '.join(parts)}")
-
-
-def _scale_block(description: Mapping[str, Any]) -> Block | None:
-    """Returns the rows and columns that share a scale of float8 weights.
-
-    None where a whole tensor has one scale.
-    """
-    block_size = (description.get("quantization_config") or {}).get("weight_block_size", [128, 128])
-    if block_size is None:
-        return None
-    if (
-        not isinstance(block_size, list)
-        or len(block_size) != 2
-        or not all(type(size) is int and size > 0 for size in block_size)
-    ):
-        raise ValueError(
-            f"config.json: weight_block_size: got {block_size!r}, "
-            "expected two sizes such as [128, 128]"
-        )
-    return block_size[0], block_size[1]
 
 
 def _stored_dtype(files: Files, family: Family) -> torch.dtype:

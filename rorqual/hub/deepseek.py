@@ -28,8 +28,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import mtp_layers, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import number, published_rope, rope_of, whole
+from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
     DSAConfig,
@@ -163,9 +164,10 @@ ONLY_OF: dict[str, dict[str, tuple[Any, ...]]] = {
 def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
     """Converts a published config.json; `names` are the folder's tensors, which show MTP's blocks.
 
-    Missing fields have transformers' defaults; fields that transformers ignores (V2's
-    norm_topk_prob and rope_interleave, moe_layer_freq) are ignored. ValueError for another
-    architecture, absent sizes, or values that this architecture does not support.
+    Without names the config says how many there are. Missing fields have transformers' defaults;
+    fields that transformers ignores (V2's norm_topk_prob and rope_interleave, moe_layer_freq) are
+    ignored. ValueError for another architecture, absent sizes, or values that this architecture
+    does not support.
     """
     kind = description.get("model_type")
     if kind not in MODEL_TYPES:
@@ -308,16 +310,12 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
             expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
     heads, keys = description["num_attention_heads"], description.get("num_key_value_heads")
-    if keys not in (None, heads):
+    # transformers asks for one key head a query head, and divides rounding down.
+    if keys is not None and heads // max(1, whole(description, "num_key_value_heads")) != 1:
         raise ValueError(
             f"num_key_value_heads: got {keys}, expected the {heads} of num_attention_heads, or none"
         )
-    quantised = description.get("quantization_config") or {}
-    method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
-    if method != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
+    quantisation(description)
 
 
 def _moe_of(
@@ -494,7 +492,7 @@ def _foreign_moe(config: ModelConfig) -> list[str]:
     unlike = {
         f"score {router.score} in {kind}": router.score != ("softmax" if softmax else "sigmoid"),
         "adaptive_mass": router.adaptive_mass is not None,
-        "token_id_layers": router.token_id_layers > 0,
+        "token_id_layers": router.token_id_layers > 0 or bool(router.other_token_id_layers),
         "swiglu_limit": moe.swiglu_limit is not None,
         "renormalised softmax weights": v2 and router.renormalise,
         "a softmax router with a bias": softmax and router.bias,
@@ -690,10 +688,12 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 def _mtp_depth(description: Mapping[str, Any], names: Collection[str]) -> int:
-    """Counts the blocks stored after the last layer.
+    """Counts the blocks stored after the last layer; without tensors, those of the config.
 
     A folder may have them in its config and leave out their weights.
     """
+    if not names:
+        return mtp_layers(description)
     matches = (re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm)\.", name) for name in names)
     layers = description.get("num_hidden_layers")
     return len(

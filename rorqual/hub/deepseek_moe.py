@@ -1,6 +1,6 @@
 """DeepSeekMoE-16B: config.json and tensor names, ours and theirs.
 
-    deepseek   grouped-query attention without bias, half-split rope; softmax scores, one group
+    deepseek   grouped-query attention, half-split rope; softmax scores, one group
 
 Its model is code in its folder, which nothing here reads; the names are Llama's and DeepSeek V2's.
 Fields of training and of deployment are ignored. arXiv 2401.06066.
@@ -9,8 +9,9 @@ Fields of training and of deployment are ignored. arXiv 2401.06066.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import number, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import number, published_rope, rope_of, whole
+from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
     GQAConfig,
@@ -42,10 +43,10 @@ DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
+    "attention_bias": False,
 }
 ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
     "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
     "scoring_func": ("softmax", None),
     "topk_method": ("greedy", None),
     "routed_scaling_factor": (1.0, None),
@@ -90,6 +91,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             heads=heads,
             kv_heads=heads if d["num_key_value_heads"] is None else whole(d, "num_key_value_heads"),
             head_dim=dim // heads,
+            bias=bool(d["attention_bias"]),
         ),
         rope=rope_of(d, interleaved=False),
         moe=_moe_of(d, first, layers) if has_experts else None,
@@ -144,7 +146,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied,
         "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": gqa.bias,
         "n_routed_experts": None,
         "first_k_dense_replace": config.layers,
     }
@@ -177,7 +179,7 @@ def _period(config: ModelConfig) -> int | None:
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeekMoE does not have."""
-    names = ("mla", "nsa", "moba", "dsa", "engram", "hyper", "mtp")
+    names = ("mla", "csa", "nsa", "moba", "dsa", "qsa", "delta", "engram", "hyper", "mtp")
     differences = [name for name in names if getattr(config, name) is not None]
     rope, gqa, moe = config.rope, config.gqa, config.moe
     if gqa is None:
@@ -190,6 +192,8 @@ def foreign(config: ModelConfig) -> list[str]:
         "a window": gqa.window is not None,
         "sinks": gqa.sinks,
         "qk_norm": gqa.qk_norm,
+        "output_gate": gqa.output_gate,
+        "heads that are rotated in part": gqa.rotated != gqa.head_dim,
         "heads of a width of their own": gqa.head_dim * gqa.heads != config.dim
         or gqa.value_dim not in (None, gqa.head_dim),
     }
@@ -201,8 +205,10 @@ def foreign(config: ModelConfig) -> list[str]:
             f"router scale {router.scale}": router.scale != 1,
             "a softmax router with a bias": router.bias,
             "adaptive_mass": router.adaptive_mass is not None,
-            "token_id_layers": router.token_id_layers > 0,
+            "token_id_layers": router.token_id_layers > 0 or bool(router.other_token_id_layers),
             "norm_eps": moe.norm_eps is not None,
+            "swiglu_limit": moe.swiglu_limit is not None,
+            "shared_gate": moe.shared_gate,
             f"shared_width {moe.shared_width}": moe.shared_hidden != moe.shared * moe.width,
             "dense_layers without a period": _period(config) is None,
         }
@@ -220,7 +226,12 @@ def places(config: ModelConfig) -> dict[str, Place]:
     for index in range(config.layers):
         theirs, ours = f"model.layers.{index}", f"blocks.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            table[f"{theirs}.self_attn.{name}.weight"] = Place(f"{ours}.attention.{name}.weight")
+            for kind in (
+                ("weight", "bias") if config.gqa is not None and config.gqa.bias else ("weight",)
+            ):
+                table[f"{theirs}.self_attn.{name}.{kind}"] = Place(
+                    f"{ours}.attention.{name}.{kind}"
+                )
         table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
         table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
         table |= _feed_forward(f"{theirs}.mlp", f"{ours}.ffn", config, index)
@@ -256,8 +267,15 @@ def copies(config: ModelConfig) -> dict[str, Place]:
 
 
 def aliases(config: ModelConfig) -> dict[str, Place]:
-    """Returns no names: the published code names its parameters as its folders do."""
-    return {}
+    """Maps the names of a layer's experts in one tensor, as transformers' parts of the model."""
+    return {
+        f"model.layers.{index}.mlp.experts.{theirs}": Place(
+            f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
+        )
+        for index in range(config.layers)
+        if config.has_experts(index)
+        for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down"))
+    }
 
 
 def hollow(config: ModelConfig) -> dict[str, Place]:

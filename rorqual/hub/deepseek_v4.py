@@ -11,13 +11,14 @@
 transformers writes some of these names otherwise (`canonical`). Blocks see compressed entries as
 `layer_types` or the published `compress_ratios` say, and select experts by token id as
 `mlp_layer_types` or `num_hash_layers` say. Fields that transformers ignores (norm_topk_prob,
-n_shared_experts, router_jitter_noise) are ignored, and so are those of auxiliary losses. What our
-model cannot express is refused by name.
+n_shared_experts, num_key_value_heads, attention_bias, router_jitter_noise) are ignored, and so are
+those of training (dropout, auxiliary losses). What our model cannot express is refused by name.
 
 Multi-token prediction (`mtp.*`), which transformers ignores, is that of layers/mtp.py on streams.
-There are as many depths as the folder has tensors of; their blocks see what the entries of
-`compress_ratios` behind the layers' say, or their window alone, as in the released models. Folders
-whose `mtp.*` are the draft layers of DSpark, another module, are loaded without them.
+There are as many depths as the folder has tensors of, or as a config.json without weights says;
+their blocks see what the entries of `compress_ratios` behind the layers' say, or their window
+alone, as in the released models. Folders whose `mtp.*` are the draft layers of DSpark, another
+module, are loaded without them.
 """
 
 import math
@@ -25,7 +26,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import mtp_layers, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
+from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
     CSAConfig,
     CSAKind,
@@ -35,7 +38,6 @@ from rorqual.model_config import (
     MTPConfig,
     RopeConfig,
     RouterConfig,
-    YarnConfig,
 )
 
 MODEL_TYPES = ("deepseek_v4",)
@@ -49,6 +51,7 @@ KINDS: dict[str, CSAKind] = {
     "compressed_sparse_attention": "csa",
     "heavily_compressed_attention": "hca",
 }
+ROPES = ("default", "yarn", "linear", "llama3")  # whose frequencies are the same in every call
 RATIOS: dict[int, CSAKind] = {0: "window", 4: "csa", 128: "hca"}
 DEFAULTS: dict[str, Any] = {  # transformers' DeepseekV4Config
     "vocab_size": 129280, "hidden_size": 4096, "moe_intermediate_size": 2048,
@@ -64,10 +67,7 @@ DEFAULTS: dict[str, Any] = {  # transformers' DeepseekV4Config
 ALIASES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
 ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
     "hidden_act": ("silu", None),
-    "num_key_value_heads": (1, None),
-    "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "attention_dropout": (0.0, None),
     "scoring_func": ("sqrtsoftplus", "sigmoid"),
     # How the experts are stored is seen in the files; a type that these cannot tell is refused.
     "expert_dtype": ("fp4", "fp8", "bf16", "bfloat16", None),
@@ -118,87 +118,64 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
         if (value := d.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None)
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
-    _check_quantised(d)
-    layers, head_dim = _whole(d, "num_hidden_layers"), _whole(d, "head_dim")
-    depth = _mtp_depth(names)
+    allowed = ONLY["expert_dtype"]
+    if (dtype := quantisation(d).get("expert_dtype")) not in allowed:
+        expected = " or ".join(str(x) for x in allowed if x is not None)
+        raise ValueError(f"quantization_config.expert_dtype: got {dtype!r}, expected {expected}")
+    layers, head_dim = whole(d, "num_hidden_layers"), whole(d, "head_dim")
+    depth = _mtp_depth(d, names)
     main, compress, rope_dim = _ropes(d, head_dim)
     rates = d.get("compress_rates") or {}
-    eps = _number(d, "rms_norm_eps")
+    first_hashed, others_hashed = _hash_layers(d, layers)
+    eps = number(d, "rms_norm_eps")
     return ModelConfig(
-        vocab_size=_whole(d, "vocab_size"),
-        dim=_whole(d, "hidden_size"),
+        vocab_size=whole(d, "vocab_size"),
+        dim=whole(d, "hidden_size"),
         layers=layers,
         mla=None,
         csa=CSAConfig(
-            heads=_whole(d, "num_attention_heads"),
+            heads=whole(d, "num_attention_heads"),
             head_dim=head_dim,
             rope_dim=rope_dim,
-            q_lora_rank=_whole(d, "q_lora_rank"),
-            groups=_whole(d, "o_groups"),
-            o_lora_rank=_whole(d, "o_lora_rank"),
-            window=_whole(d, "sliding_window"),
+            q_lora_rank=whole(d, "q_lora_rank"),
+            groups=whole(d, "o_groups"),
+            o_lora_rank=whole(d, "o_lora_rank"),
+            window=whole(d, "sliding_window"),
             kinds=_kinds(d, layers) + _mtp_kinds(d, layers, depth),
             ratio=_rate(d, rates, "compressed_sparse_attention", "compress_rate_csa", 4),
             heavy_ratio=_rate(d, rates, "heavily_compressed_attention", "compress_rate_hca", 128),
-            index_heads=_whole(d, "index_n_heads"),
-            index_dim=_whole(d, "index_head_dim"),
-            top_k=_whole(d, "index_topk"),
+            index_heads=whole(d, "index_n_heads"),
+            index_dim=whole(d, "index_head_dim"),
+            top_k=whole(d, "index_topk"),
             compress_rope=compress,
             ties="topk",
         ),
         rope=main,
         moe=MoEConfig(
-            routed=_whole(d, "n_routed_experts"),
-            active=_whole(d, "num_experts_per_tok"),
+            routed=whole(d, "n_routed_experts"),
+            active=whole(d, "num_experts_per_tok"),
             shared=1,
-            width=_whole(d, "moe_intermediate_size"),
-            swiglu_limit=_number(d, "swiglu_limit"),
+            width=whole(d, "moe_intermediate_size"),
+            swiglu_limit=number(d, "swiglu_limit"),
             router=RouterConfig(
                 score=d["scoring_func"],
-                scale=_number(d, "routed_scaling_factor"),
-                token_id_layers=_hash_layers(d, layers),
+                scale=number(d, "routed_scaling_factor"),
+                token_id_layers=first_hashed,
+                other_token_id_layers=others_hashed,
             ),
         ),
         hyper=HyperConfig(
-            streams=_whole(d, "hc_mult"),
-            iterations=_whole(d, "hc_sinkhorn_iters"),
-            eps=_number(d, "hc_eps"),
+            streams=whole(d, "hc_mult"),
+            # 0 and 1 mean the same.
+            iterations=max(1, whole(d, "hc_sinkhorn_iters")),
+            eps=number(d, "hc_eps"),
             norm_eps=eps,
         ),
         mtp=MTPConfig(depth=depth, streams=True) if depth else None,
         tied=bool(d["tie_word_embeddings"]),
         eps=eps,
-        init_std=_number(d, "initializer_range"),
+        init_std=number(d, "initializer_range"),
     )
-
-
-def _number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
-    return float(value)
-
-
-def _whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
-    value = _number(fields, key, within)
-    if value != value // 1:
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
-    return int(value)
-
-
-def _check_quantised(d: Mapping[str, Any]) -> None:
-    quantised = d.get("quantization_config") or {}
-    if not isinstance(quantised, Mapping):
-        raise ValueError(
-            f"config.json: quantization_config: got {quantised!r}, expected its fields"
-        )
-    if (method := quantised.get("quant_method", "fp8")) != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
-    if (kind := quantised.get("expert_dtype")) not in (allowed := ONLY["expert_dtype"]):
-        expected = " or ".join(str(x) for x in allowed if x is not None)
-        raise ValueError(f"quantization_config.expert_dtype: got {kind!r}, expected {expected}")
 
 
 def _rate(d: Mapping[str, Any], rates: Any, kind: str, scalar: str, default: int) -> int:
@@ -206,8 +183,8 @@ def _rate(d: Mapping[str, Any], rates: Any, kind: str, scalar: str, default: int
     if not isinstance(rates, Mapping):
         raise ValueError(f"config.json: compress_rates: got {rates!r}, expected a number a kind")
     if d.get(scalar) is not None:
-        return _whole(d, scalar)
-    return _whole({kind: default, **rates}, kind, "compress_rates.")
+        return whole(d, scalar)
+    return whole({kind: default, **rates}, kind, "compress_rates.")
 
 
 def _kinds(d: Mapping[str, Any], layers: int) -> tuple[CSAKind, ...]:
@@ -253,27 +230,35 @@ def _mtp_kinds(d: Mapping[str, Any], layers: int, depth: int) -> tuple[CSAKind, 
     return ()
 
 
-def _mtp_depth(names: Collection[str]) -> int:
-    """Counts the depths of MTP that a folder has tensors of; DSpark's layers are none."""
+def _mtp_depth(d: Mapping[str, Any], names: Collection[str]) -> int:
+    """Counts the depths of MTP that a folder has tensors of; DSpark's layers are none.
+
+    Without tensors they are those of the config.
+    """
+    if not names:
+        return mtp_layers(d)
     if any(DSPARK.match(name) for name in names):
         return 0
     return len({match[1] for name in names if (match := re.match(r"mtp\.(\d+)\.", name))})
 
 
-def _hash_layers(d: Mapping[str, Any], layers: int) -> int:
-    """Reads how many first blocks select experts by token id."""
+def _hash_layers(d: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
+    """Reads how many first blocks select experts by token id, and which others do."""
     listed = d.get("mlp_layer_types")
     if listed is None:
-        return min(layers, _whole({"num_hash_layers": 3, **d}, "num_hash_layers"))
-    if not isinstance(listed, list):
-        raise ValueError(f"config.json: mlp_layer_types: got {listed!r}, expected a list")
-    count = next((i for i, kind in enumerate(listed) if kind != "hash_moe"), len(listed))
-    if len(listed) < layers or listed[count:layers] != ["moe"] * (layers - count):
+        return min(layers, whole({"num_hash_layers": 3, **d}, "num_hash_layers")), ()
+    if (
+        not isinstance(listed, list)
+        or len(listed) < layers
+        or not set(listed) <= {"moe", "hash_moe"}
+    ):
         raise ValueError(
-            f"config.json: mlp_layer_types: got {listed}, "
-            f"expected hash_moe for the first layers and moe for the others, {layers} in all"
+            f"config.json: mlp_layer_types: got {listed!r}, "
+            f"expected hash_moe or moe for each of {layers} layers"
         )
-    return min(count, layers)
+    hashed = [index for index in range(layers) if listed[index] == "hash_moe"]
+    first = next((i for i in range(layers) if listed[i] != "hash_moe"), layers)
+    return first, tuple(hashed[first:])
 
 
 def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig, int]:
@@ -289,7 +274,7 @@ def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig,
     else:
         if share is None:
             width = d.get("qk_rope_head_dim")
-            share = 64 / 512 if width is None else _whole(d, "qk_rope_head_dim") / head_dim
+            share = 64 / 512 if width is None else whole(d, "qk_rope_head_dim") / head_dim
         flat = {name: value for name, value in rope.items() if name not in ("main", "compress")}
         both = {"main": {"rope_theta": d["rope_theta"]}}
         both["compress"] = {**flat, "rope_theta": d["compress_rope_theta"]}
@@ -297,14 +282,14 @@ def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig,
         for each in both.values():
             each["partial_rotary_factor"] = share
     if d.get("qk_rope_head_dim") is not None and share is not None:
-        width = int(head_dim * _number({"partial_rotary_factor": share}, "partial_rotary_factor"))
-        if (got := _whole(d, "qk_rope_head_dim")) != width:
+        width = int(head_dim * number({"partial_rotary_factor": share}, "partial_rotary_factor"))
+        if (got := whole(d, "qk_rope_head_dim")) != width:
             raise ValueError(
                 f"config.json: qk_rope_head_dim: got {got}, "
                 f"expected {width} as partial_rotary_factor has it"
             )
     widths = {
-        name: int(head_dim * _number(each, "partial_rotary_factor", f"{key}.{name}."))
+        name: int(head_dim * number(each, "partial_rotary_factor", f"{key}.{name}."))
         for name, each in both.items()
     }
     if widths["main"] != widths["compress"]:
@@ -318,41 +303,16 @@ def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig,
 
 def _rope(d: Mapping[str, Any], rope: Mapping[str, Any], within: str) -> RopeConfig:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"config.json: {within}rope_type: got {kind!r}, expected default or yarn")
-    base = _number(rope, "rope_theta", within)
-    if kind == "default":
-        return RopeConfig(base=base)
-    if rope.get("truncate", True) is not True:
-        raise ValueError(f"config.json: {within}truncate: got {rope['truncate']!r}, expected true")
-    length = "original_max_position_embeddings"
-    fields = {length: d["max_position_embeddings"], "beta_fast": 32, "beta_slow": 1}
-    fields |= {key: value for key, value in rope.items() if value}
-    factor = _number(fields, "factor", within)
-    # One factor on cos and sin, and none on the softmax.
-    stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
-    wanted = 1 + stretch
-    if rope.get("attention_factor") is not None:
-        wanted = _number(rope, "attention_factor", within)
-    elif "mscale" in fields and "mscale_all_dim" in fields:
-        scales = (_number(fields, name, within) for name in ("mscale", "mscale_all_dim"))
-        above, below = (stretch * scale + 1 for scale in scales)
-        wanted = above / below
-    if wanted != 1 and not stretch:
+    if kind not in ROPES:
         raise ValueError(
-            f"config.json: {within}attention_factor: got {wanted} with factor {factor}, expected 1"
+            f"config.json: {within}rope_type: got {kind!r}, expected {', '.join(ROPES)}"
         )
-    return RopeConfig(
-        base=base,
-        yarn=YarnConfig(
-            factor=factor,
-            original_length=_whole(fields, length, within),
-            beta_fast=_number(fields, "beta_fast", within),
-            beta_slow=_number(fields, "beta_slow", within),
-            mscale=(wanted - 1) / stretch if stretch else 0.0,
-            mscale_all_dim=0.0,
-        ),
-    )
+    # transformers reads `truncate` where no folder has it.
+    fields = {key: rope[key] for key in rope if key not in ("partial_rotary_factor", "truncate")}
+    fields = fields if kind == "default" else tables_alone(fields)
+    lengths = {"max_position_embeddings": d["max_position_embeddings"]}
+    base = {"rope_theta": number(rope, "rope_theta", within)}
+    return rope_of({**base, **lengths, "rope_parameters": fields}, interleaved=True)
 
 
 def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
@@ -366,7 +326,6 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     assert csa is not None and moe is not None and hyper is not None
     depth = config.mtp.depth if config.mtp is not None else 0
     named = {kind: name for name, kind in KINDS.items()}
-    hashed = min(moe.router.token_id_layers, config.layers)
     yarn = csa.compress_rope.yarn
     longest = 1048576 if yarn is None else int(yarn.factor * yarn.original_length)
     share = csa.rope_dim / csa.head_dim
@@ -399,7 +358,9 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
         "norm_topk_prob": True,
         "routed_scaling_factor": moe.router.scale,
         "swiglu_limit": NO_LIMIT if moe.swiglu_limit is None else moe.swiglu_limit,
-        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config.layers - hashed),
+        "mlp_layer_types": [
+            "hash_moe" if moe.router.by_token_id(index) else "moe" for index in range(config.layers)
+        ],
         "hc_mult": hyper.streams,
         "hc_sinkhorn_iters": hyper.iterations,
         "hc_eps": hyper.eps,
@@ -429,26 +390,23 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
-    values = {"rope_type": "default", "rope_theta": rope.base, "partial_rotary_factor": share}
-    if rope.yarn is None:
-        return values
-    yarn = rope.yarn
-    stretch = 0.1 * math.log(yarn.factor) if yarn.factor > 1 else 0.0
-    return values | {
-        "rope_type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_length,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "attention_factor": (stretch * yarn.mscale + 1) / (stretch * yarn.mscale_all_dim + 1),
-    }
+    base = {"rope_theta": rope.base, "partial_rotary_factor": share}
+    fields = published_rope(rope)["rope_scaling"] or {"rope_type": "default"}
+    left_out = ("type", "mscale", "mscale_all_dim")
+    fields = {key: value for key, value in fields.items() if key not in left_out} | base
+    if (yarn := rope.yarn) is not None:
+        stretch = 0.1 * math.log(yarn.factor)
+        fields["attention_factor"] = (stretch * yarn.mscale + 1) / (
+            stretch * yarn.mscale_all_dim + 1
+        )
+    return fields
 
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4's format does not have."""
     differences = [
         name
-        for name in ("mla", "gqa", "nsa", "moba", "dsa", "engram")
+        for name in ("mla", "gqa", "csa2", "nsa", "moba", "dsa", "qsa", "delta", "engram")
         if getattr(config, name) is not None
     ]
     csa, moe, hyper = config.csa, config.moe, config.hyper
@@ -460,11 +418,21 @@ def foreign(config: ModelConfig) -> list[str]:
     router, mtp = moe.router, config.mtp
     unlike = {
         "MTP on one stream": mtp is not None and not mtp.streams,
-        "MTP with experts by token id": mtp is not None and router.token_id_layers > config.layers,
+        "MTP with experts by token id": mtp is not None
+        and any(router.by_token_id(config.layers + depth) for depth in range(mtp.depth)),
+        "rope of kind dynamic or longrope, or a query_scale": any(
+            rope.varies or rope.query_scale is not None for rope in (config.rope, csa.compress_rope)
+        ),
+        "YaRN without truncate": any(
+            rope.yarn is not None and not rope.yarn.truncate
+            for rope in (config.rope, csa.compress_rope)
+        ),
         f"hyper.kind {hyper.kind}": hyper.kind != "mhc",
         f"hyper.mix {hyper.mix}": hyper.mix != "sinkhorn",
         f"hyper.norm_eps {hyper.norm_eps} (eps is {config.eps})": hyper.norm_eps != config.eps,
-        "blocks without experts": moe.first_dense > 0,
+        "blocks without experts": moe.first_dense > 0 or bool(moe.dense_layers),
+        "norm_eps of experts": moe.norm_eps is not None,
+        "shared_gate": moe.shared_gate,
         f"score {router.score}": router.score not in ("sigmoid", "sqrtsoftplus"),
         "groups of experts": router.groups_kept < router.groups,
         "weights that are not renormalised": not router.renormalise,
@@ -518,7 +486,7 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
         tensors += [f"indexer.compressor.{name}" for name in compressor]
     table |= {f"{theirs}.attn.{name}": Place(f"{ours}.attention.{name}") for name in tensors}
     table[f"{theirs}.ffn.gate.weight"] = Place(f"{ours}.ffn.router.weight")
-    if index < moe.router.token_id_layers:
+    if moe.router.by_token_id(index):
         table[f"{theirs}.ffn.gate.tid2eid"] = Place(f"{ours}.ffn.router.table")
     else:
         table[f"{theirs}.ffn.gate.bias"] = Place(f"{ours}.ffn.router.e_score_correction_bias")

@@ -19,6 +19,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import quantisation
 from rorqual.hub.places import AnyPlace, Joined, Place, Sizes
 from rorqual.model_config import (
     BalanceConfig,
@@ -175,12 +176,7 @@ def _refuse_unknown(d: Mapping[str, Any], description: Mapping[str, Any]) -> Non
             raise ValueError(f"config.json: text_config.{key}: got {value!r}, expected {expected}")
     if description.get("tie_word_embeddings"):
         raise ValueError("config.json: tie_word_embeddings: got true, expected false")
-    quantised = description.get("quantization_config") or {}
-    method = quantised.get("quant_method", "fp8") if isinstance(quantised, Mapping) else quantised
-    if method != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
+    quantisation(description)
     if _whole(d, "num_attention_heads", 1) % _whole(d, "o_groups", 1):
         raise ValueError(
             f"config.json: text_config.o_groups: got {d['o_groups']}, expected a divisor of "
@@ -429,7 +425,7 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4.1's format does not have."""
     differences = [
         name
-        for name in ("mla", "gqa", "nsa", "moba", "dsa", "mtp")
+        for name in ("mla", "gqa", "nsa", "moba", "dsa", "qsa", "delta", "mtp")
         if getattr(config, name) is not None
     ]
     differences += [
@@ -443,14 +439,17 @@ def foreign(config: ModelConfig) -> list[str]:
         "a tied head": config.tied,
         "half-split rope": not (config.rope.interleaved and rope.interleaved),
         "YaRN in blocks without entries": config.rope.yarn is not None,
+        "YaRN without truncate": yarn is not None and not yarn.truncate,
         "YaRN's factor on cos and sin": yarn is not None and yarn.mscale != yarn.mscale_all_dim,
         f"score {router.score}": router.score != "sqrtsoftplus",
         "groups of experts": router.groups != 1,
         "adaptive_mass": router.adaptive_mass is not None,
-        "token_id_layers": router.token_id_layers > 0,
+        "token_id_layers": router.token_id_layers > 0 or bool(router.other_token_id_layers),
         "a router without a bias": not router.bias,
         f"{len(router.image_ids)} ids of image tokens (1 only)": len(router.image_ids) > 1,
-        "dense blocks": moe.first_dense > 0,
+        "dense blocks": moe.first_dense > 0 or bool(moe.dense_layers),
+        "norm_eps of experts": moe.norm_eps is not None,
+        "shared_gate": moe.shared_gate,
         f"{moe.shared} shared experts (1 only)": moe.shared != 1,
         f"shared_width {moe.shared_width}": moe.shared_hidden != moe.width,
         f"hyper-connections of kind {hyper.kind}": hyper.kind != "single_pass",

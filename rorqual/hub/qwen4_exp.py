@@ -12,13 +12,13 @@ writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as tr
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual.hub.fields import number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
-from rorqual.hub.rope import number, published_rope, rope_of, whole
+from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
     BalanceConfig,
     DeltaNetConfig,
@@ -121,15 +121,7 @@ def _text_of(description: Mapping[str, Any]) -> dict[str, Any]:
         # transformers ties the multimodal model by the outer field.
         fields["tie_word_embeddings"] = description.get("tie_word_embeddings", False)
         fields.setdefault("quantization_config", description.get("quantization_config"))
-    quantised = fields.get("quantization_config") or {}
-    if not isinstance(quantised, Mapping):
-        raise ValueError(
-            f"config.json: quantization_config: got {quantised!r}, expected its fields"
-        )
-    if (method := quantised.get("quant_method", "fp8")) != "fp8":
-        raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, expected 'fp8' or none"
-        )
+    quantisation(fields)
     return DEFAULTS | fields
 
 
@@ -242,13 +234,7 @@ def _rope_of(d: Mapping[str, Any]) -> RopeConfig:
         got = rope["llama_4_scaling_beta"]
         raise ValueError(f"config.json: llama_4_scaling_beta: got {got!r}, expected none")
     if kind == "yarn":
-        # transformers scales cos and sin alone, the softmax never.
-        above, below = (rope.pop(key, None) for key in ("mscale", "mscale_all_dim"))
-        if above and below and rope.get("attention_factor") is None:
-            stretch = 0.1 * math.log(max(1.0, number(rope, "factor")))
-            scales = {"mscale": above, "mscale_all_dim": below}
-            above, below = (stretch * number(scales, key) + 1 for key in scales)
-            rope["attention_factor"] = above / below
+        rope = tables_alone(rope)
     fields = {
         "rope_theta": d.get("rope_theta", 10_000.0),
         "max_position_embeddings": d["max_position_embeddings"],
@@ -434,7 +420,9 @@ def foreign(config: ModelConfig) -> list[str]:
         "rope that is interleaved": rope.interleaved,
         "rope that scales the softmax": of_softmax,
         "a router with other options than softmax and no bias": router != like_router,
-        "dense blocks": moe.first_dense > 0,
+        "dense blocks": moe.first_dense > 0 or bool(moe.dense_layers),
+        "norm_eps of experts": moe.norm_eps is not None,
+        "swiglu_limit": moe.swiglu_limit is not None,
         "no shared expert with a gate": not (moe.shared == 1 and moe.shared_gate),
     }
     if engram is not None:

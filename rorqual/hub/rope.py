@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rorqual.hub.fields import number, whole
 from rorqual.model_config import (
     ROPE_KINDS,
     DynamicRopeConfig,
@@ -31,20 +32,6 @@ from rorqual.model_config import (
 
 ORIGINAL = "original_max_position_embeddings"
 UNSTRETCHED = 4096  # what a folder says of its longest context if nothing tells
-
-
-def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
-    return float(value)
-
-
-def whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
-    return int(value)
 
 
 def rope_of(
@@ -99,16 +86,24 @@ def rope_of(
     return RopeConfig(base=base, interleaved=interleaved, **kinds)
 
 
+def tables_alone(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns rotary fields for a family whose YaRN scales cos and sin, and the softmax never."""
+    fields = {key: value for key, value in rope.items() if key not in ("mscale", "mscale_all_dim")}
+    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    if above and below and fields.get("attention_factor") is None:
+        factor = number(rope, "factor")
+        stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
+        above, below = (stretch * number(rope, key) + 1 for key in ("mscale", "mscale_all_dim"))
+        fields["attention_factor"] = above / below
+    return fields
+
+
 def _yarn(
     description: Mapping[str, Any],
     fields: Mapping[str, Any],
     lengths: Mapping[str, Any],
     within: str,
 ) -> YarnConfig:
-    if fields.get("truncate", True) is not True:
-        raise ValueError(
-            f"config.json: {within}truncate: got {fields['truncate']!r}, expected true or none"
-        )
     # transformers ignores 0 and null.
     yarn = {key: value for key, value in fields.items() if value}
     factor = number(fields, "factor", within)
@@ -120,6 +115,7 @@ def _yarn(
         beta_slow=number({"beta_slow": 1} | yarn, "beta_slow", within),
         mscale=mscale,
         mscale_all_dim=of_softmax,
+        truncate=bool(fields.get("truncate", True)),
     )
 
 
@@ -234,6 +230,8 @@ def published_rope(rope: RopeConfig) -> dict[str, Any]:
             "mscale": yarn.mscale,
             "mscale_all_dim": yarn.mscale_all_dim,
         }
+        if not yarn.truncate:
+            scaling["truncate"] = False
         # transformers ignores a 0.
         if 0 in (yarn.mscale, yarn.mscale_all_dim) and yarn.mscale != 1 and yarn.factor > 1:
             stretch = 0.1 * math.log(yarn.factor)

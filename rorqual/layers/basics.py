@@ -160,11 +160,11 @@ def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
     def pair(turns: float) -> float:
         return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = (
-        max(math.floor(pair(yarn.beta_fast)), 0),
-        min(math.ceil(pair(yarn.beta_slow)), dim - 1),
-    )
-    return float(low), high + 0.001 if low == high else float(high)
+    low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    low, high = max(low, 0.0), min(high, dim - 1.0)
+    return low, high + 0.001 if low == high else high
 
 
 def rope_frequencies(

@@ -45,6 +45,7 @@ from rorqual.layers.dsa import (
     Ties,
     attention_target,
     choices_open,
+    choose_within,
     index_scores,
 )
 from rorqual.layers.sparse import Blocks
@@ -128,6 +129,16 @@ class Entries(NamedTuple):
         theirs = ctx.key_document_ids.gather(1, columns)[:, None]
         same = theirs == ctx.document_ids[:, run, None]
         return same & (ends <= ctx.columns[:, run, None])
+
+    def spans(self, ctx: Context) -> Int[Tensor, "B T 2"] | None:
+        """Returns the first entry of each new token's document, and the one after its last.
+
+        None where every sequence is one document of all columns.
+        """
+        tokens = ctx.spans()
+        if tokens is None or self.ends is None:
+            return None if tokens is None else tokens // self.ratio
+        return torch.searchsorted(self.ends.contiguous(), tokens.flatten(1)).view_as(tokens)
 
 
 class Pooled(NamedTuple):
@@ -389,7 +400,7 @@ class SharedKV(nn.Module):
                 mask = window_mask(ctx, window, run, document_ids)
                 seen = entries.visible(ctx, run, count)
             if selection is not None and gathers:
-                index, real = selection.choose(selection.scores(run, count), seen)
+                index, real = selection.choose(selection.scores(run, count), seen, run)
                 outs.append(
                     attend_gathered(queries, key, mask, entries.values, index, real, sink, scale)
                 )
@@ -397,14 +408,14 @@ class SharedKV(nn.Module):
             if selection is not None:
                 if ctx.indexer_warmup is not None:
                     scores = selection.scores(run, count)
-                    selected_mask = selection.mask(*selection.choose(scores, seen), count)
+                    selected_mask = selection.mask(*selection.choose(scores, seen, run), count)
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     heads = queries, values, scale, ctx.indexer_warmup
                     losses.append(entry_loss(scores, seen, selected_mask, *heads, valid))
                     seen = seen if ctx.indexer_warmup else selected_mask
                 elif count > selection.top_k:
                     with torch.no_grad():
-                        selected = selection.choose(selection.scores(run, count), seen)
+                        selected = selection.choose(selection.scores(run, count), seen, run)
                     seen = selection.mask(*selected, count)
             both = torch.broadcast_tensors(mask[..., :1], seen[..., :1])[0].shape[:2]
             mask = torch.cat([mask.expand(*both, -1), seen.expand(*both, -1)], dim=-1)
@@ -509,9 +520,11 @@ class CSA(HCA):
         query = indexer.wq_b(latent.detach()).unflatten(-1, (c.index_heads, -1))
         weights = indexer.weights_proj(hidden.detach()).float()
         weights = weights * (c.index_heads * c.index_dim) ** -0.5
-        turned, as_topk = self.turn(query, ctx), c.ties == "topk"
+        selection = EntrySelection(self.turn(query, ctx), weights, entries.index_keys, c.top_k)
+        if c.ties == "last":
+            return selection
         ties = None if ctx.cache is None else ctx.cache.attention.ties
-        return EntrySelection(turned, weights, entries.index_keys, c.top_k, as_topk, ties)
+        return selection._replace(as_topk=True, spans=entries.spans(ctx), ties=ties)
 
 
 class EntrySelection(NamedTuple):
@@ -522,6 +535,9 @@ class EntrySelection(NamedTuple):
     keys: Float[Tensor, "B M I"]
     top_k: int  # entries that a query may select
     as_topk: bool = False  # of equal scores those of torch.topk are selected, not the last ones
+    # With `as_topk`: the first entry of each query's document, and the one after its last, of which
+    # topk selects. None: all entries.
+    spans: Int[Tensor, "B T 2"] | None = None
     ties: Ties | None = None  # where it is noted that they were
 
     def gathers(self, count: int) -> bool:
@@ -533,9 +549,9 @@ class EntrySelection(NamedTuple):
         return index_scores(self.query[:, run], self.keys[:, :count], self.weights[:, run])
 
     def choose(
-        self, scores: Float[Tensor, "B T M"], visible: Bool[Tensor, "#B T M"]
+        self, scores: Float[Tensor, "B T M"], visible: Bool[Tensor, "#B T M"], run: slice
     ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"]]:
-        """Returns the visible entries of largest score, and which of them exist."""
+        """Returns the visible entries of largest score of the queries `run`, and which exist."""
         scores = scores.detach().masked_fill(~visible, -torch.inf)
         if self.as_topk:
             # Which of equal scores torch.topk selects depends on the number of all.
@@ -543,6 +559,8 @@ class EntrySelection(NamedTuple):
             index = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
             if self.ties is not None:
                 self.ties.note(choices_open(scores, index))
+            if self.spans is not None:
+                choose_within(self.spans[:, run], scores, index)
         else:
             index = largest(scores, self.top_k)
         return index, scores.gather(-1, index) > -torch.inf

@@ -45,7 +45,7 @@ from rorqual.layers.csa import (
     mean_entry_loss,
     window_mask,
 )
-from rorqual.layers.dsa import IndexerLoss, Ties, choices_open
+from rorqual.layers.dsa import IndexerLoss, Ties, choices_open, choose_within
 from rorqual.layers.sparse import Blocks
 from rorqual.model_config import CSA2Config as CSA2Config
 from rorqual.model_config import CSAConfig
@@ -81,6 +81,17 @@ class Visible(NamedTuple):
         """Returns which of `count` entries the new tokens `run` see."""
         entry = torch.arange(count, device=self.end.device)
         return (entry >= self.first[:, run, None]) & (entry < self.end[:, run, None])
+
+    def spans(self, ctx: Context, ratio: int) -> Int[Tensor, "B T 2"] | None:
+        """Returns the first entry of each new token's document, and the one after its last.
+
+        None where every sequence is one document of all columns.
+        """
+        tokens = ctx.spans()
+        if tokens is None:
+            return None
+        counts = (tokens[..., 1] - tokens[..., 0]) // ratio
+        return torch.stack([self.first.expand_as(counts), self.first + counts], dim=-1)
 
 
 def visible_entries(ctx: Context, ratio: int) -> Visible:
@@ -255,6 +266,19 @@ class TieRule(NamedTuple):
 
     rule: Literal["last", "topk"]
     noted: Ties | None = None  # the block's cache of it
+    # The first entry of each query's document, and the one after its last, of which topk selects.
+    # None: all entries.
+    spans: Int[Tensor, "B T 2"] | None = None
+
+    def of(self, run: slice, block: int | None = None) -> "TieRule":
+        """Returns the rule of the queries `run`, for entries or for coarse blocks of them."""
+        if self.spans is None:
+            return self
+        spans = self.spans[:, run]
+        if block is not None:
+            ends = -(-(spans[..., 1] - spans[..., 0]) // block)
+            spans = torch.stack([torch.zeros_like(ends), ends], dim=-1)
+        return self._replace(spans=spans)
 
 
 def best(scores: Float[Tensor, "B T M"], count: int, ties: TieRule) -> Int[Tensor, "B T K"]:
@@ -263,6 +287,8 @@ def best(scores: Float[Tensor, "B T M"], count: int, ties: TieRule) -> Int[Tenso
         index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
         if ties.noted is not None and index.shape[-1]:
             ties.noted.note(choices_open(scores, index))
+        if ties.spans is not None and index.shape[-1]:
+            choose_within(ties.spans, scores, index)
     else:
         index = largest(scores.float(), count)
     return index.where(scores.gather(-1, index) > -torch.inf, -1)
@@ -296,7 +322,7 @@ class Coarse(NamedTuple):
         seen = (self.visible.end - self.visible.first)[:, run, None]
         last = (seen - 1).div(self.block, rounding_mode="floor")
         maxima = maxima.masked_fill(torch.arange(count, device=scores.device) == last, torch.inf)
-        return best(maxima, top, self.ties)
+        return best(maxima, top, self.ties.of(run, self.block))
 
     def mask(self, coarse: Int[Tensor, "B T N"], count: int, run: slice) -> Bool[Tensor, "B T M"]:
         """Returns which of `count` entries are in the blocks of each query."""
@@ -379,12 +405,15 @@ class CSA2(SharedKV):
             keys = self.indexer.k_norm(self.indexer.wk(latents.detach()))
             keys = rotate_entries(keys, places, ctx)
             keys = rounded(keys, "mxfp4") if self.rounds else keys
+        # The coarse blocks of an earlier source of this ratio stay.
+        coarse = None if ctx.shared is None else ctx.shared.coarse
         if ctx.cache is None:
-            return Shared(*(numbered(x, places, ctx, self.ratio) for x in (new, keys)))
-        cache = ctx.cache.attention
-        return Shared(
-            cached(new, places, ctx, cache.entries), cached(keys, places, ctx, cache.index_keys)
-        )
+            entries, index_keys = (numbered(x, places, ctx, self.ratio) for x in (new, keys))
+        else:
+            cache = ctx.cache.attention
+            entries = cached(new, places, ctx, cache.entries)
+            index_keys = cached(keys, places, ctx, cache.index_keys)
+        return Shared(entries, index_keys, coarse=coarse)
 
     def choose(
         self,
@@ -409,7 +438,8 @@ class CSA2(SharedKV):
             visible = visible_entries(ctx, self.ratio)
             count = shared.entries.shape[1]
             cache = None if ctx.cache is None else ctx.cache.attention
-            ties = TieRule(self.config.ties, None if cache is None else cache.ties)
+            noted = None if cache is None else cache.ties
+            ties = TieRule(self.config.ties, noted, visible.spans(ctx, self.ratio))
             coarse = Coarse(self.shares.candidate_block, visible, ties)
             for run in self.runs(asked, count):
                 seen = visible.mask(count, run)
@@ -421,7 +451,7 @@ class CSA2(SharedKV):
                 if self.selects_coarse:
                     blocks.append(coarse.select(scores, run, self.shares.candidate_blocks))
                 # They rise, none first.
-                selected.append(best(scores, self.config.top_k, ties).sort(-1).values)
+                selected.append(best(scores, self.config.top_k, ties.of(run)).sort(-1).values)
                 if trained and count:
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     warmup = bool(ctx.indexer_warmup)

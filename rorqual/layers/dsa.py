@@ -365,14 +365,8 @@ class IndexerSelection(NamedTuple):
                 index = scores.topk(self.top_k, dim=-1).indices
                 if self.cached_ties is not None:
                     self.cached_ties.note(choices_open(scores, index))
-                # A compiler cannot trace a loop over what is tied.
-                if self.spans is not None and not torch.compiler.is_compiling():
-                    spans = self.spans[:, run]
-                    for row, query in choices_open(scores, index).nonzero().tolist():
-                        first, stop = spans[row, query].tolist()
-                        if stop - first > self.top_k:
-                            columns = scores[row, query, first:stop]
-                            index[row, query] = first + columns.topk(self.top_k).indices
+                if self.spans is not None:
+                    choose_within(self.spans[:, run], scores, index)
             if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
             real = scores.gather(-1, index) > -torch.inf
@@ -573,6 +567,30 @@ def choices_open(
     """
     lowest = scores.gather(-1, index).amin(-1, keepdim=True)
     return ((scores >= lowest).sum(-1) > index.shape[-1]) & (lowest[..., 0] > -torch.inf)
+
+
+def choose_within(
+    spans: Int[Tensor, "#B T 2"], scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
+) -> None:
+    """Selects again, in `index`, where equal scores decide: by topk of a span's columns alone.
+
+    A span is the first column of the query's document and the one after its last. So neither
+    padding nor other documents change which of equal scores are selected.
+    """
+    # A compiler cannot trace a loop over what is tied.
+    if torch.compiler.is_compiling():
+        return
+    rows, queries = choices_open(scores, index).nonzero(as_tuple=True)
+    if not len(rows):
+        return
+    alike = torch.cat([rows[:, None], spans.expand(len(scores), -1, -1)[rows, queries]], dim=1)
+    alike, group = alike.unique(dim=0, return_inverse=True)
+    for number, (row, first, stop) in enumerate(alike.tolist()):
+        # Padding may see more than its document has.
+        if stop - first > index.shape[-1]:
+            tied = queries[group == number]
+            columns = scores[row, tied, first:stop]
+            index[row, tied] = first + columns.topk(index.shape[-1], dim=-1).indices
 
 
 def index_scores(

@@ -167,7 +167,7 @@ class Router(nn.Module):
         self.register_buffer("image_bias", torch.zeros(experts) if config.image_ids else None)
         self.table: Tensor | None
         self.register_buffer("table", None)
-        if layer < config.token_id_layers:
+        if config.by_token_id(layer):
             if vocab_size is None:
                 raise ValueError("router.token_id_layers: got no vocabulary, expected its size")
             self.table = token_table(vocab_size, experts, active, layer).to(self.weight.device)

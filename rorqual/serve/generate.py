@@ -433,8 +433,8 @@ def load(
     *,
     device: str = "auto",
     dtype: str | None = None,
-    placement: Placement = "device",
     tables: Placement | None = None,
+    placement: Placement | None = None,
     **sizes: Any,
 ) -> Run:
     """Loads a run folder, a published model's, a folder of RorqualForCausalLM, or a hub id.
@@ -442,17 +442,22 @@ def load(
     Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is
     that checkpoint. The log names the step.
 
-    `placement`, or `tables`, is that of Engram's tables, and `sizes` are other fields of
-    TableConfig (hot_bytes, folder). On a disk, the tables of a published model stay in its own
-    files: the rows that are looked up are read by position.
+    `tables` is the placement of Engram's tables, the device if it is not given; `placement` is its
+    name in TableConfig, whose other fields (hot_bytes, folder) may follow. On a disk, the tables of
+    a published model stay in its own files: the rows that are looked up are read by position.
 
     Only JSON and safetensors are read: no code of a checkpoint is ever run. dtype None keeps the
     stored one. FileNotFoundError where nothing is found; ValueError where a folder is not a model
-    or contradicts itself.
+    or contradicts itself, and for two placements.
     """
+    if tables is not None and placement not in (None, tables):
+        raise ValueError(
+            f"tables: got {tables!r} and placement {placement!r}, expected one of them: both say "
+            "where Engram's tables are"
+        )
     folder = find(where)
     wanted = None if dtype is None else runtime.dtype(dtype)
-    model = read(folder, TableConfig(placement=tables or placement, **sizes), wanted)
+    model = read(folder, TableConfig(placement=tables or placement or "device", **sizes), wanted)
     model.to(device=runtime.device(device), dtype=wanted)
     folder = checkpoint.run_of(folder)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
@@ -571,16 +576,20 @@ def read(
     return checkpoints.load(folder, dtype=dtype, tables=tables)
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(where: Path) -> ModelConfig:
     """Reads the config of a local folder, of the kind that its config.json names.
 
-    What `read` would read past of a published folder is said in a line.
+    What `read` would read past of a published folder is said in a line. The path of a config.json,
+    of whatever name, stands for the file alone, without the weights beside it.
     """
-    if not checkpoint.is_run(folder):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    file = where if where.is_file() else where / "config.json"
+    if file.name != "config.json":
+        return checkpoints.read_config(file)
+    if not checkpoint.is_run(file.parent):
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
         if kind in MODEL_TYPES:
-            return checkpoints.read_config(folder)
-    return checkpoint.read_config(folder)
+            return checkpoints.read_config(where)
+    return checkpoint.read_config(file.parent)
 
 
 def chat_template(folder: Path) -> bool:

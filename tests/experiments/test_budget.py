@@ -9,7 +9,7 @@ import pytest
 
 from rorqual.costs import costs
 from rorqual.experiments import budget
-from rorqual.experiments.budget import Budget, scaled, scaled_memory, spend
+from rorqual.experiments.budget import Budget, fit, scaled, scaled_memory, spend
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.router import RouterConfig
@@ -41,6 +41,21 @@ def test_the_widths_are_the_solution_of_the_two_equations(routed, width, shared)
     have = costs(result, 128)
     assert have.total == pytest.approx(want.total, rel=budget.TOTAL_TOLERANCE)
     assert have.activated == pytest.approx(want.activated, rel=budget.FLOP_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["tiny", "v4-tiny", "v4.1-tiny", "qwen4-tiny"])
+def test_other_experts_alone_meet_a_budget(name):
+    """The backbone and the memory of a preset stay as they are."""
+    like = preset(name)
+    have = costs(like, 128)
+    want = Budget(total=1.3 * have.total, flops=1.2 * have.flops_per_token)
+    result = fit(like, want, context=128)
+    assert replace(result, moe=like.moe) == like
+    got = costs(result, 128)
+    assert got.total == pytest.approx(want.total, rel=budget.TOTAL_TOLERANCE)
+    assert got.flops_per_token == pytest.approx(want.flops, rel=budget.FLOP_TOLERANCE)
+    with pytest.raises(ValueError, match="without experts"):
+        fit(replace(TINY, moe=None), Budget())
 
 
 def test_experts_come_in_groups_that_devices_divide():

@@ -208,7 +208,11 @@ def check_loss(
             continue
         ours = position.of(gradients)
         if position.name == "embed.weight" and pad is not None and ours.shape == gradient.shape:
-            ours, gradient = (torch.cat([rows[:pad], rows[pad + 1 :]]) for rows in (ours, gradient))
+            # A negative one counts from the end.
+            first = pad % len(ours)
+            ours, gradient = (
+                torch.cat([rows[:first], rows[first + 1 :]]) for rows in (ours, gradient)
+            )
         yield close(name, ours, gradient, nothing)
 
 

@@ -22,44 +22,45 @@ from transformers.models.youtu.configuration_youtu import YoutuConfig
 
 def sizes(draw: random.Random) -> dict[str, Any]:
     """Draws what all families have."""
-    heads = draw.choice([1, 2, 3, 4])
+    heads = draw.choice([1, 2, 3, 4, 5, 7])
     return {
-        "vocab_size": draw.choice([97, 128, 211]),
-        "hidden_size": heads * draw.choice([8, 12, 16]),
-        "intermediate_size": draw.choice([24, 40, 64]),
-        "num_hidden_layers": draw.choice([1, 2, 3, 4]),
+        "vocab_size": draw.choice([41, 97, 128, 211]),
+        "hidden_size": draw.choice([15, 24, 32, 49]),
+        "intermediate_size": draw.choice([1, 24, 40, 65]),
+        "num_hidden_layers": draw.choice([1, 2, 3, 4, 5]),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "q_lora_rank": draw.choice([8, 12, 20]),
-        "kv_lora_rank": draw.choice([8, 12, 16]),
-        "qk_nope_head_dim": draw.choice([4, 8, 12]),
-        "qk_rope_head_dim": draw.choice([4, 8]),
-        "v_head_dim": draw.choice([4, 10, 16]),
-        "rms_norm_eps": draw.choice([1e-6, 1e-5]),
-        "attention_bias": draw.random() < 0.2,
-        "tie_word_embeddings": draw.random() < 0.2,
+        "q_lora_rank": draw.choice([5, 8, 12, 20]),
+        "kv_lora_rank": draw.choice([3, 8, 12, 16, 33]),
+        "qk_nope_head_dim": draw.choice([1, 4, 7, 8, 12]),
+        "qk_rope_head_dim": draw.choice([2, 4, 6, 8, 16]),
+        "v_head_dim": draw.choice([1, 4, 10, 16, 21]),
+        "rms_norm_eps": draw.choice([1e-12, 1e-6, 1e-5, 1e-3]),
+        "attention_bias": draw.random() < 0.3,
+        "attention_dropout": draw.choice([0.0, 0.0, 0.1]),
+        "tie_word_embeddings": draw.random() < 0.3,
         "max_position_embeddings": 256,
         "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        "eos_token_id": draw.choice([None, 1, [1, 2]]),
+        "pad_token_id": draw.choice([None, None, 0, 3]),
     }
 
 
 def experts(draw: random.Random, *, most_groups: int = 4) -> dict[str, Any]:
     """Draws a mixture of experts; a group has two or more."""
-    groups = draw.choice([n for n in (1, 2, 4) if n <= most_groups])
-    routed = groups * draw.choice([2, 3, 4])
+    groups = draw.choice([n for n in (1, 2, 3, 4) if n <= most_groups])
+    routed = groups * draw.choice([2, 3, 4, 7])
     groups_of_token = draw.randint(1, groups)
     size = routed // groups
     return {
         "n_routed_experts": routed,
-        "n_shared_experts": draw.choice([1, 2]),
-        "num_experts_per_tok": draw.randint(1, min(4, groups_of_token * size)),
-        "moe_intermediate_size": draw.choice([8, 16, 24]),
+        "n_shared_experts": draw.choice([0, 1, 1, 2, 3]),
+        "num_experts_per_tok": draw.randint(1, min(6, groups_of_token * size)),
+        "moe_intermediate_size": draw.choice([1, 8, 16, 23]),
         "n_group": groups,
         "topk_group": groups_of_token,
         "norm_topk_prob": draw.random() < 0.7,
-        "routed_scaling_factor": draw.choice([1.0, 1.8, 2.5]),
+        "routed_scaling_factor": draw.choice([0.3, 1.0, 1.8, 2.5, 16.0]),
     }
 
 
@@ -67,31 +68,56 @@ def ropes(draw: random.Random, width: int) -> dict[str, Any]:
     """Draws one of the kinds of rope, with positions on both sides of what it was trained on."""
     pairs = width // 2
     base = draw.choice([1e4, 500.0])
-    kind = draw.choice(["default", "default", "yarn", "linear", "dynamic", "llama3", "longrope"])
+    kinds = ["default", "default", "yarn", "yarn", "linear", "dynamic", "llama3", "longrope"]
+    # NTK's exponent has no value for a single pair.
+    kind = draw.choice([kind for kind in kinds if pairs > 1 or kind != "dynamic"])
     fields: dict[str, Any] = {"rope_type": kind, "rope_theta": base}
-    length = 256
+    length = draw.choice([64, 256])
     if kind != "default":
-        fields["factor"] = draw.choice([2.0, 4.0])
+        fields["factor"] = draw.choice([1.0, 2.0, 4.0, 5.5])
     if kind == "dynamic":
         length = draw.choice([16, 256])
-    if kind in ("yarn", "llama3", "longrope"):
-        fields["original_max_position_embeddings"] = draw.choice([16, 64])
-    if kind == "yarn" and draw.random() < 0.5:
-        fields |= {"mscale": draw.choice([0.7, 1.0]), "mscale_all_dim": draw.choice([0.7, 1.0])}
+    if kind in ("yarn", "llama3", "longrope") and draw.random() < 0.8:
+        # Without it, it is max_position_embeddings.
+        fields["original_max_position_embeddings"] = draw.choice([4, 16, 64])
+    if kind == "yarn":
+        fields |= _yarn(draw, fields["factor"])
     if kind == "llama3":
-        fields |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        fields["low_freq_factor"] = draw.choice([0.5, 1.0])
+        fields["high_freq_factor"] = draw.choice([2.0, 4.0])
     if kind == "longrope":
         fields["short_factor"] = [draw.uniform(1, 2) for _ in range(pairs)]
         fields["long_factor"] = [draw.uniform(1, 6) for _ in range(pairs)]
+        if draw.random() < 0.3:
+            fields["attention_factor"] = 1.3
+        if draw.random() < 0.3:
+            del fields["factor"]
     return {"rope_parameters": fields, "max_position_embeddings": length}
 
 
-def indexer(draw: random.Random) -> dict[str, Any]:
+def _yarn(draw: random.Random, factor: float) -> dict[str, Any]:
+    """Draws what a folder may say of YaRN's ends, its factors and its rounding."""
+    fields: dict[str, Any] = {}
+    if draw.random() < 0.5:
+        fields |= {"beta_fast": draw.choice([4.0, 32]), "beta_slow": draw.choice([0.5, 1])}
+    how = draw.choice(["none", "both", "one", "softmax", "given"])
+    if how in ("both", "one"):
+        fields["mscale"] = draw.choice([0.7, 1.0])
+    if how in ("both", "softmax"):
+        fields["mscale_all_dim"] = draw.choice([0.7, 1.0])
+    if how == "given" and factor > 1:
+        fields["attention_factor"] = draw.choice([1.0, 0.8])
+    if draw.random() < 0.2:
+        fields["truncate"] = draw.random() < 0.5
+    return fields
+
+
+def indexer(draw: random.Random, rope: int) -> dict[str, Any]:
     """Draws an indexer. With few heads many keys score exactly 0."""
     return {
-        "index_n_heads": draw.choice([2, 3, 5, 8]),
-        "index_head_dim": draw.choice([8, 12, 16]),
-        "index_topk": draw.choice([3, 6, 9, 14, 40]),
+        "index_n_heads": draw.choice([1, 2, 3, 5, 8]),
+        "index_head_dim": rope + draw.choice([0, 1, 4, 8]),
+        "index_topk": draw.choice([1, 3, 6, 9, 14, 40, 2048]),
     }
 
 
@@ -103,15 +129,15 @@ def dense_blocks(draw: random.Random, layers: int) -> dict[str, Any]:
 
 def deepseek_v32(seed: int) -> PreTrainedConfig:
     draw = random.Random(f"deepseek_v32 {seed}")
-    fields = sizes(draw) | experts(draw) | indexer(draw)
-    fields |= ropes(draw, fields["qk_rope_head_dim"])
+    fields = sizes(draw) | experts(draw)
+    fields |= indexer(draw, fields["qk_rope_head_dim"]) | ropes(draw, fields["qk_rope_head_dim"])
     return DeepseekV32Config(**fields | dense_blocks(draw, fields["num_hidden_layers"]))
 
 
 def glm_moe_dsa(seed: int) -> PreTrainedConfig:
     draw = random.Random(f"glm_moe_dsa {seed}")
-    fields = sizes(draw) | experts(draw) | indexer(draw)
-    fields |= ropes(draw, fields["qk_rope_head_dim"])
+    fields = sizes(draw) | experts(draw)
+    fields |= indexer(draw, fields["qk_rope_head_dim"]) | ropes(draw, fields["qk_rope_head_dim"])
     layers = fields["num_hidden_layers"]
     how = draw.choice(["list", "pattern", "period", "none"])
     later = [draw.choice(["full", "shared"]) for _ in range(layers - 1)]
@@ -137,8 +163,11 @@ def deepseek_v3(seed: int) -> PreTrainedConfig:
 def deepseek_v2(seed: int) -> PreTrainedConfig:
     draw = random.Random(f"deepseek_v2 {seed}")
     fields = sizes(draw) | experts(draw)
+    fields |= ropes(draw, fields["qk_rope_head_dim"])
     limited = fields["n_group"] > 1
     fields |= {
+        # The config asks for a multiple of the heads.
+        "hidden_size": fields["num_attention_heads"] * draw.choice([5, 8, 12]),
         "q_lora_rank": draw.choice([None, fields["q_lora_rank"]]),
         "topk_method": "group_limited_greedy" if limited else "greedy",
         "first_k_dense_replace": draw.randint(0, fields["num_hidden_layers"]),
@@ -157,9 +186,7 @@ def kimi_k2(seed: int) -> PreTrainedConfig:
     fields = sizes(draw) | experts(draw, most_groups=1) | {"tie_word_embeddings": False}
     fields |= {
         "first_k_dense_replace": min(1, fields["num_hidden_layers"]),
-        "n_shared_experts": 1,
         "routed_scaling_factor": 2.827,
-        "norm_topk_prob": True,
         "max_position_embeddings": 256,
         "rope_parameters": {
             "rope_type": "yarn",
@@ -205,6 +232,14 @@ def mistral4(seed: int) -> PreTrainedConfig:
     fields["q_lora_rank"] = draw.choice([None, fields["q_lora_rank"]])
     fields["first_k_dense_replace"] = draw.randint(0, fields["num_hidden_layers"])
     original = draw.choice([8, 16])
+    if draw.random() < 0.3:
+        fields["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": original,
+            "llama_4_scaling_beta": 0.3,
+        }
+        return Mistral4Config(**fields)
     fields["rope_parameters"] = {
         "type": "yarn",
         "rope_type": "yarn",

@@ -62,20 +62,26 @@ def _schedule(draw: random.Random, layers: int) -> dict[str, Any]:
         "compress_ratios": ratios,
         "kv_source_layer_ids": sources,
         "index_source_layer_ids": selecting,
-        # Only the last source may select coarse blocks for those after it.
-        "candidate_source_layer_id": sources[-1] if sources and draw.random() < 0.6 else -1,
+        # Later sources have the same ratio: coarse blocks are of its entries.
+        "candidate_source_layer_id": (
+            draw.choice(
+                [s for s in sources if {ratios[i] for i in sources if i > s} <= {ratios[s]}]
+            )
+            if sources and draw.random() < 0.6
+            else -1
+        ),
     }
 
 
 def text_config(seed: int) -> dict[str, Any]:
     """Draws the fields of a text_config."""
     draw = random.Random(seed)
-    layers = draw.randint(1, 5)
-    groups = draw.choice([1, 2, 4])
+    layers = draw.randint(1, 6)
+    groups = draw.choice([1, 2, 3, 4])
     rope = draw.choice([2, 4, 8])
     width = draw.choice([8, 12, 20])
     experts = draw.randint(2, 8)
-    orders, heads = draw.randint(1, 3), draw.randint(1, 3)
+    orders, heads = draw.randint(1, 4), draw.randint(1, 3)
     schedule = _schedule(draw, layers)
     if draw.random() < 0.3:  # the schedule may name more layers than there are
         schedule["compress_ratios"] += [0] * draw.randint(1, 3)
@@ -89,37 +95,37 @@ def text_config(seed: int) -> dict[str, Any]:
     }
     fields = {
         "vocab_size": VOCAB_SIZE + draw.choice([0, 4]),
-        "hidden_size": draw.choice([16, 24, 36]),
-        "moe_intermediate_size": draw.choice([8, 12]),
+        "hidden_size": draw.choice([15, 16, 24, 36]),
+        "moe_intermediate_size": draw.choice([1, 8, 12]),
         "num_hidden_layers": layers,
-        "num_attention_heads": groups * draw.choice([1, 2, 3]),
+        "num_attention_heads": groups * draw.choice([1, 2, 3, 5]),
         "head_dim": max(width, rope),
         "qk_rope_head_dim": rope,
         "q_lora_rank": draw.choice([6, 16]),
         "o_lora_rank": draw.choice([4, 9]),
         "o_groups": groups,
         "swiglu_limit": draw.choice([0.0, 10.0, 0.3]),
-        "rms_norm_eps": draw.choice([1e-20, 1e-6]),
+        "rms_norm_eps": draw.choice([1e-20, 1e-6, 1e-3]),
         "rope_theta": draw.choice([10000.0, 300.0]),
         "rope_scaling": yarn,
         "n_routed_experts": experts,
         "num_experts_per_tok": draw.randint(1, experts),
         "norm_topk_prob": draw.random() < 0.8,
         "routed_scaling_factor": draw.choice([1.5, 1.0, 2.5]),
-        "sliding_window": draw.choice([1, 3, 8, 40]),
+        "sliding_window": draw.choice([1, 2, 3, 8, 40, 128]),
         "compress_rope_theta": draw.choice([160000.0, 900.0]),
         "index_n_heads": draw.choice([1, 3, 4]),
         "index_head_dim": max(rope, draw.choice([8, 10])),
         "index_topk": draw.choice([1, 4, 7, 50]),
         "candidate_topk_blocks": draw.choice([1, 2, 5]),
         "candidate_block_size": draw.choice([1, 2, 3]),
-        "hc_mult": draw.choice([2, 3, 4]),
-        "hc_sinkhorn_iters": draw.choice([2, 20]),
+        "hc_mult": draw.choice([1, 2, 3, 4]),
+        "hc_sinkhorn_iters": draw.choice([1, 2, 20]),
         "engram_layer_ids": memory,
         "engram_max_ngram_size": orders + 1,
         "engram_vocab_size": draw.choice([50, 131]),
         "engram_n_heads": heads,
-        "engram_head_dim": draw.choice([4, 32]),
+        "engram_head_dim": draw.choice([1, 4, 32]),
         "engram_pad_token_id": draw.choice([0, 2, 9]),
         "num_nextn_predict_layers": 0,
         "dtype": "float32",

@@ -119,7 +119,7 @@ def test_the_published_folder_is_the_preset():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"attention_bias": True}, "attention_bias: got True"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected silu"),
         ({"scoring_func": "sigmoid"}, "scoring_func: got 'sigmoid', expected softmax"),
         ({"routed_scaling_factor": 16.0}, "routed_scaling_factor: got 16.0"),
         ({"num_attention_heads": 15}, "num_attention_heads: got 15, expected a divisor of 2048"),
@@ -139,6 +139,8 @@ def test_what_the_format_lacks_is_named():
     assert foreign(CONFIG) == []
     model = replace(CONFIG, rope=RopeConfig(), gqa=replace(CONFIG.gqa, window=3))
     assert foreign(model) == ["interleaved rope", "a window"]
+    gated = replace(CONFIG, gqa=replace(CONFIG.gqa, output_gate=True, rope_dim=2, bias=True))
+    assert foreign(gated) == ["output_gate", "heads that are rotated in part"]
     with pytest.raises(ValueError, match="a DeepSeekMoE folder cannot hold interleaved rope"):
         published(model)
 

@@ -138,6 +138,31 @@ KINDS = {
         "delta": dataclasses.replace(DELTA, key_heads=1, value_heads=3, kernel=1, gate="sigmoid"),
     },
 }
+# One index head scores half of all keys 0, and of equal ones those of torch.topk are selected.
+TIED = {
+    "dsa": {"mla": SMALL_LATENT, "dsa": DSAConfig(heads=1, dim=8, top_k=4, ties="topk")},
+    "csa": {
+        "csa": dataclasses.replace(
+            CSA, kinds=("csa", "csa"), ratio=2, index_heads=1, top_k=3, ties="topk"
+        )
+    },
+    "csa2": {
+        "csa": dataclasses.replace(CSA, index_heads=1, top_k=4, ties="topk"),
+        "csa2": CSA2Config(ratios=(2, 2), kv_sources=(0,), index_sources=(0, 1)),
+    },
+    "csa2-coarse": {
+        "csa": dataclasses.replace(CSA, index_heads=1, top_k=3, ties="topk"),
+        "csa2": CSA2Config(
+            ratios=(1, 1),
+            kv_sources=(0,),
+            index_sources=(0, 1),
+            candidate_source=0,
+            candidate_block=2,
+            candidate_blocks=4,
+        ),
+    },
+    "qsa": {"gqa": GATED, "qsa": QSAConfig(heads=1, dim=8, block=2, budget=6)},
+}
 # How a model computes: its dtype, and RORQUAL_KERNELS. Every kernel computes in float32.
 MODES = {
     "float64": (torch.float64, ""),
@@ -180,8 +205,9 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tor
 @functools.cache
 def build(kind: str, dtype: torch.dtype) -> LanguageModel:
     """Returns a small model whose attention changes its results much."""
+    parts = {**KINDS, **{f"tied {name}": {"layers": 2, **of} for name, of in TIED.items()}}[kind]
     sizes = {"vocab_size": VOCAB_SIZE, "dim": 16, "layers": 1, "dense_width": 12, "mla": None}
-    model = LanguageModel(ModelConfig(rope=RopeConfig(base=50.0), **sizes | KINDS[kind]))
+    model = LanguageModel(ModelConfig(rope=RopeConfig(base=50.0), **sizes | parts))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -323,6 +349,28 @@ def test_packed_documents_are_as_if_alone(kind: str, mode: torch.dtype) -> None:
     for row, lengths in enumerate(PACKED):
         parts = [alone(model, tuple(piece.tolist())) for piece in ids[row].split(lengths)]
         close(result[row], torch.cat(parts))
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("way", ["packed", "padded", "cached"])
+def test_equal_scores_are_resolved_as_if_alone(way: str, kind: str) -> None:
+    """Which of them torch.topk takes depends on how many there are: a document's alone count."""
+    model = build(f"tied {kind}", torch.float64)
+    if way == "packed":
+        ids, document_ids = drawn(2, 33), torch.arange(33).expand(2, -1) // 13
+        result = model.hidden(ids, document_ids=document_ids)[0]
+        for run in (slice(13), slice(13, 26), slice(26, 33)):
+            close(result[:, run], model.hidden(ids[:, run])[0])
+        return
+    texts: list[list[int]] = [[], []]
+    cache = model.new_cache(2) if way == "cached" else None
+    for counts in [(19, 33)] if cache is None else [(9, 17), (10, 16), (1, 1), (1, 1)]:
+        ids = drawn(2, max(counts))
+        result = model.hidden(ids, lengths=counts, cache=cache)[0]
+        for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
+            text += ids[row, :count].tolist()
+            expected = model.hidden(torch.tensor([text]))[0][0, -count:]
+            close(result[row, :count], expected)
 
 
 @every_kind

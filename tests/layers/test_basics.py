@@ -114,17 +114,21 @@ def test_yarn_agrees_with_transformers(dim, base, yarn):
     fast=st.floats(1.5, 64.0),
     slow=st.floats(0.1, 1.4),
     mscale=st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0)),
+    truncate=st.booleans(),
 )
-def test_yarn_agrees_with_transformers_everywhere(dim, base, factor, original, fast, slow, mscale):
+def test_yarn_agrees_with_transformers_everywhere(
+    dim, base, factor, original, fast, slow, mscale, truncate
+):
     """Tests odd numbers of pairs, ramps cut at either end or empty, and different factors."""
     yarn = YarnConfig(
         factor=factor, original_length=original, beta_fast=fast, beta_slow=slow, mscale=mscale[0],
-        mscale_all_dim=mscale[1],
+        mscale_all_dim=mscale[1], truncate=truncate,
     )  # fmt: skip
     parameters = {
         "rope_type": "yarn", "rope_theta": base, "factor": factor,
         "original_max_position_embeddings": original,
         "beta_fast": fast, "beta_slow": slow, "mscale": mscale[0], "mscale_all_dim": mscale[1],
+        "truncate": truncate,
     }  # fmt: skip
     theirs = DeepseekV3Config(
         qk_rope_head_dim=dim, max_position_embeddings=10**6, rope_parameters=parameters

@@ -154,8 +154,9 @@ def test_of_equal_scores_the_last_are_selected_or_those_of_topk() -> None:
     visible = torch.tensor([[[True, True, True, True, False]]])
     selection = csa.EntrySelection(query, weights, keys, 2)
     scores = selection.scores(slice(0, 1), 5)
-    assert set(selection.choose(scores, visible)[0].flatten().tolist()) == {1, 3}
-    index = selection._replace(as_topk=True).choose(scores, visible)[0]
+    run = slice(0, 1)
+    assert set(selection.choose(scores, visible, run)[0].flatten().tolist()) == {1, 3}
+    index = selection._replace(as_topk=True).choose(scores, visible, run)[0]
     assert torch.equal(index, scores.masked_fill(~visible, -torch.inf).topk(2).indices)
 
 

@@ -326,39 +326,6 @@ def test_the_kernel_leaves_ties_to_topk_where_that_is_asked(case, references):
     assert torch.equal(*reported) and reported[0].any()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["packed", "padded", "decoded"])
-def test_ties_of_a_document_are_those_of_a_call_of_its_own(kind):
-    """One index head scores half of all keys 0."""
-    config = DSAConfig(heads=1, dim=8, top_k=4, ties="topk")
-    sizes = {"vocab_size": 50, "dim": 20, "layers": 2, "dense_width": 24, "init_std": 0.4}
-    model = LanguageModel(ModelConfig(**sizes, mla=LATENT, dsa=config)).eval()
-    ids, lengths = torch.randint(50, (2, 27)), (19, 27)
-    if kind == "packed":
-        document_ids = torch.arange(27).expand(2, -1) // 10
-        result = model(ids, document_ids=document_ids)
-        for first in (0, 10, 20):
-            run = slice(first, first + 10)
-            torch.testing.assert_close(result[:, run], model(ids[:, run]), atol=1e-5, rtol=0)
-        return
-    cache = model.new_cache(2)
-    result = model(ids, lengths=lengths, cache=cache)
-    following = torch.randint(50, (2, 3))
-    if kind == "decoded":
-        result = torch.cat([model(each, cache=cache) for each in following.split(1, 1)], dim=1)
-    for row, length in enumerate(lengths):
-        whole = ids[row : row + 1, :length]
-        ours = result[row : row + 1, :length]
-        if kind == "decoded":
-            whole, ours = torch.cat([whole, following[row : row + 1]], dim=1), result[row][None]
-        expected = model(whole)[:, -ours.shape[1] :]
-        if kind == "decoded":  # each token from a call of its own, which has no later ones
-            expected = torch.cat(
-                [model(whole[:, : length + n])[:, -1:] for n in range(1, 4)], dim=1
-            )
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("top_k", [2, 5, 9])
 @pytest.mark.parametrize("runs", [512, 4])
 def test_ties_are_topks_where_that_is_asked(top_k, runs, monkeypatch):

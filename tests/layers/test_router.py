@@ -370,6 +370,10 @@ def test_token_ids_decide_in_the_first_layers_alone() -> None:
     assert torch.equal(one.topk_indices[0, 0], one.topk_indices[0, 2])
     assert not torch.equal(one.weights, two.weights)  # the weights still come from the hidden state
     assert not Router(config, 8, 6, 2, 2, 30)(torch.randn(1, 4, 8)).fixed
+    others = RouterConfig(token_id_layers=1, other_token_id_layers=(3,))
+    by_id = [Router(others, 8, 6, 2, layer, 30).table is not None for layer in range(5)]
+    assert by_id == [True, False, False, True, False]
+    assert [others.bias_of(layer) for layer in range(5)] == [not each for each in by_id]
     with pytest.raises(ValueError, match="token ids"):
         first(torch.randn(1, 4, 8))
     with pytest.raises(ValueError, match="vocabulary"):

@@ -347,6 +347,9 @@ def test_rows_of_another_folder_and_placements_that_cannot_be(folder, model, tmp
         load(folder, placement="host", folder=str(tmp_path / "wrong"))
     with pytest.raises(ValueError, match="hot_bytes: got -1"):
         load(folder, placement="disk", hot_bytes=-1)
+    with pytest.raises(ValueError, match="tables: got 'disk' and placement 'host', expected one"):
+        load(folder, tables="disk", placement="host")
+    assert load(folder, tables="disk", placement="disk").model.tables[0].placement == "disk"
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "deepseek_v3"}')
