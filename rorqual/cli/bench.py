@@ -30,11 +30,12 @@ NAMES = {
 class Serve:
     """Measures a server of OpenAI's protocol: throughput, latencies, goodput, failures.
 
-    With a run it starts `rorqual serve` for it on a free port, and ends it afterwards. Ctrl-C
-    prints what was measured. --json prints for machines, with the keys of vLLM's result files.
+    With a run it starts `rorqual serve` for it on a free port, and ends it afterwards; with --url
+    it measures a server that runs, also one of vLLM or transformers. Ctrl-C prints what was
+    measured. --json prints for machines, with the keys of vLLM's result files.
 
     rorqual bench serve runs/demo/engram --requests 32 --concurrency 8
-    rorqual bench serve --url http://127.0.0.1:8000 --rate 4 --goodput ttft:200 itl:50
+    rorqual bench serve runs/demo/engram --rate 4 --goodput ttft:200 itl:50
     """
 
     run: Positional[str] = ""  # a run folder, a DeepSeek folder or a hub id; none: --url
