@@ -87,13 +87,13 @@ def score(
             f"got seq_len={seq_len} and batch_size={batch_size}, expected at least 1 of each"
         )
     clock, counted = runtime.Clock(), Counted(chats.answers_size if as_chats else _size)
+    encoder = chats.ChatEncoder(tokenizer) if as_chats else None
+    if encoder is not None:
+        documents = filter(encoder.takes, documents)
     nats = tokens = 0.0
+    documents = counted.over(documents)
     for ids, labels, owners in pack(
-        counted.over(documents),
-        tokenizer,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        as_chats=as_chats,
+        documents, tokenizer, seq_len=seq_len, batch_size=batch_size, chat_encoder=encoder
     ):
         nats += nats_of(model, ids, labels, owners)
         tokens += int((labels != IGNORED).sum())
@@ -138,18 +138,18 @@ def pack(
     *,
     seq_len: int,
     batch_size: int,
-    as_chats: bool = False,
+    chat_encoder: chats.ChatEncoder | None = None,
 ) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
     """Yields (ids, labels, document_ids), each [at most batch_size, seq_len].
 
-    The last sequence ends in padding, which is no target.
+    The last sequence ends in padding, which is no target. With `chat_encoder` the documents are
+    chats.
     """
     line: list[tuple[int, int, int]] = []  # id, label, document
     batch: list[list[tuple[int, int, int]]] = []
-    encoder = chats.ChatEncoder(tokenizer.backend, tokenizer.begin_id, tokenizer.end_id)
     for number, document in enumerate(documents):
-        if as_chats:
-            ids, targets = encoder.encode(document)
+        if chat_encoder is not None:
+            ids, targets = chat_encoder.encode(document)
         else:
             ids = tokenizer.encode(document)
             targets = [True] * len(ids)

@@ -13,7 +13,7 @@ document is that list as JSON.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -29,6 +29,14 @@ TEMPLATE = """{%- if tools %}{{ raise_exception('this model was trained on chats
 """
 
 Messages = Sequence[Mapping[str, str]]
+
+
+class HasSpecialTokens(Protocol):
+    """What `tokenizer.Tokenizer` has, which is above this file."""
+
+    backend: tokenizers.Tokenizer
+    begin_id: int
+    end_id: int
 
 
 def read(record: Any) -> list[dict[str, str]]:
@@ -86,12 +94,20 @@ def answers_size(document: str) -> int:
 class ChatEncoder:
     """Encodes documents of chats, as `apply_chat_template` of TEMPLATE and the tokenizer would."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, begin_id: int, end_id: int) -> None:
+    def __init__(self, tokenizer: HasSpecialTokens) -> None:
         # A copy, in which the text of a special token is the token.
-        self.backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False
-        self.begin_id, self.end_id = begin_id, end_id
-        self.begin, self.end = (self.backend.id_to_token(i) for i in (begin_id, end_id))
+        self.begin_id, self.end_id = tokenizer.begin_id, tokenizer.end_id
+        self.begin = self.backend.id_to_token(self.begin_id)
+        self.end = self.backend.id_to_token(self.end_id)
+
+    def takes(self, document: str) -> bool:
+        """Whether a document can be encoded."""
+        try:
+            return bool(self.encode(document))
+        except ValueError:
+            return False
 
     def encode(self, document: str) -> tuple[list[int], list[bool]]:
         """Returns the ids between a document's begin and its end, and which of them are targets.

@@ -169,10 +169,10 @@ def _write(
 ) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.begin_id) for side in _SIDES}
-    encoder = chats.ChatEncoder(tokenizer.backend, tokenizer.begin_id, tokenizer.end_id)
+    encoder = chats.ChatEncoder(tokenizer) if corpus.chats else None
     done = 0
     for texts in _batches(_ordered(corpus.sided())):
-        if corpus.chats:
+        if encoder is not None:
             _write_chats(texts, encoder, writers, corpus)
         else:
             encoded = tokenizer.encode_batch([text for _, text in texts])

@@ -51,7 +51,7 @@ def theirs(tokenizer, tmp_path_factory):
 
 
 def ours(tokenizer: Tokenizer) -> ChatEncoder:
-    return ChatEncoder(tokenizer.backend, tokenizer.begin_id, tokenizer.end_id)
+    return ChatEncoder(tokenizer)
 
 
 def templated(theirs, messages, **options) -> list[int]:
