@@ -22,13 +22,11 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +39,16 @@ from rorqual.data.tokenizer import train
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.serve.bench import Load, Server, measure, random_prompts, summarise
+from rorqual.serve.bench import Load, Server, measure, random_prompts, running, summarise
 
 KEY = "soak"
 BATCH, QUEUE, CONTEXT = 4, 8, 256
+SERVER = [
+    f"--max-batch-size={BATCH}",
+    f"--max-waiting={QUEUE}",
+    f"--context={CONTEXT}",
+    f"--api-key={KEY}",
+]
 HEADERS = {"authorization": f"Bearer {KEY}"}
 GROWTH = 1.25  # how much resident memory may grow while the server is overloaded
 BODY: dict[str, Any] = {
@@ -94,28 +98,6 @@ def save_model(folder: Path) -> None:
     )
     model = LanguageModel(config, torch.from_numpy(tokenizer.canonical_map()), seed=1)
     checkpoint.save_model(folder, model, tokenizer)
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yields the URL and the process id of a server of this model."""
-    limits = {"max-batch-size": BATCH, "max-waiting": QUEUE, "context": CONTEXT, "port": 0}
-    options = [f"--{name}={value}" for name, value in limits.items()]
-    command = [sys.executable, "-m", "rorqual", "serve", str(folder), *options, "--api-key", KEY]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-        try:
-            match = None
-            while match is None:
-                assert server.poll() is None, log.read()
-                time.sleep(0.1)
-                log.seek(0)
-                match = re.search(rb"http://127\.0\.0\.1:\d+", log.read())
-            yield match[0].decode(), server.pid
-            assert server.poll() is None, "the server died"
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
 
 
 def answers(client: httpx.Client) -> list[Any]:
@@ -273,7 +255,7 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         folder = Path(scratch) / "whale"
         save_model(folder)
         with (
-            served(folder) as (url, process),
+            running(str(folder), SERVER) as (url, process),
             httpx.Client(base_url=url, headers=HEADERS, timeout=60, trust_env=False) as client,
         ):
             before = answers(client)

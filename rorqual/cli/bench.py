@@ -91,7 +91,8 @@ def bench_serve(options: Serve, as_json: bool) -> int:
         started = [f"--max-batch-size={options.concurrency or 8}", *_flags(options.serve)]
         served = bench.running(options.run, started)
     api_key = os.environ.get("RORQUAL_API_KEY") if options.api_key is None else options.api_key
-    with served as url:
+    with served as running:
+        url = running.url if options.run else running
         server = bench.Server(url, model=options.model, api_key=api_key)
         load = bench.Load(
             prompts=_prompts(options, server),

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -426,17 +426,26 @@ async def _measure(
     return outcomes, seconds
 
 
+class Running(NamedTuple):
+    """A server that this process started."""
+
+    url: str
+    process: int  # its id
+
+
 @contextmanager
-def running(run: str, options: Sequence[str]) -> Iterator[str]:
-    """Starts `rorqual serve RUN` on a free port of this machine; yields its URL, and ends it.
+def running(run: str, options: Sequence[str]) -> Iterator[Running]:
+    """Starts `rorqual serve RUN` on a free port of this machine, and ends it.
 
     ValueError with the server's last line where it ends before it answers.
     """
     command = [sys.executable, "-m", "rorqual", "serve", run, "--port", "0", *options]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with open(log, "ab") as file:
+            server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
         try:
-            yield _address(server, log)
+            yield Running(_address(server, log), server.pid)
         finally:
             # Ctrl-C reaches the server too, which then ends by itself.
             server.terminate()
@@ -447,13 +456,12 @@ def running(run: str, options: Sequence[str]) -> Iterator[str]:
                 server.wait()
 
 
-def _address(server: subprocess.Popen, log: IO[bytes]) -> str:
+def _address(server: subprocess.Popen, log: Path) -> str:
     """Waits until the server writes its address to its log."""
     due = time.monotonic() + START_SECONDS
     while time.monotonic() < due:
         ended = server.poll() is not None
-        log.seek(0)
-        text = log.read().decode("utf-8", "replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"http://127\.0\.0\.1:\d+", text):
             return match[0]
         if ended:
