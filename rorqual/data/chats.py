@@ -13,7 +13,7 @@ document is that list as JSON.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 
@@ -31,6 +31,7 @@ TEMPLATE = """{%- if tools %}{{ raise_exception('this model was trained on chats
 Messages = Sequence[Mapping[str, str]]
 
 
+@runtime_checkable
 class HasSpecialTokens(Protocol):
     """What `tokenizer.Tokenizer` has, which is above this file."""
 

@@ -330,7 +330,8 @@ async def _listen(answer: httpx.Response, to: Outcome) -> None:
             continue
         data = line[5:].strip()
         if data == "[DONE]":
-            break
+            # What follows is read, too: a connection that is left earlier cannot be used again.
+            continue
         try:
             event = json.loads(data)
             choices, usage, error = (event.get(name) for name in ("choices", "usage", "error"))

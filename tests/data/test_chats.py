@@ -50,7 +50,8 @@ def theirs(tokenizer, tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def ours(tokenizer: Tokenizer) -> ChatEncoder:
+@pytest.fixture(scope="module")
+def ours(tokenizer) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
@@ -59,8 +60,8 @@ def templated(theirs, messages, **options) -> list[int]:
     return list(theirs(text, add_special_tokens=False)["input_ids"])
 
 
-def test_the_ids_of_training_are_those_of_the_template(tokenizer, theirs) -> None:
-    ids, targets = ours(tokenizer).encode(document(CHAT))
+def test_the_ids_of_training_are_those_of_the_template(tokenizer, ours, theirs) -> None:
+    ids, targets = ours.encode(document(CHAT))
     assert [tokenizer.begin_id, *ids, tokenizer.end_id] == templated(theirs, CHAT)
     answers = [i for i, target in zip(ids, targets, strict=True) if target]
     first, second = CHAT[2]["content"], CHAT[4]["content"]
@@ -68,8 +69,8 @@ def test_the_ids_of_training_are_those_of_the_template(tokenizer, theirs) -> Non
     assert tokenizer.decode(answers) == first + end + second
 
 
-def test_a_prompt_is_what_comes_before_each_answer(tokenizer, theirs) -> None:
-    ids, targets = ours(tokenizer).encode(document(CHAT))
+def test_a_prompt_is_what_comes_before_each_answer(tokenizer, ours, theirs) -> None:
+    ids, targets = ours.encode(document(CHAT))
     whole = [tokenizer.begin_id, *ids, tokenizer.end_id]
     for count in (2, 4):
         prompt = templated(theirs, CHAT[:count], add_generation_prompt=True)
@@ -85,10 +86,10 @@ turns = st.lists(st.tuples(st.sampled_from(chats.ROLES), texts), min_size=1, max
 
 @settings(max_examples=60, deadline=None)
 @given(turns=turns, last=texts)
-def test_any_chat_has_the_ids_of_the_template(tokenizer, theirs, turns, last) -> None:
+def test_any_chat_has_the_ids_of_the_template(tokenizer, ours, theirs, turns, last) -> None:
     messages = [{"role": role, "content": text} for role, text in [*turns, ("assistant", last)]]
     try:
-        ids, targets = ours(tokenizer).encode(document(messages))
+        ids, targets = ours.encode(document(messages))
     except ValueError:
         special = [tokenizer.decode([i]) for i in (tokenizer.begin_id, tokenizer.end_id)]
         assert any(word in message["content"] for message in messages for word in special)
@@ -98,11 +99,11 @@ def test_any_chat_has_the_ids_of_the_template(tokenizer, theirs, turns, last) ->
     assert ends == sum(message["role"] == "assistant" for message in messages) - 1
 
 
-def test_a_content_that_spells_a_special_token_is_refused(tokenizer) -> None:
+def test_a_content_that_spells_a_special_token_is_refused(tokenizer, ours) -> None:
     for i in (tokenizer.begin_id, tokenizer.end_id):
         chat = [*CHAT[:2], {"role": "assistant", "content": f"a {tokenizer.decode([i])} b"}]
         with pytest.raises(ValueError, match="spells a special token"):
-            ours(tokenizer).encode(document(chat))
+            ours.encode(document(chat))
 
 
 def test_tools_are_refused_by_the_template(theirs) -> None:
@@ -178,9 +179,10 @@ def test_batches_of_chats_have_labels_at_the_answers_alone(tmp_path) -> None:
     folder = tokenise(open_corpus(str(file), column="messages"), words, tmp_path / "tokens")
     again = tokenise(open_corpus(str(file), column="messages"), words, tmp_path / "tokens")
     assert folder.path == again.path
+    encoder = ChatEncoder(words)
     expected = {}
     for record in [*numbered(40), CHAT]:
-        ids, targets = ours(words).encode(document(record))
+        ids, targets = encoder.encode(document(record))
         labels = [i if t else IGNORED for i, t in zip(ids, targets, strict=True)]
         expected[(words.begin_id, *ids)] = [*labels, words.end_id]
     seen = 0
