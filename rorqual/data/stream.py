@@ -187,7 +187,7 @@ def _write(
     if not all(side["documents"] for side in sides.values()):
         why = "".join(f" ({count} x {reason})" for reason, count in corpus.skipped.most_common(1))
         raise ValueError(
-            f"{corpus.name}: got one document or none{why}, expected at least two, "
+            f"{corpus.name}: got one document, expected at least two{why}, "
             "one of them to validate on"
         )
     about = {

@@ -826,7 +826,7 @@ def test_weights_of_another_model_are_refused(config, tmp_path):
     first = train(replace(config, steps=1))
     other = replace(config, folder=str(tmp_path / "other"), init_from=str(first))
     for wrong, message in (
-        (replace(other, model=replace(other.model, layers=1)), "has another layers"),
+        (replace(other, model=replace(other.model, dense_width=40)), "another dense_width"),
         (replace(other, init_from=str(tmp_path / "none")), "expected a run folder"),
         (replace(other, folder=str(first), init_from=str(first), steps=2), "another folder"),
         (replace(other, placement="host"), "expected --placement device"),
