@@ -9,7 +9,7 @@ window is read in windows.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rorqual import runtime
+from rorqual.data import chats
 from rorqual.data.corpus import open_corpus
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.auto import RorqualForCausalLM, fast_tokenizer
@@ -48,18 +49,23 @@ def texts(
     limit: int | None = None,
     column: str = "text",
     within: int | None = None,
+    as_chats: bool = False,
 ) -> Iterator[str]:
     """Returns documents of one part of a corpus (a name, a file, a folder), at most `limit`.
 
     The parts are those of training. `within`: the corpus ends after so many documents, as with a
-    training's `data.limit`.
+    training's `data.limit`. `as_chats`: chats come as documents that `score` takes, else as text.
     """
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
     corpus = open_corpus(str(source), column=column, limit=within)
     if split == "all":
-        return itertools.islice(corpus.documents(), limit)
-    return itertools.islice((document for side, document in corpus.sided() if side == split), limit)
+        documents = corpus.documents()
+    else:
+        documents = (document for side, document in corpus.sided() if side == split)
+    if corpus.chats and not as_chats:
+        documents = map(chats.plain, documents)
+    return itertools.islice(documents, limit)
 
 
 def score(
@@ -69,19 +75,25 @@ def score(
     *,
     seq_len: int = 512,
     batch_size: int = 8,
+    as_chats: bool = False,
 ) -> Score:
     """Measures the loss over documents, packed into sequences of `seq_len` tokens.
 
-    Attention never crosses a document boundary. ValueError where there are no documents.
+    Attention never crosses a document boundary. Of chats only the answers count. ValueError where
+    there are no documents.
     """
     if seq_len < 1 or batch_size < 1:
         raise ValueError(
             f"got seq_len={seq_len} and batch_size={batch_size}, expected at least 1 of each"
         )
-    clock, counted = runtime.Clock(), Counted()
+    clock, counted = runtime.Clock(), Counted(chats.answers_size if as_chats else _size)
+    encoder = chats.ChatEncoder(tokenizer) if as_chats else None
+    if encoder is not None:
+        documents = filter(encoder.takes, documents)
     nats = tokens = 0.0
+    documents = counted.over(documents)
     for ids, labels, owners in pack(
-        counted.over(documents), tokenizer, seq_len=seq_len, batch_size=batch_size
+        documents, tokenizer, seq_len=seq_len, batch_size=batch_size, chat_encoder=encoder
     ):
         nats += nats_of(model, ids, labels, owners)
         tokens += int((labels != IGNORED).sum())
@@ -105,28 +117,45 @@ def score(
 class Counted:
     """Counts the documents and bytes that pass through it."""
 
+    size_of: Callable[[str], int]
     documents: int = 0
     bytes: int = 0
 
     def over(self, documents: Iterable[str]) -> Iterator[str]:
         for document in documents:
             self.documents += 1
-            self.bytes += len(document.encode())
+            self.bytes += self.size_of(document)
             yield document
 
 
+def _size(document: str) -> int:
+    return len(document.encode())
+
+
 def pack(
-    documents: Iterable[str], tokenizer: Tokenizer, *, seq_len: int, batch_size: int
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    chat_encoder: chats.ChatEncoder | None = None,
 ) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
     """Yields (ids, labels, document_ids), each [at most batch_size, seq_len].
 
-    The last sequence ends in padding, which is no target.
+    The last sequence ends in padding, which is no target. With `chat_encoder` the documents are
+    chats.
     """
     line: list[tuple[int, int, int]] = []  # id, label, document
     batch: list[list[tuple[int, int, int]]] = []
     for number, document in enumerate(documents):
-        ids = [tokenizer.begin_id, *tokenizer.encode(document), tokenizer.end_id]
-        line += [(token, following, number) for token, following in itertools.pairwise(ids)]
+        if chat_encoder is not None:
+            ids, targets = chat_encoder.encode(document)
+        else:
+            ids = tokenizer.encode(document)
+            targets = [True] * len(ids)
+        labels = [i if target else IGNORED for i, target in zip(ids, targets, strict=True)]
+        ids, labels = [tokenizer.begin_id, *ids], [*labels, tokenizer.end_id]
+        line += [(token, label, number) for token, label in zip(ids, labels, strict=True)]
         while len(line) >= seq_len:
             batch.append(line[:seq_len])
             line = line[seq_len:]

@@ -68,6 +68,7 @@ SHORTER = {
     "generate": ["--max-new-tokens", "4"],
     "memory": ["--limit", "20"],
     "table hot": ["--limit", "20"],
+    "bench serve": ["--requests", "2", "--input-tokens", "8", "--output-tokens", "2"],
     "table bench": [
         "--dim",
         "32",
@@ -105,7 +106,7 @@ SMALLER = {
 }
 SLOW = {
     "train", "demo", "report", "params", "sweep", "plan", "serve", "explore", "make", "python",
-    "eval", "memory", "doctor",
+    "eval", "memory", "doctor", "bench",
 }  # fmt: skip
 TRAINS = "train(config)"  # the call that trains in a block of Python
 ENDLESS = {"serve", "explore"}  # commands that run until they are interrupted

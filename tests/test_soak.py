@@ -60,3 +60,15 @@ def test_every_figure_that_has_a_bar_can_be_measured(name: str):
     result = benchmark("baseline").measured(name, ROOT, smallest=True)
     assert isinstance(result, float), result
     assert result > 0
+
+
+@pytest.mark.slow
+def test_a_server_lives_through_hostile_clients_and_answers_as_before():
+    """Runs a part of the soak; its output says what of it went wrong."""
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    sizes = ["--seconds", "8", "--bodies", "300", "--hang-ups", "24", "--json"]
+    command = [sys.executable, ROOT / "benchmarks" / "soak.py", *sizes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout, done.stderr[-2000:]
+    assert json.loads(done.stdout)["wrong"] == [], done.stdout

@@ -26,6 +26,7 @@ from rorqual.analyze.measures import Gates, Kept, Load, expert_load, gates, supp
 from rorqual.checkpoint import load_model, run_of
 from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
+from rorqual.data import chats
 from rorqual.data.corpus import Trained, open_corpus, trained
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import write_text
@@ -74,8 +75,9 @@ def sample(run: Trained | None, count: int = SAMPLE) -> tuple[str, ...]:
 
 
 def _held_out(source: str, column: str, limit: int | None, count: int) -> tuple[str, ...]:
-    sided = open_corpus(source, column=column, limit=limit).sided()
-    return tuple(islice((text for side, text in sided if side == "validation"), count))
+    corpus = open_corpus(source, column=column, limit=limit)
+    texts = (text for side, text in corpus.sided() if side == "validation")
+    return tuple(islice(map(chats.plain, texts) if corpus.chats else texts, count))
 
 
 def read_run(

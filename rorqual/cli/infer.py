@@ -167,21 +167,30 @@ def eval_command(argv: list[str]) -> int:
 def _score(run: "Run", options: Evaluate) -> "Score":
     """Scores the text of --data, or else that of the run's own training."""
     from rorqual import evaluate
+    from rorqual.data.chats import COLUMN
     from rorqual.data.corpus import trained
 
     before = trained(run.folder or options.run)
     usual = before.seq_len if before is not None else 512
     length = usual if options.seq_len is None else options.seq_len
     run_score = before if options.data is None else None
+    column = options.column or (run_score.column if run_score is not None else "text")
+    as_chats = column == COLUMN
     documents = evaluate.texts(
         run_score.source if run_score is not None else options.data or "wordnet",
         split=options.split,
         limit=options.limit,
-        column=options.column or (run_score.column if run_score is not None else "text"),
+        column=column,
         within=run_score.limit if run_score is not None else None,
+        as_chats=as_chats,
     )
     return evaluate.score(
-        run.model, run.tokenizer, documents, seq_len=length, batch_size=options.batch_size
+        run.model,
+        run.tokenizer,
+        documents,
+        seq_len=length,
+        batch_size=options.batch_size,
+        as_chats=as_chats,
     )
 
 

@@ -90,6 +90,9 @@ COMMANDS = {
     "serve": Command(
         "answer OpenAI-style requests over HTTP", "serve runs/demo/engram --port 8000", "infer"
     ),
+    "bench": Command(
+        "measure a server: throughput, latencies, goodput", "bench serve runs/demo/engram", "bench"
+    ),
     "plan": Command(
         "a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "train"
     ),

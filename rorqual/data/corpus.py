@@ -28,7 +28,7 @@ from typing import Literal
 
 import rensa
 
-from rorqual.data import files, sources
+from rorqual.data import chats, files, sources
 
 VALIDATION = 0.02
 # Letters of one piece: two words of Chinese, most of one of English.
@@ -129,6 +129,7 @@ class Corpus:
     bytes            int | None, of the source as it is read; None where it is unknown
     skipped          Counter of the latest pass: by reason, the number of texts left out
     examples         reason -> the first place
+    chats            whether the documents are chats, as `chats` writes them
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Corpus:
         self.name, self.license, self.bytes = source.name, source.license, source.bytes
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.chats = column == chats.COLUMN
         self._source, self._column, self._limit, self._longest, self._duplicate_threshold = (
             source,
             column,
@@ -225,7 +227,8 @@ class Corpus:
                 f"{self.name}: got no documents: {met or 'nothing there'}; expected at least one"
             )
 
-    def _skip(self, reason: str, where: str) -> None:
+    def skip(self, reason: str, where: str) -> None:
+        """Counts a text that is left out."""
         self.skipped[reason] += 1
         self.examples.setdefault(reason, where.encode("utf-8", "replace").decode("utf-8")[:400])
 
@@ -251,19 +254,22 @@ class Corpus:
                     copies[number] = "near-duplicate"
                 seen.add(mark)
             if number in copies:
-                self._skip(copies[number], where)
+                self.skip(copies[number], where)
             else:
                 yield text, position
 
     def _clean(self) -> Iterator[tuple[str, str, float]]:
         """Yields (where it stands, text no longer than allowed, place of its first piece)."""
         position: float | None = None
-        for where, raw in self._source.read(self._skip):
+        for where, raw in self._source.read(self.skip):
             short = len(raw) <= self._longest
+            if self.chats and not (short and chats.is_document(raw)):
+                self.skip("no chat" if short else "chat too long", where)
+                continue
             pieces = (
                 [(where, raw)]
                 if short
-                else files.cut(io.BytesIO(raw), where, self._longest, self._skip)
+                else files.cut(io.BytesIO(raw), where, self._longest, self.skip)
             )
             for _, piece in pieces:
                 position = position if isinstance(piece, files.Rest) else None
@@ -274,16 +280,16 @@ class Corpus:
 
     def _decoded(self, piece: bytes, where: str) -> str | None:
         if b"\0" in piece:
-            self._skip("binary or UTF-16 (a NUL byte)", where)
+            self.skip("binary or UTF-16 (a NUL byte)", where)
             return None
         try:
             text = piece.decode("utf-8")
         except UnicodeDecodeError as error:
-            self._skip("not UTF-8", f"{where}: {piece[error.start : error.start + 4]!r}")
+            self.skip("not UTF-8", f"{where}: {piece[error.start : error.start + 4]!r}")
             return None
         text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
         if not text:
-            self._skip("empty", where)
+            self.skip("empty", where)
         return text or None
 
 

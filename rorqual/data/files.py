@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rorqual.data import chats
 from rorqual.hints import install
 
 Skip = Callable[[str, str], None]
@@ -218,6 +219,13 @@ def cell(row: Any, column: str, where: str, skip: Skip) -> Raw:
         skip(f"no column {column!r}", f"{where}: has {has}")
     elif row[column] is None:
         skip("empty", where)
+    elif column == chats.COLUMN:
+        try:
+            text = chats.document(chats.read(row[column]))
+        except ValueError as error:
+            skip(str(error), where)
+        else:
+            yield where, text.encode("utf-8", "surrogatepass")
     elif not isinstance(row[column], str):
         skip(f"column {column!r} is no text", f"{where}: {type(row[column]).__name__}")
     else:

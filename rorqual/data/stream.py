@@ -1,6 +1,7 @@
 """Packs documents into batches, the same after any stop and on any number of ranks.
 
     stored      begin t1 .. tn, one document after another; flat files, two bytes an id, or four
+    targets     of chats (`chats`), a byte an id: whether it is a label; all ids of a text are
     epoch e     the documents in the order that (seed, e) draws; epochs follow each other
                 without end
     window w    the ids at w * length .. (w + 1) * length of that endless text;
@@ -12,7 +13,7 @@ A row is a sequence of a batch. So in every epoch each token is read once, and p
 for `begin`: the label of a document's last token is `end`, whichever document follows; that of a
 sequence's last token, where its document goes on, is the first token of the next window. Many
 tokenizers have one token for both, <|end|>. The position in the stream is one number, n. Imports
-`corpus` and `tokenizer` beside it.
+`chats`, `corpus` and `tokenizer` beside it.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from rorqual.data import chats
 from rorqual.data.corpus import VALIDATION, Corpus, Side, position_of
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import flush, flush_folder
@@ -52,8 +54,9 @@ class Tokens:
     Document d is ids[starts[d] : starts[d + 1]] and begins with the tokenizer's `begin_id`.
 
         ids       uint16 or uint32 [tokens]
+        targets   bool [tokens], or None where every id is a target
         starts    int64 [documents + 1]
-        sizes     int64 [documents], UTF-8 bytes of the text
+        sizes     int64 [documents], UTF-8 bytes of the text, of a chat's answers
         digest    of ids and starts
     """
 
@@ -62,6 +65,7 @@ class Tokens:
     sizes: np.ndarray
     end_id: int
     digest: str
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,6 +77,11 @@ class Tokens:
     @property
     def bytes(self) -> int:
         return int(self.sizes.sum())
+
+    @property
+    def labels(self) -> int:
+        """The number of labels of an epoch, the end of each document among them."""
+        return len(self) if self.targets is None else int(self.targets.sum()) + self.documents
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +121,7 @@ def tokenise(
         tokenizer.end_id,
     ]
     identity += [tokenizer.begin_id] * (tokenizer.begin_id != tokenizer.end_id)
+    identity += [chats.TEMPLATE] * corpus.chats
     path = Path(folder) / hashlib.blake2b(json.dumps(identity).encode(), digest_size=10).hexdigest()
     opened = _opened(path)
     if opened is not None:
@@ -159,20 +169,26 @@ def _write(
 ) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {side: _Writer(folder / f"{side}.bin", dtype, tokenizer.begin_id) for side in _SIDES}
+    encoder = chats.ChatEncoder(tokenizer) if corpus.chats else None
     done = 0
     for texts in _batches(_ordered(corpus.sided())):
-        encoded = tokenizer.encode_batch([text for _, text in texts])
-        sizes = [len(text.encode("utf-8")) for _, text in texts]
-        for side, writer in writers.items():
-            mine = [i for i, (where, _) in enumerate(texts) if where == side]
-            writer.add([encoded[i] for i in mine], [sizes[i] for i in mine])
-        done += sum(sizes)
+        if encoder is not None:
+            _write_chats(texts, encoder, writers, corpus)
+        else:
+            encoded = tokenizer.encode_batch([text for _, text in texts])
+            for side, writer in writers.items():
+                mine = [i for i, (where, _) in enumerate(texts) if where == side]
+                sizes = [len(texts[i][1].encode("utf-8")) for i in mine]
+                writer.add([encoded[i] for i in mine], sizes)
+        done += sum(len(text.encode("utf-8")) for _, text in texts)
         if progress is not None:
             progress(done)
     sides = {side: writer.close() for side, writer in writers.items()}
-    if not sides["train"]["documents"]:
+    if not all(side["documents"] for side in sides.values()):
+        why = "".join(f" ({count} x {reason})" for reason, count in corpus.skipped.most_common(1))
         raise ValueError(
-            f"{corpus.name}: got one document, expected at least two, one of them to validate on"
+            f"{corpus.name}: got one document, expected at least two{why}, "
+            "one of them to validate on"
         )
     about = {
         "name": corpus.name,
@@ -185,11 +201,28 @@ def _write(
         "end_id": tokenizer.end_id,
         "dtype": dtype.str,
         "about": about,
+        "chats": corpus.chats,
     } | sides
     (folder / "meta.json").write_text(
         json.dumps(meta, indent=2, ensure_ascii=True) + "\n", encoding="utf-8"
     )
     flush_folder(folder)
+
+
+def _write_chats(
+    texts: list[tuple[Side, str]],
+    encoder: chats.ChatEncoder,
+    writers: dict[Side, "_Writer"],
+    corpus: Corpus,
+) -> None:
+    """Writes ids and targets of chats; those that cannot be encoded are counted as skipped."""
+    for side, text in texts:
+        try:
+            ids, targets = encoder.encode(text)
+        except ValueError as error:
+            corpus.skip(str(error), text[:60])
+        else:
+            writers[side].add([ids], [chats.answers_size(text)], [targets])
 
 
 def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
@@ -237,13 +270,24 @@ class _Writer:
         self.lengths: list[np.ndarray] = []
         self.sizes: list[np.ndarray] = []
 
-    def add(self, documents: list[list[int]], sizes: list[int]) -> None:
+    def add(
+        self,
+        documents: list[list[int]],
+        sizes: list[int],
+        targets: list[list[bool]] | None = None,
+    ) -> None:
         flat = np.fromiter(
             chain.from_iterable([self.begin_id, *ids] for ids in documents), dtype=self.dtype
         )
         with open(self.path, "ab") as file:
             file.write(flat.data)
         self.digest.update(flat.data)
+        if targets is not None:
+            # begin is no target
+            marks = np.fromiter(chain.from_iterable([False, *one] for one in targets), dtype=bool)
+            with open(self.path.with_suffix(".targets.bin"), "ab") as file:
+                file.write(marks.data)
+            self.digest.update(marks.data)
         self.lengths.append(np.array([len(ids) + 1 for ids in documents], dtype=np.int64))
         self.sizes.append(np.array(sizes, dtype=np.int64))
 
@@ -280,13 +324,16 @@ def _side(path: Path, meta: dict[str, Any], side: str) -> Tokens:
     ids = np.memmap(path, dtype=np.dtype(meta["dtype"]), mode="r")
     starts = np.load(path.with_suffix(".starts.npy"), mmap_mode="r", allow_pickle=False)
     sizes = np.load(path.with_suffix(".sizes.npy"), mmap_mode="r", allow_pickle=False)
-    if (len(ids), len(starts), len(sizes)) != (
+    marks = path.with_suffix(".targets.bin")
+    targets = np.memmap(marks, dtype=bool, mode="r") if meta.get("chats") else None
+    if (len(ids), len(starts), len(sizes), len(ids if targets is None else targets)) != (
         entry["tokens"],
         entry["documents"] + 1,
         entry["documents"],
+        entry["tokens"],
     ):
         raise ValueError(f"{path}: got {len(ids)} tokens, expected {entry['tokens']}")
-    return Tokens(ids, starts, sizes, meta["end_id"], entry["digest"])
+    return Tokens(ids, starts, sizes, meta["end_id"], entry["digest"], targets)
 
 
 def _draw(seed: int, what: int, number: int, count: int) -> np.ndarray:
@@ -374,11 +421,10 @@ class Stream:
     def __next__(self) -> Batch:
         first = self._row + self.rank * self.batch_size
         places = self._placed(np.arange(first, first + self.batch_size))[:, None] * self.seq_len
-        ids, document_ids = self._read(places + np.arange(self.seq_len + 1))
+        files, document_ids = self._read(places + np.arange(self.seq_len + 1))
         self._row += self.batch_size * self.world
-        return _batch(
-            ids[:, :-1], _following(ids, document_ids, self.tokens.end_id), document_ids[:, :-1]
-        )
+        ids = self.tokens.ids[files].astype(np.int64)
+        return _batch(ids[:, :-1], _labels(self.tokens, files, document_ids), document_ids[:, :-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the stream as JSON values."""
@@ -419,7 +465,7 @@ class Stream:
         return placed
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids, and the numbers of the documents, at places in the endless text."""
+        """Returns the places in the file, and the documents, of places in the endless text."""
         epochs = positions // len(self.tokens)
         files, document_ids = np.empty_like(positions), np.empty_like(positions)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
@@ -430,7 +476,7 @@ class Stream:
                 )
                 files[mine], ranks = order.find(positions[mine] - epoch * len(self.tokens))
                 document_ids[mine] = ranks + epoch * self.tokens.documents
-        return self.tokens.ids[files].astype(np.int64), document_ids
+        return files, document_ids
 
     def _documents(self, epoch: int) -> np.ndarray:
         return _draw(self.seed, _ORDER, epoch, self.tokens.documents)
@@ -465,16 +511,20 @@ def validation_batches(
         files, ranks = order.find(np.where(there, columns, 0))
         ids = np.where(there, tokens.ids[files], tokens.end_id).astype(np.int64)
         document_ids = np.where(there, order.documents[ranks], -1)
-        labels = np.where(there[:, :-1], _following(ids, document_ids, tokens.end_id), IGNORED)
+        labels = np.where(there[:, :-1], _labels(tokens, files, document_ids), IGNORED)
         yield _batch(ids[:, :-1], labels, document_ids[:, :-1])
 
 
-def _following(ids: np.ndarray, document_ids: np.ndarray, end_id: int) -> np.ndarray:
+def _labels(tokens: Tokens, files: np.ndarray, document_ids: np.ndarray) -> np.ndarray:
     """Returns the next id of the document for each id but the last, or the document's end.
 
-    Ids are [batch_size, seq_len + 1], labels [batch_size, seq_len].
+    An id that is no target is IGNORED. `files`, the places of the ids in the file, are
+    [batch_size, seq_len + 1], labels [batch_size, seq_len].
     """
-    return np.where(document_ids[:, 1:] == document_ids[:, :-1], ids[:, 1:], end_id)
+    following = tokens.ids[files[:, 1:]].astype(np.int64)
+    if tokens.targets is not None:
+        following = np.where(tokens.targets[files[:, 1:]], following, IGNORED)
+    return np.where(document_ids[:, 1:] == document_ids[:, :-1], following, tokens.end_id)
 
 
 def _batch(ids: np.ndarray, labels: np.ndarray, document_ids: np.ndarray) -> Batch:

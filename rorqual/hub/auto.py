@@ -329,7 +329,7 @@ def _valid(mask: Tensor | None, ids: Tensor) -> Tensor | None:
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Converts the tokenizer to transformers' class.
+    """Converts the tokenizer to transformers' class, with its chat template if it has one.
 
     A text that it encodes begins with `begin_id`, as in training.
     """
@@ -343,6 +343,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         eos_token=end,
         pad_token=pad,
         padding_side="left",
+        chat_template=tokenizer.settings.get("chat_template"),
     )
 
 

@@ -20,7 +20,8 @@ class DataConfig:
     """The text that a model is trained on, and its tokenizer."""
 
     source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
-    column: str = "text"  # of a jsonl, parquet or dataset source
+    # of a jsonl, parquet or dataset source; messages: chats, with a loss on their answers alone
+    column: str = "text"
     limit: int | None = None  # documents at most
     vocab_size: int | None = None  # of the tokenizer that is trained on the text; None: the model's
     tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to use instead
@@ -82,6 +83,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     needles: NeedleConfig | None = None  # questions to train on; `data` is then not read
+    init_from: str | None = None  # a run whose weights and tokenizer the training begins with
     folder: str = "runs/train"
     steps: int = 1000
     batch_size: int = 16

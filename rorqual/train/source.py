@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rorqual import config as configs
 from rorqual import parallel, runtime
+from rorqual.data import chats
 from rorqual.data.corpus import open_corpus
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.data.needles import QUESTION, NeedleStream, exams
@@ -58,7 +59,7 @@ class TextSource(NamedTuple):
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the loss over all held-out documents, or over a sample that never changes."""
         held_out = self.tokens.validation
-        bytes_per_token = held_out.bytes / len(held_out)
+        bytes_per_token = held_out.bytes / held_out.labels
         batches = self._validation_batches(config, whole)
         return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
 
@@ -154,7 +155,10 @@ def open_source(config: TrainConfig) -> Source:
     if config.needles is not None:
         source = NeedleSource(config.needles)
     else:
-        data = _data_for(config.data, limit)
+        data = config.data
+        if config.init_from is not None and data.tokenizer is None:
+            data = configs.replace(data, "tokenizer", config.init_from)
+        data = _data_for(data, limit)
         # Rank 0 runs first: the others find its files in the cache.
         source = parallel.first(lambda: prepare(data))
     if source.vocab_size > limit:
@@ -215,6 +219,7 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
     """
     cache = Path(data.cache)
     corpus = open_corpus(data.source, column=data.column, limit=data.limit)
+    text_of = chats.plain if corpus.chats else str
     if data.tokenizer is not None:
         tokenizer = Tokenizer.load(data.tokenizer)
     else:
@@ -224,7 +229,7 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
         folder = cache / "tokenizers" / key
         # `save` writes this file last.
         if not (folder / "tokenizer_config.json").is_file():
-            texts = (text for side, text in corpus.sided() if side == "train")
+            texts = (text_of(text) for side, text in corpus.sided() if side == "train")
             first = next(texts, None)
             if first is None:
                 raise ValueError(
@@ -233,4 +238,6 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
                 )
             train_tokenizer(chain([first], texts), vocab_size).save(folder)
         tokenizer = Tokenizer.load(folder)
+    if corpus.chats:
+        tokenizer.settings["chat_template"] = chats.TEMPLATE
     return TextSource(tokenizer, tokenise(corpus, tokenizer, cache / "tokens", progress=progress))

@@ -100,7 +100,8 @@ class TrainStep:
         losses: dict[str, Tensor] = {}
         expert_counts = None
         on_device = [batch[name].to(self.device) for name in ("ids", "labels", "document_ids")]
-        label_count = parallel.total((on_device[1] != IGNORED).sum())
+        # A batch of chats may have no label.
+        label_count = parallel.total((on_device[1] != IGNORED).sum()).clamp_min(1)
         size = self.config.micro_batch_size or len(on_device[0])
         for ids, labels, document_ids in zip(*(t.split(size) for t in on_device), strict=True):
             with autocast(self.device, self.dtype):

@@ -82,9 +82,37 @@ def refuse(config: TrainConfig) -> None:
             f"placement: got {config.placement} for a model without Engram, "
             "expected device, or a model with rows: --model.engram default"
         )
+    if config.init_from is not None:
+        _refuse_init(config)
     if config.needles is None:
         open_corpus(config.data.source, column=config.data.column, limit=config.data.limit)
     run_folder.refuse_folder_of_runs(Path(config.folder))
+
+
+def _refuse_init(config: TrainConfig) -> None:
+    """Raises ValueError where the weights of `init_from` are not those of such a model."""
+    run = config.init_from
+    assert run is not None
+    if config.placement != "device":
+        raise ValueError(
+            f"init_from: got {run!r} with rows on {config.placement}, expected --placement device"
+        )
+    if Path(run).resolve() == Path(config.folder).resolve():
+        raise ValueError(f"init_from: got {run!r}, expected another folder than the run's")
+    if not (Path(run) / "config.json").is_file():
+        raise ValueError(f"init_from: got {run!r}, expected a run folder with config.json")
+    theirs = configs.to_dict(checkpoint.read_config(checkpoint.run_of(run)))
+    ours = configs.to_dict(config.model)
+    for both in (theirs, ours):
+        # set by the tokenizer
+        for name in ("pad_id", "eos_id"):
+            (both.get("engram") or {}).pop(name, None)
+    wrong = [name for name in ours if ours[name] != theirs.get(name)]
+    if wrong:
+        raise ValueError(
+            f"init_from: got {run!r}, whose model has another {', '.join(wrong)}; expected the "
+            f"model's: rorqual train {run} --init-from {run} --folder NEW ..."
+        )
 
 
 def _train(
@@ -155,7 +183,10 @@ def _build_model(
             shape = configs.replace(shape, "engram.eos_id", source.end_id)
         shape = configs.replace(shape, "engram.pad_id", source.pad_id)
     tables = _build_tables(config, shape, open_tables)
-    model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables).to(device)
+    model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables)
+    if config.init_from is not None:
+        model.load_state_dict(checkpoint.load_model(config.init_from).state_dict())
+    model = model.to(device)
     if parallel.world() > 1:
         parallel.shard(model)
     return model

@@ -741,6 +741,9 @@ def test_the_page_chats(browser, address, width, scheme):
         page.get_by_label("Message", exact=True).fill("too much")
         page.get_by_role("button", name="Send").click()
         expect(page.locator(".error")).to_contain_text("maximum context length")
+        # What was not answered is in the box again, and no part of the conversation.
+        expect(page.get_by_label("Message", exact=True)).to_have_value("too much")
+        expect(page.locator(".turn:not(.error)")).to_have_count(4)
         before = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.get_by_role("button", name="Theme").click()
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
@@ -774,6 +777,20 @@ def test_an_answer_on_the_page_can_be_stopped(browser, run, monkeypatch, serving
         while engine.running and time.monotonic() < end:
             time.sleep(0.05)
         assert not engine.running
+        # What is cleared in the middle of an answer is no part of the next conversation.
+        sent = []
+        page.on("request", lambda asked: sent.append(asked.post_data_json["messages"]))
+        page.get_by_label("Message", exact=True).fill("the sea")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".assistant")).to_have_count(2)
+        expect(page.locator(".assistant").nth(1)).not_to_be_empty()
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_label("New tokens").fill("3")
+        page.get_by_label("Message", exact=True).fill("lives")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#speed")).to_contain_text("tokens,")
+        assert sent[-1] == [{"role": "user", "content": "lives"}]
+        expect(page.locator(".turn")).to_have_count(2)
 
 
 def test_no_value_is_infinite(client, run):

@@ -774,3 +774,62 @@ def test_a_run_is_validated_ten_times_and_its_best_weights_are_kept(config, caps
     lowest = min([*(loss for step, loss in stored.items() if step < 30), final])
     assert result == pytest.approx(lowest, rel=1e-5)
     assert f"(validation loss {result:.4f})" in message
+
+
+def chats_file(path: Path) -> Path:
+    """Writes chats whose answers are one of two words, by the question."""
+    lines = []
+    for n in range(60):
+        word, answer = ("whale", "sea") if n % 2 else ("eagle", "sky")
+        question = {"role": "user", "content": f"Where does {word} {n * 7919 % 1000} live?"}
+        chat = [question, {"role": "assistant", "content": f"In the {answer}."}]
+        lines.append(json.dumps({"messages": chat}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_a_run_is_tuned_on_chats_and_answers_by_its_template(config, text, tmp_path):
+    """The weights begin as the first run's; the folder has the template that serving fills."""
+    first = train(config)
+    file = chats_file(tmp_path / "chats.jsonl")
+    tuned = replace(
+        config,
+        init_from=str(first),
+        folder=str(tmp_path / "tuned"),
+        data=replace(config.data, source=str(file), column="messages"),
+        seq_len=64,
+        steps=2,
+    )
+    step = []
+    folder = train(replace(tuned, optim=OptimConfig(lr=1e-30)), on_metrics=step.append)
+    before, after = (load_file(path / "model.safetensors") for path in (first, folder))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not {name for name in moved if "e_score_correction_bias" not in name}
+    run = load(folder, device="cpu")
+    assert run.tokenizer.backend.to_str() == load(first, device="cpu").tokenizer.backend.to_str()
+    messages = [{"role": "user", "content": "Where does whale 7 live?"}]
+    ids = run.chat(messages)
+    assert run.tokenizer.decode(ids) == "<|end|>user\nWhere does whale 7 live?<|end|>assistant\n"
+    held_out = prepare(replace(tuned.data, tokenizer=str(first))).tokens.validation
+    assert 0 < held_out.labels < len(held_out)
+    loss = validate(run.model, validation_batches(held_out, 2, 64), 1.0, torch.float32)
+    assert loss["validation_loss"] == pytest.approx(scores_of(folder), rel=1e-5)
+
+
+def scores_of(folder: Path) -> float:
+    return next(
+        line["validation_loss"] for line in lines(folder)[::-1] if "validation_loss" in line
+    )
+
+
+def test_weights_of_another_model_are_refused(config, tmp_path):
+    first = train(replace(config, steps=1))
+    other = replace(config, folder=str(tmp_path / "other"), init_from=str(first))
+    for wrong, message in (
+        (replace(other, model=replace(other.model, dense_width=40)), "another dense_width"),
+        (replace(other, init_from=str(tmp_path / "none")), "expected a run folder"),
+        (replace(other, folder=str(first), init_from=str(first), steps=2), "another folder"),
+        (replace(other, placement="host"), "expected --placement device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(wrong)

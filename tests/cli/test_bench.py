@@ -1,0 +1,72 @@
+"""Tests `rorqual bench serve`: it starts a server, measures and ends it; mistakes are a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rorqual.cli.main import main
+
+
+def test_a_run_is_served_measured_and_ended(small_run: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    sizes = ["--requests=3", "--concurrency=2", "--input-tokens=12", "--output-tokens=4"]
+    out = tmp_path / "figures.json"
+    limits = ["--goodput", "ttft:60000", "itl:60000"]
+    words = ["bench", "serve", str(small_run), *sizes, *limits, "--out", str(out)]
+    assert main([*words, "--serve", "context=64"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 3 requests whole, 0 failed" in shown
+    assert "(36 in, 12 out)" in shown
+    for name in ("time to first token", "inter-token latency", "end to end"):
+        assert name in shown
+    assert "(100%) within ttft 60000 ms" in shown
+    figures = json.loads(out.read_text())
+    assert (figures["completed"], figures["total_output_tokens"]) == (3, 12)
+    assert figures["request_rate"] == "inf"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected serve first"),
+        (["server"], "did you mean 'serve'"),
+        (["serve", "runs/x", "--url", "http://a"], "expected one"),
+        (["serve", "--requests", "0"], "--requests 0, expected at least 1"),
+        (["serve", "--rate", "0"], "--rate 0.0, expected more than 0"),
+        (["serve", "--rate", "fast"], "rate"),
+        (["serve", "--goodput", "ttft"], "NAME:MILLISECONDS"),
+        (["serve", "--url", "http://127.0.0.1:9"], "got no connection"),
+        (["serve", "--url", "localhost:80"], "expected http://HOST:PORT"),
+        (["serve", "runs/nothing-there"], "runs/nothing-there"),
+    ],
+)
+def test_mistakes_are_a_line(words: list[str], message: str, capsys) -> None:
+    assert main(["bench", *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("rorqual: error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+def test_ctrl_c_prints_what_was_measured_and_ends_the_server(small_run: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    words = ["--requests=100000", "--input-tokens=8", "--output-tokens=2", "--concurrency=2"]
+    command = [sys.executable, "-m", "rorqual", "bench", "serve", str(small_run), *words, "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(25)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, error = process.communicate(timeout=60)
+    figures = json.loads(printed)
+    assert process.returncode == 130, error
+    assert figures["completed"] > 0
+    assert figures["completed"] + figures["failed"] + figures["unfinished"] < 100000
