@@ -26,7 +26,7 @@ def committed() -> dict:
 
 
 def test_what_users_may_call_is_what_is_committed() -> None:
-    before = {name: part for name, part in committed().items() if name != "json"}
+    before = {name: section for name, section in committed().items() if name != "json"}
     assert list_public.difference(before, list_public.callable_names()) == []
 
 

@@ -405,7 +405,7 @@ def test_padding_is_counted_nowhere() -> None:
         ({"noise": -1.0}, "0 or more"),
         ({"adaptive_mass": 1.5}, "at most 1"),
         ({"min_active": 0}, "at least 1"),
-        ({"token_id_layers": -1}, "at least 0"),
+        ({"token_id_layers": -1}, "0 or more"),
     ],
 )
 def test_impossible_configs_are_refused(change: dict, words: str) -> None:
