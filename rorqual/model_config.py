@@ -8,7 +8,7 @@ is also a name of the layer's file: `from rorqual.layers.nsa import NSAConfig`.
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2", "max")
@@ -17,6 +17,24 @@ CSA_KINDS = ("window", "csa", "hca")
 
 Choice = Literal["token", "tile"]  # what selects the blocks of keys in NSA and MoBA
 CSAKind = Literal["window", "csa", "hca"]  # what a block of CSAConfig sees before its window
+
+
+def _at_least(config: Any, section: str, least: int, *names: str) -> None:
+    """Refuses fields that are below `least` or NaN; None is left to the caller."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            expected = f"at least {least}" if least else "0 or more"
+            raise ValueError(f"{section}{name}: got {value}, expected {expected}")
+
+
+def _one_of(config: Any, section: str, **allowed: tuple[str, ...]) -> None:
+    """Refuses fields that are none of the words that are allowed for them."""
+    for name, words in allowed.items():
+        if (value := getattr(config, name)) not in words:
+            *others, last = words
+            expected = f"{', '.join(others)} or {last}"
+            raise ValueError(f"{section}{name}: got {value!r}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,11 +223,9 @@ class MLAConfig:
     bias: bool = False  # on the two down projections and the output projection
 
     def __post_init__(self) -> None:
-        for name in ("heads", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank: got {self.q_lora_rank}, expected at least 1 or None")
+        _at_least(
+            self, "", 1, "heads", "q_lora_rank", "kv_lora_rank", "nope_dim", "rope_dim", "value_dim"
+        )
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim: got {self.rope_dim}, expected an even width")
 
@@ -232,9 +248,7 @@ class GQAConfig:
     bias: bool = False  # of all four projections
 
     def __post_init__(self) -> None:
-        for name in ("heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        _at_least(self, "", 1, "heads", "kv_heads", "head_dim")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads: got {self.kv_heads}, expected a divisor of {self.heads} heads"
@@ -251,9 +265,7 @@ class GQAConfig:
                 f"rope_dim: got {self.rope_dim}, "
                 f"expected an even width up to head_dim, {self.head_dim}, or None"
             )
-        for name in ("value_dim", "window"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1 or None")
+        _at_least(self, "", 1, "value_dim", "window")
 
     @property
     def rotated(self) -> int:
@@ -289,9 +301,7 @@ class NSAConfig:
     choice: Choice = "token"
 
     def __post_init__(self) -> None:
-        for name in ("block", "stride", "select_block", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"nsa.{name}: got {getattr(self, name)}, expected at least 1")
+        _at_least(self, "nsa.", 1, "block", "stride", "select_block", "window")
         for name in ("block", "select_block"):
             if getattr(self, name) % self.stride:
                 raise ValueError(
@@ -302,8 +312,7 @@ class NSAConfig:
             raise ValueError(
                 f"nsa.top_k: got {self.top_k}, expected at least 3, the blocks that are forced"
             )
-        if self.choice not in ("token", "tile"):
-            raise ValueError(f"nsa.choice: got {self.choice!r}, expected 'token' or 'tile'")
+        _one_of(self, "nsa.", choice=("token", "tile"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,15 +333,8 @@ class MoBAConfig:
         if self.full_layers < 0 or not 0 <= self.full_from <= 1:
             got = f"got full_layers {self.full_layers}, full_from {self.full_from}"
             raise ValueError(f"moba: {got}, expected at least 0 layers, a share of 0..1")
-        for name in ("block", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"moba.{name}: got {getattr(self, name)}, expected at least 1")
-        for name, kinds in (("decode", ("sparse", "full")), ("choice", ("token", "tile"))):
-            if getattr(self, name) not in kinds:
-                raise ValueError(
-                    f"moba.{name}: got {getattr(self, name)!r}, "
-                    f"expected {kinds[0]!r} or {kinds[1]!r}"
-                )
+        _at_least(self, "moba.", 1, "block", "top_k")
+        _one_of(self, "moba.", decode=("sparse", "full"), choice=("token", "tile"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,19 +360,14 @@ class DSAConfig:
     ties: Literal["last", "topk"] = "last"
 
     def __post_init__(self) -> None:
-        for name in ("heads", "dim", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "weight", "dense"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"dsa.{name}: got {getattr(self, name)}, expected 0 or more")
+        _at_least(self, "dsa.", 1, "heads", "dim", "top_k")
+        _at_least(self, "dsa.", 0, "warmup", "weight", "dense")
         if self.shared and min(self.shared) < 1:
             raise ValueError(
                 f"dsa.shared: got {self.shared}, expected block indices from 1: "
                 "the first block has nothing to share"
             )
-        if self.ties not in ("last", "topk"):
-            raise ValueError(f"dsa.ties: got {self.ties!r}, expected 'last' or 'topk'")
+        _one_of(self, "dsa.", ties=("last", "topk"))
 
     def check_rope_dim(self, rope_dim: int) -> None:
         """Refuses a surrounding attention that rotates more than the indexer's heads hold."""
@@ -411,24 +408,10 @@ class CSAConfig:
     weight: float = 1.0  # of the indexer loss
 
     def __post_init__(self) -> None:
-        for name in (
-            "heads",
-            "head_dim",
-            "q_lora_rank",
-            "groups",
-            "o_lora_rank",
-            "window",
-            "ratio",
-            "heavy_ratio",
-            "index_heads",
-            "index_dim",
-            "top_k",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"csa.{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"csa.{name}: got {getattr(self, name)}, expected 0 or more")
+        widths = ("heads", "head_dim", "q_lora_rank", "groups", "o_lora_rank", "window")
+        sizes = ("ratio", "heavy_ratio", "index_heads", "index_dim", "top_k")
+        _at_least(self, "csa.", 1, *widths, *sizes)
+        _at_least(self, "csa.", 0, "warmup", "weight")
         if self.heads % self.groups:
             raise ValueError(
                 f"csa.groups: got {self.groups}, expected a divisor of {self.heads} heads"
@@ -438,8 +421,7 @@ class CSAConfig:
                 f"csa.rope_dim: got {self.rope_dim}, expected an even width up to head_dim "
                 f"{self.head_dim} and index_dim {self.index_dim}"
             )
-        if self.ties not in ("last", "topk"):
-            raise ValueError(f"csa.ties: got {self.ties!r}, expected last or topk")
+        _one_of(self, "csa.", ties=("last", "topk"))
         if self.compress_rope.varies:
             raise ValueError(
                 "csa.compress_rope: got dynamic or longrope, expected a kind whose frequencies are "
@@ -480,13 +462,8 @@ class CSA2Config:
     def __post_init__(self) -> None:
         if min(self.ratios, default=0) < 0:
             raise ValueError(f"csa2.ratios: got {self.ratios}, expected 0 or more for each block")
-        for name in ("candidate_block", "candidate_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"csa2.{name}: got {getattr(self, name)}, expected at least 1")
-        if self.cache_formats not in ("none", "published"):
-            raise ValueError(
-                f"csa2.cache_formats: got {self.cache_formats!r}, expected none or published"
-            )
+        _at_least(self, "csa2.", 1, "candidate_block", "candidate_blocks")
+        _one_of(self, "csa2.", cache_formats=("none", "published"))
         for name in ("kv_sources", "index_sources"):
             sources = getattr(self, name)
             if list(sources) != sorted(set(sources)) or min(sources, default=0) < 0:
@@ -555,9 +532,7 @@ class QSAConfig:
     budget: int = 2048  # keys of the blocks that a query selects, a multiple of `block`
 
     def __post_init__(self) -> None:
-        for name in ("heads", "dim", "block", "budget"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"qsa.{name}: got {getattr(self, name)}, expected at least 1")
+        _at_least(self, "qsa.", 1, "heads", "dim", "block", "budget")
         if self.budget % self.block:
             raise ValueError(
                 f"qsa.budget: got {self.budget} keys, expected a multiple of the {self.block} of "
@@ -602,16 +577,13 @@ class DeltaNetConfig:
 
     def __post_init__(self) -> None:
         sizes = ("key_heads", "value_heads", "key_dim", "value_dim", "kernel", "full_every")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"delta.{name}: got {getattr(self, name)}, expected at least 1")
+        _at_least(self, "delta.", 1, *sizes)
         if self.value_heads % self.key_heads:
             raise ValueError(
                 f"delta.value_heads: got {self.value_heads}, "
                 f"expected a multiple of {self.key_heads} key heads"
             )
-        if self.gate not in ("silu", "sigmoid"):
-            raise ValueError(f"delta.gate: got {self.gate!r}, expected 'silu' or 'sigmoid'")
+        _one_of(self, "delta.", gate=("silu", "sigmoid"))
         if self.layers is not None and (
             len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0
         ):
@@ -652,12 +624,7 @@ class RouterConfig:
     image_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("score", ROUTER_SCORES), ("group_score", GROUP_SCORES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"router.{name}: got {getattr(self, name)!r}, "
-                    f"expected one of {', '.join(allowed)}"
-                )
+        _one_of(self, "router.", score=ROUTER_SCORES, group_score=GROUP_SCORES)
         if not 1 <= self.groups_kept <= self.groups:
             raise ValueError(
                 f"router.groups_kept: got {self.groups_kept}, "
@@ -665,17 +632,13 @@ class RouterConfig:
             )
         if not self.scale > 0:
             raise ValueError(f"router.scale: got {self.scale}, expected more than 0")
-        if not self.noise >= 0:
-            raise ValueError(f"router.noise: got {self.noise}, expected 0 or more")
+        _at_least(self, "router.", 0, "noise")
         if self.adaptive_mass is not None and not 0 < self.adaptive_mass <= 1:
             raise ValueError(
                 f"router.adaptive_mass: got {self.adaptive_mass}, expected more than 0, at most 1"
             )
-        for name, least in (("min_active", 1), ("token_id_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"router.{name}: got {getattr(self, name)}, expected at least {least}"
-                )
+        _at_least(self, "router.", 1, "min_active")
+        _at_least(self, "router.", 0, "token_id_layers")
 
     def by_token_id(self, layer: int) -> bool:
         """Whether the router of a block selects experts by token id."""
@@ -703,11 +666,9 @@ class BalanceConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("bias_rate", "sequence", "expert", "device", "communication", "z_loss"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"balance.{name}: got {getattr(self, name)}, expected 0 or more")
-        if self.devices < 1:
-            raise ValueError(f"balance.devices: got {self.devices}, expected at least 1")
+        losses = ("sequence", "expert", "device", "communication", "z_loss")
+        _at_least(self, "balance.", 0, "bias_rate", *losses)
+        _at_least(self, "balance.", 1, "devices")
         if not 1 <= self.device_limit <= self.devices:
             raise ValueError(
                 f"balance.device_limit: got {self.device_limit}, "
@@ -737,11 +698,8 @@ class MoEConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("routed", 1), ("width", 1), ("shared", 0), ("first_dense", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"moe.{name}: got {getattr(self, name)}, expected at least {least}"
-                )
+        _at_least(self, "moe.", 1, "routed", "width")
+        _at_least(self, "moe.", 0, "shared", "first_dense")
         if not 1 <= self.active <= self.routed:
             raise ValueError(
                 f"moe.active: got {self.active}, expected 1 to the {self.routed} routed experts"
@@ -848,19 +806,12 @@ class EngramConfig:
                 f"engram.table_rows: got {len(self.table_rows)} tables, "
                 f"expected one for each of the {len(self.layers)} layers, or none"
             )
-        for name in ("heads", "head_dim", "kernel", "dilation", "row_multiple", "shards"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"engram.{name}: got {value}, expected at least 1")
-        if self.sign not in ("sign", "copysign"):
-            raise ValueError(f"engram.sign: got {self.sign!r}, expected sign or copysign")
-        if self.gating not in ("streams", "shared", "open"):
-            raise ValueError(
-                f"engram.gating: got {self.gating!r}, expected streams, shared or open"
-            )
-        if self.generator not in ("numpy", "splitmix64"):
-            raise ValueError(
-                f"engram.generator: got {self.generator!r}, expected numpy or splitmix64"
-            )
+        _at_least(
+            self, "engram.", 1, "heads", "head_dim", "kernel", "dilation", "row_multiple", "shards"
+        )
+        _one_of(self, "engram.", sign=("sign", "copysign"))
+        _one_of(self, "engram.", gating=("streams", "shared", "open"))
+        _one_of(self, "engram.", generator=("numpy", "splitmix64"))
         if self.eos_id is not None and self.eos_id < 0:
             raise ValueError(
                 f"engram.eos_id: got {self.eos_id}, expected an id of the tokenizer, or none"
@@ -961,20 +912,10 @@ class HyperConfig:
     identity: float = 2.0
 
     def __post_init__(self):
-        for name, allowed in (
-            ("kind", ("mhc", "single_pass", "hc", "gated")),
-            ("mix", ("sinkhorn", "identity")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"hyper.{name}: got {getattr(self, name)!r}, "
-                    f"expected one of {', '.join(allowed)}"
-                )
-        for name in ("streams", "iterations", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"hyper.{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.eps >= 0:
-            raise ValueError(f"hyper.eps: got {self.eps}, expected 0 or more")
+        _one_of(self, "hyper.", kind=("mhc", "single_pass", "hc", "gated"))
+        _one_of(self, "hyper.", mix=("sinkhorn", "identity"))
+        _at_least(self, "hyper.", 1, "streams", "iterations", "rank")
+        _at_least(self, "hyper.", 0, "eps")
         if not self.norm_eps > 0:
             raise ValueError(f"hyper.norm_eps: got {self.norm_eps}, expected more than 0")
         if self.kind == "hc" and self.mix != "sinkhorn":
@@ -995,10 +936,8 @@ class MTPConfig:
     streams: bool = False
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"mtp.depth: got {self.depth}, expected at least 1")
-        if not self.weight >= 0:
-            raise ValueError(f"mtp.weight: got {self.weight}, expected 0 or more")
+        _at_least(self, "mtp.", 1, "depth")
+        _at_least(self, "mtp.", 0, "weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1031,9 +970,7 @@ class ModelConfig:
     init_std: float = 0.006
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "layers", "dense_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        _at_least(self, "", 1, "vocab_size", "dim", "layers", "dense_width")
         attention = [name for name in ("mla", "gqa", "csa") if getattr(self, name) is not None]
         if len(attention) != 1:
             raise ValueError(

@@ -52,16 +52,20 @@ OPEN = {
 }
 
 
+def callable_names() -> dict[str, Any]:
+    """Returns everything that a user may call, as JSON."""
+    return {
+        "python": names(),
+        "options": options(TrainConfig),
+        "presets": sorted(PRESETS),
+        "commands": commands(),
+    }
+
+
 def public() -> dict[str, Any]:
     """Returns everything that a user may call or read, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            "python": names(),
-            "options": options(TrainConfig),
-            "presets": sorted(PRESETS),
-            "commands": commands(),
-            "json": answers(Path(folder)),
-        }
+        return callable_names() | {"json": answers(Path(folder))}
 
 
 def names() -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """Configures pytest: imports rorqual with its shapes checked, on OMP_NUM_THREADS threads, or one.
 
-Every jaxtyping annotation in rorqual is checked by beartype while tests run, and by nothing in
-production. torch.compile cannot trace the checks, so a test marked `compiled` runs in a process of
-its own without them. One marked `interpreted` runs Triton's kernels: on a GPU where there is one,
-else in a process of its own, interpreted.
+Every jaxtyping annotation in rorqual is checked by beartype while tests run, once for each kind of
+call in a test, and by nothing in production. torch.compile cannot trace the checks, so a test
+marked `compiled` runs in a process of its own without them. One marked `interpreted` runs Triton's
+kernels: on a GPU where there is one, else in a process of its own, interpreted.
 """
 
+import dataclasses
+import functools
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +26,51 @@ import jaxtyping
 import pytest
 
 CHECKED = os.environ.get("RORQUAL_SHAPES", "1") != "0"
+SEEN: set[tuple] = set()  # what was checked in this test
+jaxtyped = jaxtyping.jaxtyped
+
+
+def checked_once(fn: Any = None, **options: Any) -> Any:
+    """Decorates as jaxtyping.jaxtyped does, but a test checks equal calls of a function once.
+
+    Calls are equal if their tensors have equal shapes and dtypes, their modules are the same, and
+    other arguments have equal types. A check takes longer than most functions of small tensors.
+    """
+    if fn is None:
+        return functools.partial(checked_once, **options)
+    if dataclasses.is_dataclass(fn):
+        if "__init__" in vars(fn) and not hasattr(fn.__init__, "__wrapped__"):
+            fn.__init__ = checked_once(fn.__init__, **options)
+        return fn
+    if not inspect.isfunction(fn):
+        return jaxtyped(fn, **options)
+    # A function inside of another one is made anew whenever that one is called.
+    code, checked = fn.__code__, list[Any]()
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        key = (code, *map(_kind, args), *((name, _kind(x)) for name, x in kwargs.items()))
+        if key in SEEN:
+            return fn(*args, **kwargs)
+        if not checked:
+            checked.append(jaxtyped(fn, **options))
+        result = checked[0](*args, **kwargs)
+        SEEN.add(key)
+        return result
+
+    return call
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype
+    if isinstance(x, torch.nn.Module):
+        return id(x)
+    return x if isinstance(x, str | bool) else type(x)
+
+
 if CHECKED:
+    jaxtyping.jaxtyped = checked_once
     jaxtyping.install_import_hook(
         "rorqual", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
     )
@@ -111,8 +159,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Starts every test from the same seed, whichever ran before it."""
+    """Starts every test from the same seed and without checked calls, whichever ran before it."""
     torch.manual_seed(0)
+    SEEN.clear()
 
 
 @pytest.fixture

@@ -55,7 +55,11 @@ def test_every_mutation_fits_the_code_and_names_tests_that_are_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", benchmark("baseline").BARS)
+@pytest.mark.parametrize(
+    "name",
+    # Behind 2,048 tokens the same lines of the same script run as behind 512.
+    [name for name in benchmark("baseline").BARS if not name.endswith("_2048")],
+)
 def test_every_figure_that_has_a_bar_can_be_measured(name: str):
     result = benchmark("baseline").measured(name, ROOT, smallest=True)
     assert isinstance(result, float), result

@@ -105,6 +105,11 @@ def sources() -> list[Path]:
     return [path for path in tracked() if path.suffix == ".py"]
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -154,14 +159,14 @@ def wrong_names(path: str, tree: ast.AST) -> Iterator[str]:
 def test_names_are_those_of_the_field() -> None:
     wrong = []
     for path in sources():
-        wrong += wrong_names(name(path), ast.parse(path.read_text(encoding="utf-8")))
+        wrong += wrong_names(name(path), tree_of(path))
     assert not wrong, "\n".join(wrong)
 
 
 def test_every_exception_is_used() -> None:
     used = set()
     for path in sources():
-        for _, identifier in identifiers(ast.parse(path.read_text(encoding="utf-8"))):
+        for _, identifier in identifiers(tree_of(path)):
             used |= {
                 (word, files)
                 for word, files in ALLOWED
@@ -220,7 +225,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
         for token in tokenize.tokenize(file.readline):
             if token.type == tokenize.COMMENT:
                 yield token.start[0], token.string
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield getattr(node, "lineno", 1), ast.get_docstring(node) or ""
 
@@ -243,7 +248,7 @@ def test_summaries_are_sentences() -> None:
     """No docstring begins with what goes in and what comes out, with a sign between them."""
     wrong = []
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
                 if "->" in summary:

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from rorqual.analyze.states import (
     block_states,
+    expert_choices,
     gate_names,
     lens_logits,
     looking_up,
     ours,
     run,
-    topk_indices,
 )
 from rorqual.analyze.taps import Taps, quiet
 from rorqual.data.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load
     """
     layers, by_token = tuple[int, ...](), torch.zeros(0, 0, 0, dtype=torch.long)
     for ids in batches:
-        choices = topk_indices(model, ids)
+        choices = expert_choices(model, ids)
         if not by_token.numel():
             layers, by_token = (
                 choices.layers,

@@ -148,7 +148,7 @@ def _block_of(model: nn.Module, engram: str) -> int:
     return cast(Any, model.get_submodule(memory)).config.layers[int(table_index)]
 
 
-def topk_indices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
+def expert_choices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
     """Returns the experts that every token selected; ValueError for a model without experts."""
     if (our_model := ours(model)) is not None and our_model.config.moe is not None:
         with quiet(model):
@@ -163,8 +163,8 @@ def topk_indices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
     )
     if not mixtures:
         raise ValueError(
-            "experts: got a model without experts, "
-            "or whose experts are not told what each token chose"
+            "experts: got a model without experts, or one whose modules do not show which experts "
+            "a token takes, expected a mixture of experts"
         )
     blocks, seen = block_names(model), dict[str, Tensor]()
     handles = [_listen(module, name, seen) for name, module in mixtures.items()]

@@ -17,10 +17,12 @@ experts of a layer in one tensor.
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 from rorqual.hub.fields import quantisation
 from rorqual.hub.places import AnyPlace, Joined, Place, Sizes
+from rorqual.hub.rope import number
 from rorqual.model_config import (
     BalanceConfig,
     CSA2Config,
@@ -110,6 +112,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("sqrtsoftplus",),
     "topk_method": ("noaux_tc",),
 }
+_number = partial(number, within="text_config.")
 HYPER = ("fn", "base", "scale")
 SWIGLU = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -182,13 +185,6 @@ def _refuse_unknown(d: Mapping[str, Any], description: Mapping[str, Any]) -> Non
             f"config.json: text_config.o_groups: got {d['o_groups']}, expected a divisor of "
             f"{d['num_attention_heads']} heads"
         )
-
-
-def _number(fields: Mapping[str, Any], key: str) -> float:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: text_config.{key}: got {value!r}, expected a number")
-    return float(value)
 
 
 def _whole(fields: Mapping[str, Any], key: str, least: int = 0) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.serve.sampling import TokenLogprobs
-from rorqual.serve.scheduler import Observed
 from rorqual.serve.schema import ChatRequest, CompletionRequest
 from rorqual.serve.service import LONGEST_ERROR, Piece
 from rorqual.serve.text import token_bytes
@@ -161,31 +160,18 @@ class _CompletionChoice(_Choice):
         self.echoed = not self.request.echo
 
     def whole(self, pieces: Sequence[Piece]) -> JsonDict:
-        finish = pieces[-1].finish if pieces else None
-        # The prompt has no text before it.
-        logprobs = self.logprobs(pieces)
         text = "".join(piece.text for piece in pieces)
-        if self.request.echo:
-            text = self.prompt_text + text
-        choice = {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        choice = {
+            "index": self.index,
+            "text": text if self.echoed else self.prompt_text + text,
+            "logprobs": self.logprobs(pieces),
+            "finish_reason": pieces[-1].finish if pieces else None,
+        }
+        self.echoed = True
         return choice | self.observed(pieces)
 
     def piece(self, piece: Piece) -> JsonDict:
-        echo = not self.echoed
-        choice = self.whole_of_piece(piece, echo)
-        self.echoed = True
-        return choice
-
-    def whole_of_piece(self, piece: Piece, echo: bool) -> JsonDict:
-        logprobs = self.logprobs([piece])
-        text = (self.prompt_text if echo else "") + piece.text
-        choice = {
-            "index": self.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish,
-        }
-        return choice | self.observed([piece])
+        return self.whole([piece])
 
     @property
     def prompt_text(self) -> str:
@@ -205,7 +191,6 @@ class _CompletionChoice(_Choice):
             "text_offset": [],
         }
         if not self.echoed:
-            self.echoed = True
             asked = self.handle.request
             # The id that begins a document stands before the text of the prompt.
             hidden = isinstance(self.prompt, str)
@@ -290,6 +275,3 @@ class _ChatChoice(_Choice):
             "logprob": logprob,
             "bytes": token_bytes(self.tokenizer, token),
         }
-
-
-__all__ = ["Answer", "Observed", "problem"]

@@ -43,7 +43,7 @@ class JsonMatcher:
         return self._matcher.is_stopped()
 
     def copy(self) -> "JsonMatcher":
-        """Returns a matcher of another text, which stands where this one does."""
+        """Returns a matcher of another text, at the same point of the grammar."""
         return JsonMatcher(self._matcher.deep_copy(), self._vocab_size)
 
     def _check(self) -> None:

@@ -609,9 +609,9 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEAD_SECONDS, self._look, None)
+        self.loop.call_later(HEAD_SECONDS, self._close_if_idle, None)
 
-    def _look(self, before: Any) -> None:
+    def _close_if_idle(self, before: Any) -> None:
         """Closes the connection where it was idle since the last check.
 
         `before`: the last request at the last check; another value if one was being answered.
@@ -622,7 +622,7 @@ class TimedProtocol(H11Protocol):
         if idle and self.cycle is before:
             self.transport.close()
         else:
-            self.loop.call_later(HEAD_SECONDS, self._look, self.cycle if idle else self)
+            self.loop.call_later(HEAD_SECONDS, self._close_if_idle, self.cycle if idle else self)
 
 
 class Server(uvicorn.Server):

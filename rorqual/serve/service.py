@@ -31,7 +31,7 @@ from rorqual.tables import Table
 
 LONGEST_ERROR = 1000  # characters of an error's message
 MAX_WAITING = 256  # requests in the queue
-USUAL = 256  # new tokens where a request does not say how many
+DEFAULT_NEW_TOKENS = 256  # new tokens where a request does not say how many
 TIMEOUT_SECONDS = 600.0  # the time limit of a request in the queue and the batch
 
 T = TypeVar("T")
@@ -220,7 +220,7 @@ class Service:
         if schema is None:
             return None
         try:
-            return await self.aside(self._texts, partial(self.grammars.compile, schema))
+            return await self.in_thread(self._texts, partial(self.grammars.compile, schema))
         except ValueError as error:
             message = f"{param}: {error}"
             raise Refusal(message, param=param, code="invalid_json_schema") from error
@@ -239,7 +239,7 @@ class Service:
     ) -> list[int]:
         """Returns the ids of messages by the chat template."""
         fill = partial(self.run.chat, messages, context=self.context, options=options)
-        return await self.aside(self._chats, fill)
+        return await self.in_thread(self._chats, fill)
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         """Returns the ids of a prompt; ids are taken as they are."""
@@ -249,9 +249,11 @@ class Service:
 
     async def text_ids(self, text: str) -> list[int]:
         """Returns the ids of a text that begins a document."""
-        return await self.aside(self._texts, partial(self.run.prompt, text, context=self.context))
+        return await self.in_thread(
+            self._texts, partial(self.run.prompt, text, context=self.context)
+        )
 
-    async def aside(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
+    async def in_thread(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
         """Runs `work` on a thread and returns its result.
 
         A client that disconnects gives up its place in the queue for `turn`; a running thread keeps
@@ -286,7 +288,7 @@ class Service:
             for row, prompt in enumerate(prompts):
                 left = self.context - len(prompt)
                 new_tokens = request.new_tokens
-                wanted = min(USUAL, max(left, 1)) if new_tokens is None else new_tokens
+                wanted = min(DEFAULT_NEW_TOKENS, max(left, 1)) if new_tokens is None else new_tokens
                 if wanted > left:
                     parts = f"{len(prompt)} in the prompt, {wanted} in the completion"
                     got = f"you requested {len(prompt) + wanted} tokens ({parts})"

@@ -426,7 +426,7 @@ OVERRIDES = {
     )
 )
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_what_is_asked_for_survives_yaml(
     capsys: pytest.CaptureFixture[str], overrides: list[tuple[str, Any]]

@@ -643,13 +643,13 @@ def test_a_copy_of_the_host_has_a_memory_of_its_own(llama, tokenizer):
     memory, ids = attach(llama, tokenizer, (0, 2), **SMALL), prompt()
     wake(memory)
     expected = llama(ids).logits
-    for kernel in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+    for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
         memory.tables[0].weight.add_(1.0)
-        assert torch.equal(kernel(ids).logits, expected)
+        assert torch.equal(other(ids).logits, expected)
         assert not torch.equal(llama(ids).logits, expected)
         memory.tables[0].weight.sub_(1.0)
-        kernel.rorqual_memory.detach()
-        assert not torch.equal(kernel(ids).logits, expected)
+        other.rorqual_memory.detach()
+        assert not torch.equal(other(ids).logits, expected)
         assert llama.rorqual_memory is memory and memory.attached
 
 
@@ -825,7 +825,7 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
     memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
     wake(memory)
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
-    text = {
+    options = {
         "learning_rate": 1e-2,
         "max_steps": 2,
         "save_strategy": "steps",
@@ -835,7 +835,7 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
     Trainer(
         llama,
         TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **text
+            str(tmp_path), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **options
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
     ).train()
@@ -878,14 +878,14 @@ def test_a_fast_tokenizer_of_transformers_does_as_well(llama, tokenizer):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(tokenizer.backend), eos_token="<|end|>"
     )
-    text = []
-    for arguments in (tokenizer, fast):
-        memory = attach(llama, arguments, (1,), **SMALL)
+    logits = []
+    for each in (tokenizer, fast):
+        memory = attach(llama, each, (1,), **SMALL)
         torch.manual_seed(0)
         wake(memory)
-        text.append(llama(prompt()).logits)
+        logits.append(llama(prompt()).logits)
         memory.detach()
-    assert torch.equal(*text)
+    assert torch.equal(*logits)
 
 
 def test_width_is_that_of_the_hidden_states(tokenizer):

@@ -1,3 +1,8 @@
+"""Tests what MLA and GQA compute: against transformers, a naive loop, and each other's forms.
+
+What every attention must do (causality, documents, padding, caches) is in test_attention_kinds.py.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -36,10 +41,6 @@ RELEASES = {
 }
 VARIANTS = {
     "mla": (MLA, MLAConfig(q_lora_rank=20, **SIZES)),
-    "mla wide values": (
-        MLA,
-        MLAConfig(heads=3, kv_lora_rank=7, nope_dim=4, rope_dim=2, value_dim=11),
-    ),
     "gqa": (GQA, GQAConfig(heads=6, kv_heads=2, head_dim=8, value_dim=5)),
     "window": (GQA, GQAConfig(heads=4, kv_heads=1, head_dim=6, window=3)),
     "sinks": (GQA, GQAConfig(heads=4, kv_heads=2, head_dim=6, sinks=True)),
@@ -68,48 +69,10 @@ def run(layer, hidden, past=None, cache=None, rope=None, **expected):
     )[0]
 
 
-def in_pieces(layer, hidden, pieces, **expected):
+def in_pieces(layer, hidden, pieces):
     """Returns the layer's output when the tokens come in calls of these lengths."""
-    past, cache, start, outs = (
-        Past(2),
-        layer.new_cache(hidden.shape[0], 8, hidden.dtype, hidden.device),
-        0,
-        [],
-    )
-    for time in pieces:
-        chunk = slice(start, start + time)
-        outs.append(
-            run(
-                layer,
-                hidden[:, chunk],
-                past=past,
-                cache=cache,
-                **{name: x[:, chunk] for name, x in expected.items()},
-            )
-        )
-        start += time
-    return torch.cat(outs, 1)
-
-
-@pytest.mark.parametrize("before", [0, 1, 5])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_last_token_alone_gets_what_it_gets_among_all(name, before):
-    layer, hidden = build(name), torch.randn(2, 12, 24)
-    for lengths in ([12, 12], [12, 9]):
-        every = run(layer, hidden)
-        expected = torch.stack(
-            [row[length - 1 :][:1] for row, length in zip(every, lengths, strict=True)]
-        )
-        past, cache = Past(2), layer.new_cache(2, 8, hidden.dtype, hidden.device)
-        if before:
-            run(layer, hidden[:, :before], past=past, cache=cache)
-        rest = [length - before for length in lengths]
-        reference = {"past": past, "cache": cache, "last_only": True, "lengths": rest}
-        result = run(layer, hidden[:, before:], **reference)
-        torch.testing.assert_close(
-            result, expected, rtol=0, atol=1e-5 * expected.abs().max().item()
-        )
-        assert result.shape[1] == 1
+    past, cache = Past(2), layer.new_cache(len(hidden), 8, hidden.dtype, hidden.device)
+    return torch.cat([run(layer, piece, past, cache) for piece in hidden.split(pieces, 1)], 1)
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -141,30 +104,6 @@ def test_mla_agrees_with_transformers(name):
         torch.testing.assert_close(
             a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, key=key: key + m
         )
-
-
-@pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6], [2, 11], [12, 1]])
-@pytest.mark.parametrize("name", VARIANTS)
-@torch.no_grad()
-def test_calls_in_pieces_equal_one_call(name, pieces):
-    layer, hidden = build(name), torch.randn(2, 13, 24)
-    torch.testing.assert_close(
-        in_pieces(layer, hidden, pieces), run(layer, hidden), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 1, 6]])
-@pytest.mark.parametrize("name", VARIANTS)
-@torch.no_grad()
-def test_calls_in_pieces_equal_one_call_with_documents(name, pieces):
-    layer, hidden = build(name), torch.randn(2, 13, 24)
-    document_ids = torch.tensor([[0] * 4 + [1] * 9, [3] * 7 + [4] * 6])
-    torch.testing.assert_close(
-        in_pieces(layer, hidden, pieces, document_ids=document_ids),
-        run(layer, hidden, document_ids=document_ids),
-        rtol=1e-5,
-        atol=1e-5,
-    )
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
@@ -237,35 +176,6 @@ def test_mla_decodes_through_what_stands_in_for_a_projection():
     )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_later_tokens_and_other_documents_do_not_matter(name):
-    layer, hidden = build(name), torch.randn(1, 9, 24, requires_grad=True)
-    (seen,) = torch.autograd.grad(run(layer, hidden)[0, 5].sum(), hidden)
-    assert not seen[0, 6:].any() and seen[0, 4:6].any()
-    document_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
-    (seen,) = torch.autograd.grad(run(layer, hidden, document_ids=document_ids)[0, 5].sum(), hidden)
-    assert not seen[0, :4].any() and seen[0, 4].any()
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@torch.no_grad()
-def test_a_packed_document_equals_the_document_alone(name):
-    layer, hidden = build(name), torch.randn(1, 9, 24)
-    packed = run(layer, hidden, document_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]]))
-    torch.testing.assert_close(packed[:, 4:], run(layer, hidden[:, 4:]), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_padding_changes_nothing_and_is_finite(name, poisoned):
-    layer, hidden = build(name), torch.randn(2, 9, 24, requires_grad=True)
-    out = run(layer, hidden, lengths=[5, 9])
-    torch.testing.assert_close(out[0, :5], run(layer, hidden[:1, :5])[0], rtol=1e-5, atol=1e-5)
-    assert out.isfinite().all()
-    (out[0, :5].sum() + out[1].sum()).backward()
-    assert hidden.grad.isfinite().all() and not hidden.grad[0, 5:].any()
-    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
-
-
 def slowly(query, key, value, scale, visible, sink=None):
     """Computes attention of one sequence, one query and head at a time."""
     out = torch.zeros(query.shape[0], query.shape[1], value.shape[-1], dtype=query.dtype)
@@ -317,37 +227,6 @@ def test_a_large_sink_takes_the_attention():
     without.load_state_dict(layer.state_dict(), strict=False)
     layer.sink_bias.fill_(-60.0)
     torch.testing.assert_close(run(layer, hidden), run(without, hidden))
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@torch.no_grad()
-def test_cropped_and_reordered_caches_go_on(name):
-    layer, hidden, order = build(name), torch.randn(2, 12, 24), torch.tensor([1, 1, 0])
-    past, cache = Past(2), layer.new_cache(2, 4, hidden.dtype, hidden.device)
-    run(layer, hidden[:, :7], past=past, cache=cache)
-    run(layer, torch.randn(2, 3, 24), past=past, cache=cache)
-    past.crop([3, 3])
-    cache.select(order, past.length)
-    past.select(order.tolist(), order)
-    out = run(layer, hidden[order, 7:], past=past, cache=cache)
-    torch.testing.assert_close(out, run(layer, hidden)[order, 7:], rtol=1e-5, atol=1e-5)
-    past.reset()
-    torch.testing.assert_close(
-        run(layer, hidden, past=past, cache=cache), run(layer, hidden), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_bfloat16_stays_near_float32(name):
-    layer, hidden = build(name), torch.randn(2, 17, 24)
-    expected = run(layer, hidden)
-    layer = layer.bfloat16()
-    out = run(layer, hidden.bfloat16())
-    assert out.dtype == torch.bfloat16
-    assert (out - expected).norm() < 0.03 * expected.norm()
-    with torch.no_grad():
-        decoded = in_pieces(layer, hidden.bfloat16(), [12, 1, 1, 3])
-    assert (decoded - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ GQA = GQAConfig(heads=4, kv_heads=2, head_dim=8, value_dim=6)
 NSA = NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5)
 # Small latents are absorbed and gathered as soon as there is a cache; large ones are expanded and
 # masked, until there are many keys.
-SMALL_LATENT = MLAConfig(heads=3, kv_lora_rank=4, nope_dim=8, rope_dim=4, value_dim=8)
+SMALL_LATENT = MLAConfig(heads=3, kv_lora_rank=4, nope_dim=8, rope_dim=4, value_dim=13)
 LARGE_LATENT = MLAConfig(
     heads=3, q_lora_rank=10, kv_lora_rank=32, nope_dim=4, rope_dim=4, value_dim=6
 )
@@ -77,8 +77,8 @@ KINDS = {
     "mla": {"mla": SMALL_LATENT},
     "mla-large": {"mla": LARGE_LATENT},
     "gqa": {"gqa": GQA},
-    "gqa-window": {"gqa": dataclasses.replace(GQA, window=6, qk_norm=True)},
-    "gqa-sinks": {"gqa": dataclasses.replace(GQA, window=9, sinks=True)},
+    "gqa-window": {"gqa": dataclasses.replace(GQA, window=6, sinks=True, qk_norm=True)},
+    "gqa-sinks": {"gqa": dataclasses.replace(GQA, sinks=True)},
     "nsa": {"gqa": GQA, "nsa": NSA},
     "nsa-pieces": {
         "gqa": dataclasses.replace(GQA, kv_heads=1),
@@ -588,7 +588,7 @@ def test_packed_rows_may_have_any_length(kind: str, mode: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_packed_rows_are_those_of_the_parts(kind: str) -> None:
+def test_gradients_of_packed_rows_are_those_of_the_parts(kind: str, poisoned: None) -> None:
     model, lengths = copy.deepcopy(build(kind, torch.float64)).requires_grad_(), [50, 55, 31]
     ids, document_ids = packed(PACKED)
     pull = torch.randn(*ids.shape, model.config.dim, dtype=torch.float64)

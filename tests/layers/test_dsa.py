@@ -667,17 +667,17 @@ def test_a_compiled_model_is_one_graph(ties):
     config = ModelConfig(
         vocab_size=50,
         dim=16,
-        layers=3,
+        layers=2,
         dense_width=24,
         mla=MLAConfig(heads=2, q_lora_rank=8, kv_lora_rank=8, nope_dim=4, rope_dim=4, value_dim=4),
-        dsa=DSAConfig(heads=3, dim=8, top_k=5, shared=(2,), ties=ties),
+        dsa=DSAConfig(heads=3, dim=8, top_k=5, shared=(1,), ties=ties),
         moe=MoEConfig(routed=4, active=2, width=8, first_dense=1),
         mtp=MTPConfig(),
         init_std=0.3,
     )
     model, ids = LanguageModel(config), torch.randint(50, (2, 17))
     # In a traced call torch.topk gets whole rows, packed or not.
-    document_ids = torch.arange(17).expand(2, -1) // 9 if ties == "latest" else None
+    document_ids = torch.arange(17).expand(2, -1) // 9 if ties == "last" else None
 
     def logits(ids):
         return model(ids, document_ids=document_ids)

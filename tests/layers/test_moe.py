@@ -18,6 +18,7 @@ from rorqual.layers.context import context
 from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE, MoEConfig, sort_by_expert, sort_slots
 from rorqual.layers.router import RouterConfig, Routing
+from rorqual.model_config import ROUTER_SCORES
 
 SIZES = {
     "hidden_size": 24, "num_attention_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 8,
@@ -113,7 +114,7 @@ def test_equal_to_one_expert_at_a_time_at_any_size(
     cached = data.draw(st.integers(1, groups))
     active = data.draw(st.integers(1, cached * size))
     mass = data.draw(st.none() | st.floats(0.1, 0.9))
-    score = data.draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
+    score = data.draw(st.sampled_from(ROUTER_SCORES))
     router = RouterConfig(
         score=score, groups=groups, groups_kept=cached, adaptive_mass=mass, scale=1.5
     )

@@ -121,16 +121,12 @@ def brute(inner, q, k, v, hidden, scale):
     ours = own_pairs(inner, hidden)
     outs = [q.new_zeros(batch, time, heads, v.shape[-1]) for _ in range(3)]
     group = heads // k.shape[2]
+    networks = inner.compress_key, inner.compress_value
+    pair = [compress(network, x, c) for network, x in zip(networks, ours[0], strict=True)]
     for b, t, g in torch.cartesian_prod(
         *(torch.arange(n) for n in (batch, time, k.shape[2]))
     ).tolist():
-        small = [
-            x[b, :, g]
-            for x in (
-                compress(inner.compress_key, ours[0][0], c),
-                compress(inner.compress_value, ours[0][1], c),
-            )
-        ]
+        small = [x[b, :, g] for x in pair]
         of_group = slice(g * group, (g + 1) * group)
         columns = blocks_of(q[b, :, of_group], small[0], t, c, scale)
         columns = [

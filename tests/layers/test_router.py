@@ -27,6 +27,7 @@ from rorqual.layers.router import (
     within_groups,
     within_mass,
 )
+from rorqual.model_config import ROUTER_SCORES
 
 V3 = RouterConfig(score="sigmoid", groups=4, groups_kept=2, group_score="top2", scale=2.5)
 V2 = RouterConfig(
@@ -193,7 +194,7 @@ def routers(draw) -> tuple[RouterConfig, int, int]:
     cached = draw(st.integers(1, groups))
     active = draw(st.integers(1, cached * size))
     config = RouterConfig(
-        score=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), groups=groups,
+        score=draw(st.sampled_from(ROUTER_SCORES)), groups=groups,
         groups_kept=cached,
         group_score=draw(st.sampled_from(["top2", "max"])), renormalise=draw(st.booleans()),
         scale=draw(st.sampled_from([1.0, 2.5, 16.0])), bias=draw(st.booleans()),
@@ -243,7 +244,7 @@ def test_scores_in_numbers() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("kind", ROUTER_SCORES)
 def test_scores_that_vanish_have_finite_gradients(kind: str) -> None:
     logits = torch.tensor([[-300.0, -300.0, -300.0]], requires_grad=True)
     values = score(logits, kind)
@@ -408,7 +409,7 @@ def test_padding_is_counted_nowhere() -> None:
         ({"noise": -1.0}, "0 or more"),
         ({"adaptive_mass": 1.5}, "at most 1"),
         ({"min_active": 0}, "at least 1"),
-        ({"token_id_layers": -1}, "at least 0"),
+        ({"token_id_layers": -1}, "0 or more"),
     ],
 )
 def test_impossible_configs_are_refused(change: dict, words: str) -> None:

@@ -1,7 +1,7 @@
 """Tests that what prompts begin with is read once, and that caches of old prompts go."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rorqual.layers.engram import EngramConfig
@@ -72,6 +72,7 @@ def test_the_last_token_is_always_read():
     ids=st.lists(st.integers(0, 3), min_size=0, max_size=300),
     other=st.lists(st.integers(0, 3), min_size=0, max_size=300),
 )
+@example(ids=[0] * 2 * PAGE, other=[1] * PAGE + [0] * PAGE)
 def test_keys_are_equal_as_far_as_pages_are(ids, other):
     equal = 0
     while (equal + 1) * PAGE <= min(len(ids), len(other)) and ids[: (equal + 1) * PAGE] == other[

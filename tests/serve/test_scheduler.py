@@ -158,9 +158,10 @@ def test_a_prompt_that_cannot_be_read_harms_nobody(monkeypatch):
         return hidden(ids, **options)
 
     monkeypatch.setattr(model, "hidden", broken)
-    bad = [engine.submit([7] * length, max_new_tokens=3) for length in (3, 200)]
-    # It is read together with the first that fails.
+    bad = [engine.submit([7] * 3, max_new_tokens=3)]
+    # It is read together with the first that fails, after which the step reads a part of the other.
     good = engine.submit([8, 9], max_new_tokens=3)
+    bad.append(engine.submit([7] * 200, max_new_tokens=3))
     changed = engine.step()
     assert changed.count(bad[0]) == changed.count(bad[1]) == 1
     while not engine.idle:

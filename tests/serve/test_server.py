@@ -27,11 +27,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra [serve] is not instal
 from rorqual import checkpoint  # noqa: E402 (after the extra is known to be there)
 from rorqual.cli.main import main  # noqa: E402
 from rorqual.data.tokenizer import train  # noqa: E402
-from rorqual.layers.attention import GQAConfig  # noqa: E402
 from rorqual.layers.engram import EngramConfig  # noqa: E402
-from rorqual.layers.moba import MoBAConfig  # noqa: E402
-from rorqual.layers.mtp import MTPConfig  # noqa: E402
-from rorqual.layers.nsa import NSAConfig  # noqa: E402
 from rorqual.model import LanguageModel, ModelConfig  # noqa: E402
 from rorqual.serve import generate, server  # noqa: E402
 from rorqual.serve.generate import Run, load  # noqa: E402
@@ -238,41 +234,6 @@ def test_many_at_once_are_each_themselves(client, run):
         )
     ours = [run.complete([prompt], max_new_tokens=5, sampling=GREEDY)[0].text for prompt in prompts]
     assert [answer["choices"][0]["text"] for answer in answers] == ours
-
-
-BLOCKWISE = {
-    "nsa": {"nsa": NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=4)},
-    "moba": {"moba": MoBAConfig(block=4, top_k=1)},
-}
-
-
-@pytest.mark.parametrize("name", BLOCKWISE)
-def test_a_model_whose_attention_is_by_blocks_answers_many_at_once(tmp_path, run, name):
-    gqa = GQAConfig(heads=4, kv_heads=2, head_dim=8)
-    parts = {"mla": None, "gqa": gqa, "engram": run.config.engram, "mtp": MTPConfig()} | BLOCKWISE[
-        name
-    ]
-    config = ModelConfig(vocab_size=290, dim=32, layers=2, dense_width=32, init_std=0.2, **parts)
-    checkpoint.save_model(
-        tmp_path, LanguageModel(config, run.tokenizer.canonical_map(), seed=2), run.tokenizer
-    )
-    sparse = load(tmp_path, device="cpu")
-    prompts = [" ".join(["whale", "sea", "é"] * count) for count in (1, 3, 2, 1, 4, 2, 3)]
-    with (
-        serving(Service(sparse, max_batch_size=3, context=64)) as client,
-        ThreadPoolExecutor(7) as pool,
-    ):
-        bodies = [
-            {"prompt": prompt, "max_tokens": 3 + n, "temperature": 0}
-            for n, prompt in enumerate(prompts)
-        ]
-        answers = list(pool.map(lambda body: post(client, body), bodies))
-    assert [answer.status for answer in answers] == [200] * 7
-    for answer, body in zip(answers, bodies, strict=True):
-        ours = sparse.complete(
-            [body["prompt"]], max_new_tokens=body["max_tokens"], sampling=GREEDY
-        )[0]
-        assert answer.json()["choices"][0]["text"] == ours.text
 
 
 def test_a_request_that_cannot_be_sampled_fails_alone(folder):

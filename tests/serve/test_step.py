@@ -25,6 +25,7 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model_config import ROUTER_SCORES
 from rorqual.serve import step as serve_step
 from rorqual.serve.decoding import decode
 from rorqual.serve.engine import Engine
@@ -56,7 +57,12 @@ SIZES = {
         BASE,
         moe=replace(BASE.moe, router=RouterConfig(score="softmax", renormalise=False, bias=False)),
     ),
-    "v4's score": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(score="sqrtsoftplus"))),
+    # "v3" scores by sigmoid, "v2" by softmax.
+    **{
+        f"score {score}": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(score=score)))
+        for score in ROUTER_SCORES
+        if score not in ("sigmoid", "softmax")
+    },
     "groups": replace(BASE, moe=replace(BASE.moe, router=RouterConfig(groups=4, groups_kept=2))),
     "groups by max": replace(
         BASE, moe=replace(BASE.moe, router=RouterConfig(groups=6, groups_kept=3, group_score="max"))

@@ -522,7 +522,7 @@ def test_bfloat16_and_muon_train_too(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tables", ["device", "host", "disk"])
+@pytest.mark.parametrize("tables", ["device", "disk"])
 def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables):
     """The whole process gets kill -9, wherever it is; then the same command runs again."""
     config = replace(config, steps=60, save_every=10)
