@@ -307,35 +307,6 @@ def draw(chances: Float[Tensor, "B V"], generators: Sequence[torch.Generator]) -
     return torch.searchsorted(cumulative, limits, right=True).squeeze(1)
 
 
-def sample(
-    logits: Float[Tensor, "B V"],
-    sampling: Sampling,
-    generators: Sequence[torch.Generator] = (),
-    seen: Bool[Tensor, "B V"] | None = None,
-) -> Int[Tensor, " B"]:
-    """Samples one id a sequence, all by the same parameters.
-
-    `generators`: one a sequence (needed unless greedy); `seen`: the ids that the penalty applies
-    to. ValueError where a sequence has no finite largest logit: it contains NaN or inf, or only
-    -inf.
-    """
-    logits = logits.float()
-    usable = logits.amax(-1).isfinite()
-    if not usable.all():
-        bad = (~usable).nonzero().flatten().tolist()
-        raise ValueError(
-            f"got logits that are NaN, inf or all -inf in rows {bad}, "
-            "expected a finite largest logit in each: "
-            "weights that are not finite, or a dtype too narrow for them (float32 holds more)"
-        )
-    if seen is not None and sampling.repetition_penalty != 1.0:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
-    if sampling.greedy:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)
-    return draw(narrow(logits, sampling).softmax(-1), generators)
-
-
 class TokenLogprobs(NamedTuple):
     """The log-probability of one id, and the likeliest ids with theirs, likeliest first."""
 
