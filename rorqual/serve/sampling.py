@@ -171,9 +171,9 @@ def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Dra
     if errors:
         logits = logits.clone()
         logits[list(errors)] = 0.0
-    logits = _adjust(logits, rows)
-    logits = _mask(logits, rows, errors)
-    _refuse(logits, errors, "no id that is allowed")
+    unmasked, logits = logits, _mask(_adjust(logits, rows), rows, errors)
+    if logits is not unmasked:
+        _refuse(logits, errors, "no id that is allowed")
     ids = logits.argmax(-1)
     drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
     if drawing:

@@ -90,6 +90,7 @@ def test_generate_reads_standard_input(
         (["eval", "{run}", "--split", "test"], 2, "'test'"),
         (["eval", "{run}", "--data", "no-such-text.txt"], 1, "no-such-text.txt"),
         (["serve", "{run}", "--port", "70000"], 2, "expected 0..65535"),
+        (["serve", "{run}", "--port", "0", "--drafts"], 1, "got a model without MTP"),
         (["explore"], 2, "expected a run folder first"),
         (["explore", "no-such-folder"], 1, "no folder no-such-folder"),
     ],

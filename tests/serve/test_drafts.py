@@ -73,20 +73,19 @@ def following_of(model, prompts, count: int, sampling=GREEDY) -> dict[tuple, lis
 @pytest.mark.parametrize("case", CASES)
 def test_ids_are_those_of_a_request_alone(case, monkeypatch):
     """Few pages, so that some are sent back; then long prompts in chunks of 17 tokens."""
-    model = drafting(case)
-    for seed, sampling in enumerate(SAMPLINGS):
-        prompts = texts(3, [60, 2, 58, 55], shared=0)
-        guess(monkeypatch, 0.7, following_of(model, prompts, 80, sampling))
-        options = {"context": 220, "drafts": True, "sampling": sampling}
-        engine = check(model, prompts, counts=[80, 6, 75, 30], cache_tokens=5 * PAGE, **options)
-        stats = engine.stats()
-        assert stats.preemptions
-        assert stats.drafted > stats.accepted > stats.drafted // 4
-        prompts = texts(3, [20, 2, 70, 5], shared=130)
-        guess(monkeypatch, 0.7, following_of(model, prompts, 12, sampling))
-        engine = check(model, prompts, seed=seed, max_batch_size=3, prefill_chunk=17, **options)
-        assert bool(engine.stats().prefix_tokens) or case in ("delta net", "qwen4")
-        monkeypatch.undo()
+    model, sampling = drafting(case), SAMPLINGS[list(CASES).index(case) % 2]
+    prompts = texts(3, [60, 52, 58, 2], shared=0)
+    guess(monkeypatch, 0.7, following_of(model, prompts, 40, sampling))
+    options = {"context": 220, "drafts": True, "sampling": sampling}
+    engine = check(model, prompts, counts=[40, 38, 40, 9], cache_tokens=5 * PAGE, **options)
+    stats = engine.stats()
+    assert stats.preemptions
+    assert stats.drafted > stats.accepted > stats.drafted // 4
+    monkeypatch.undo()
+    prompts = texts(3, [20, 2, 70, 5], shared=130)
+    guess(monkeypatch, 0.7, following_of(model, prompts, 12, sampling))
+    engine = check(model, prompts, seed=1, max_batch_size=3, prefill_chunk=17, **options)
+    assert bool(engine.stats().prefix_tokens) or case in ("delta net", "qwen4")
 
 
 @pytest.mark.slow
@@ -132,11 +131,11 @@ def test_drafts_are_those_of_modules_that_read_everything(case, monkeypatch):
             wrong.append((len(request.prompt), len(request.ids)))
 
     options = {"context": 220, "drafts": True}
-    for seed, (lengths, shared, pages) in enumerate((((60, 1, 58), 0, 4), ((20, 2, 70), 130, 20))):
+    for seed, (lengths, shared, pages) in enumerate((((60, 1, 58), 0, 5), ((20, 2, 40), 70, 20))):
         prompts = texts(seed, list(lengths), shared=shared)
-        guess(monkeypatch, 0.6, following_of(model, prompts, 60), compared=compared)
+        guess(monkeypatch, 0.6, following_of(model, prompts, 20), compared=compared)
         more = {"cache_tokens": pages * PAGE, "prefill_chunk": 17} | options
-        check(model, prompts, counts=[60, 3, 20], seed=seed, **more)
+        check(model, prompts, counts=[20, 3, 12], seed=seed, **more)
         monkeypatch.undo()
     assert count > 20
     assert not wrong
