@@ -14,7 +14,8 @@ from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel
 from rorqual.presets import preset
-from rorqual.serve.decoding import AcceptanceStats, speculate
+from rorqual.serve.decoding import speculate
+from rorqual.serve.drafts import AcceptanceStats
 
 text = "the blue whale sings; the blue whale dives; the sea is blue and wide. " * 2
 # a vocabulary of 100 letters

@@ -40,7 +40,7 @@ from rorqual.layers.qsa import QSA
 from rorqual.layers.router import Routing
 from rorqual.model_config import HyperConfig, row_totals
 from rorqual.model_config import ModelConfig as ModelConfig
-from rorqual.tables import Table
+from rorqual.tables import Handle, Table
 
 IGNORED = -100  # a label that is no target
 ROW_STD = 0.02  # standard deviation of Engram's rows at the start
@@ -293,7 +293,25 @@ class LanguageModel(nn.Module):
             cache.ids.append(ids, ctx)
         if self.addresses is not None:
             ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
+        if cache is not None and cache.announced:
+            announced, cache.announced = cache.announced, []
+            if torch.equal(torch.cat([one for one, _ in announced], 1), ids):
+                return ctx, _together([fetched for _, fetched in announced])
         return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
+
+    def announce(self, ids: Int[Tensor, "B T"], cache: Cache) -> None:
+        """Starts to fetch the rows of ids that are likely to follow, from tables far from them.
+
+        They follow those that were announced before. A call that reads other ids fetches its own.
+        """
+        past, tables = cache.past, (cast(Table, table) for table in self.tables)
+        if past.named or not any(table.is_far(ids) for table in tables):
+            return
+        before = sum(one.shape[1] for one, _ in cache.announced)
+        ahead = Past(past.batch)
+        ahead.append([length + before for length in past.lengths])
+        ctx = context(*ids.shape, ids.device, past=ahead)
+        cache.announced.append((ids, self._prefetch(ids, ctx, cache.ids)))
 
     def cache_is_outdated(self, cache: Cache, ids: Tensor, lengths=None) -> bool:
         """Whether the new tokens change what an uncached call computes for the cached ones.
@@ -508,6 +526,17 @@ class LanguageModel(nn.Module):
         ]
         layers = [cast(Block, block).new_cache(*of) for block in self.blocks]
         return Cache(layers, Past(batch, capacity), ids, drafts)
+
+
+def _together(fetched: list[dict[int, Any]]) -> dict[int, Any]:
+    """Returns, by block, the rows of ids whose rows are fetched one after the other."""
+    if len(fetched) == 1:
+        return fetched[0]
+    handles = {layer: [each[layer] for each in fetched] for layer in fetched[0]}
+    return {
+        layer: Handle(lambda several=several: torch.cat([one.wait() for one in several], 1))
+        for layer, several in handles.items()
+    }
 
 
 def init(model: LanguageModel, seed: int = 0) -> None:

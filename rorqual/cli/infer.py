@@ -38,7 +38,7 @@ class Generate:
     repetition_penalty: float = 1.0
     seed: int | None = None  # the same seed draws the same text
     stop: tuple[str, ...] = ()  # end before any of these
-    speculative: bool = False  # draft with the MTP module; needs --temperature 0
+    speculative: bool = False  # draft with the MTP module; the text stays the same
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
     placement: Literal["device", "host", "disk"] = "device"  # the placement of Engram's rows
@@ -58,7 +58,7 @@ def _table_options(options: "Generate | Serve | Chat") -> dict[str, Any]:
 def generate_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     options = parse_new(Generate, argv, "generate")
-    from rorqual.serve.decoding import AcceptanceStats
+    from rorqual.serve.drafts import AcceptanceStats
     from rorqual.serve.generate import load
     from rorqual.serve.sampling import Sampling
 
@@ -214,6 +214,7 @@ class Serve:
     cache_tokens: int | None = None
     prefix_cache: bool = True  # whether prompts that were read stay for others that begin alike
     prefill_chunk: int = 64  # tokens of long prompts that are read in a step beside others
+    drafts: bool = False  # draft with the MTP module; pays where enough drafts are accepted
     max_waiting: int = 256  # requests in the queue; more are answered with status 429
     timeout: float = 600.0  # seconds that a request may take, in the queue and out of it
     device: str = "auto"
@@ -251,6 +252,7 @@ def serve_command(argv: list[str]) -> int:
             cache_tokens=options.cache_tokens,
             prefix_cache=options.prefix_cache,
             prefill_chunk=options.prefill_chunk,
+            drafts=options.drafts,
             max_waiting=options.max_waiting,
             timeout=options.timeout,
             run_name=options.run,

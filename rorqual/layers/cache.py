@@ -418,6 +418,8 @@ class Cache:
         drafts: Sequence[DraftCache] = (),
     ) -> None:
         self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
+        # Ids that are likely to follow, and by block the rows that are being fetched for them.
+        self.announced: list[tuple[Tensor, dict[int, Any]]] = []
 
     @property
     def length(self) -> int:
@@ -435,7 +437,7 @@ class Cache:
         return states if self.ids is None else [self.ids, *states]
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
-        rows = index.tolist()
+        rows, self.announced = index.tolist(), []
         for state in self.states():
             state.select(index, self.length)
         self.past.select(rows, index)
@@ -447,9 +449,10 @@ class Cache:
                 draft.past.take(len(rows))
 
     def join(self, other: "Cache") -> None:
-        """Appends the sequences of `other`, a cache of the same model without drafts.
+        """Appends the sequences of `other`, a cache of the same model.
 
-        ValueError, with nothing joined, if documents are packed or only one of them has tokens.
+        MTP has been called with both or with neither. ValueError, with nothing joined, if documents
+        are packed or only one of them has tokens.
         """
         if min(self.length, other.length) == 0 < max(self.length, other.length):
             raise ValueError(
@@ -460,12 +463,16 @@ class Cache:
         self.past.join(other.past)
         for state, more in zip(self.states(), other.states(), strict=True):
             state.join(more, lengths)
-        self.drafts = ()
+        for draft, more in zip(self.drafts, other.drafts, strict=True):
+            draft.join(more, (draft.past.lengths, more.past.lengths))
+            draft.past.join(more.past)
+        self.announced = []
 
     def load(self, other: "Cache", length: int) -> None:
         """Becomes a copy of the first `length` tokens of `other`, a cache of the same model.
 
-        Of one sequence without documents or drafts, which can be cropped to `length`.
+        Of one sequence without documents, which can be cropped to `length`; drafts get as many of
+        these tokens as those of `other` have.
         """
         assert other.past.batch == 1 and not other.past.named
         assert other.oldest <= length <= other.length
@@ -476,6 +483,12 @@ class Cache:
         # Nothing before what the other has forgotten can be cropped to here, either.
         forgotten = other.oldest + (self._slack or 0) if other.oldest else 0
         self.past.lengths, self.past.longest = [length], [max(length, forgotten)]
+        for draft, source in zip(self.drafts, other.drafts, strict=True):
+            read = min(length, source.past.length)
+            draft.past.take(1)
+            draft.past.lengths, draft.past.longest = [read], [read]
+            for state, stored in zip(draft.states(), source.states(), strict=True):
+                state.load(stored, read)
 
     @property
     def tied(self) -> bool:
@@ -512,6 +525,7 @@ class Cache:
                     f"reserve_slack({far}) of an empty cache, and it can go back as far"
                 )
         past.crop(counts)
+        self.announced = []
         for draft in self.drafts:
             if not draft.past.length:
                 continue
@@ -547,6 +561,7 @@ class Cache:
 
     def reset(self) -> None:
         """Removes all tokens and frees the buffers; the next batch may have another size."""
+        self.announced = []
         for past in (self.past, *(draft.past for draft in self.drafts)):
             past.reset()
         for state in [*self.states(), *self._draft_states()]:

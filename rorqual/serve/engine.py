@@ -1,14 +1,18 @@
 """Runs requests with continuous batching: one batched step for all of them.
 
-    step:  scheduler.schedule() -> runner.run(plan) -> scheduler.postprocess(plan), then one id is
+    step:  scheduler.schedule() -> runner.run(plan) -> scheduler.postprocess(read), and an id is
            drawn for every request whose tokens have all been read
+
+With drafts a forward reads the last id of a request and the drafts after it. Ids are drawn from its
+logits one after the other, as without drafts, as long as each is the draft that was read: the
+drafts change no id, only how many a step gives.
 
 A cache has a length for every sequence, so that sequences of different ages form a batch and the
 ids of a sequence do not depend on its neighbours. A request that no id can be sampled for ends
 without affecting the others.
 
 What a server needs of an engine: `submit`, `cancel`, `step`, `drop`, `stats`, `idle`, and of a
-request: `ids`, `logprobs`, `observed` that grow by one a step, and `finish`.
+request: `ids`, `logprobs`, `observed` that grow with each step, and `finish`.
 """
 
 from collections.abc import Sequence
@@ -18,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rorqual import runtime
 from rorqual.model import LanguageModel
+from rorqual.serve.drafts import AcceptanceStats, Drafter
 from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
 from rorqual.serve.runner import Output, Runner
 from rorqual.serve.sampling import (
@@ -30,10 +34,14 @@ from rorqual.serve.sampling import (
     logprobs_of,
     sample_rows,
 )
-from rorqual.serve.scheduler import NOTHING, Observed, Request, Scheduler, Watch
-from rorqual.serve.trace import Trace, experts_of
+from rorqual.serve.scheduler import NOTHING, Observed, Read, Request, Scheduler, Watch
+from rorqual.serve.trace import experts_of
 
 CHUNK = 512  # positions of a prompt whose logits are computed at a time
+
+
+class NoIdError(ValueError):
+    """No id can be sampled from the logits of a request; the message is what they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +55,8 @@ class Stats:
     prompt_tokens: int = 0  # of all requests so far
     prefix_tokens: int = 0  # of these, those that did not have to be read again
     preemptions: int = 0  # how often a request was sent back to the queue
+    drafted: int = 0  # drafts that forwards have verified
+    accepted: int = 0  # of these, those that were the ids that were drawn
 
 
 class Engine:
@@ -65,6 +75,7 @@ class Engine:
         cache_tokens: int | None = None,
         prefill_chunk: int = 64,
         prefix_cache: bool = True,
+        drafts: bool = False,
         end_id: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
@@ -73,8 +84,10 @@ class Engine:
         The cache has space for `cache_tokens` tokens of all requests, None for as many as they may
         have; what they do not use holds the prompts that were read last. Beside requests that
         decode, at most `prefill_chunk` tokens of longer prompts are read in a step. Without
-        `prefix_cache` each prompt is read, whatever was read before it. Where the rotary
-        frequencies depend on the length (dynamic, LongRoPE), one request runs at a time.
+        `prefix_cache` each prompt is read, whatever was read before it. With `drafts` the model's
+        MTP modules draft ids that the next forward verifies, which pays where enough of them are
+        accepted; ValueError for a model that has none. Where the rotary frequencies depend on the
+        length (dynamic, LongRoPE), one request runs at a time.
         """
         if max_batch_size < 1 or context < 2:
             raise ValueError(
@@ -96,14 +109,18 @@ class Engine:
             )
         self.model, self.context, self.end_id = model, context, end_id
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self._prefixes = Prefixes(model, keep=prefix_cache)
+        drafter = Drafter(model, self.vocab_size) if drafts else None
+        depths = drafter.depths if drafter is not None else 0
+        self.acceptance_stats = AcceptanceStats()
+        self._prefixes = Prefixes(model, keep=prefix_cache, before=depths)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
             pages=cache_tokens // PAGE,
             chunk=prefill_chunk,
             prefixes=self._prefixes,
+            step=1 + depths,
         )
-        self._runner = Runner(model, self._prefixes)
+        self._runner = Runner(model, self._prefixes, drafter)
 
     @property
     def max_batch_size(self) -> int:
@@ -172,7 +189,8 @@ class Engine:
         self._runner.drop()
         self._prefixes.shrink(0)
         for request in dropped:
-            request.finish, request.cache = request.finish or "error", None
+            request.finish = request.finish or "error"
+            request.clear()
         return dropped
 
     @property
@@ -191,6 +209,8 @@ class Engine:
             prompt_tokens=scheduler.prompt_tokens,
             prefix_tokens=scheduler.prefix_tokens,
             preemptions=scheduler.preemptions,
+            drafted=self.acceptance_stats.drafted,
+            accepted=self.acceptance_stats.accepted,
         )
 
     @property
@@ -206,46 +226,62 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Runs one plan of the scheduler; returns the requests that it gave an id, or ended.
+        """Runs one plan of the scheduler; returns the requests that it gave ids, or ended.
 
         One whose logits no id can be sampled from gets none, and its `finish` becomes "error".
         """
-        plan = self._scheduler.schedule()
-        outputs = self._runner.run(plan)
-        self._scheduler.postprocess(plan)
-        for output in outputs:
+        changed: list[Request] = []
+        # Whoever decodes has its ids before prompts are read: rows for them are fetched meanwhile.
+        for output in self._runner.run(self._scheduler.schedule()):
+            self._scheduler.postprocess(Read(output.requests, output.counts))
             if output.logits is not None:
                 self._give(output)
-        changed = [
-            request
-            for output in outputs
-            for request in output.requests
-            if output.logits is not None or request.finish == "error"
-        ]
+            for request in output.requests:
+                # Drafts that were not accepted have been read in vain.
+                request.cached = min(request.cached, request.tokens - 1)
+                if output.logits is not None or request.finish == "error":
+                    changed.append(request)
         self._scheduler.leave()
         return changed
 
     def _give(self, output: Output) -> None:
-        """Gives every request of a forward its next id, and what it wants to know besides."""
+        """Gives every request of a forward its next ids, and what it wants to know besides."""
+        requests, drafts, stats = output.requests, output.drafts, self.acceptance_stats
         assert output.logits is not None
-        for row, request in enumerate(output.requests):
-            count = output.counts[row]
-            if output.trace is not None:
-                self._observe(request, row, count, output.trace, output)
+        for row, request in enumerate(requests):
             if output.hidden is not None and request.reads_prompt and not request.ids:
-                self._read_prompt(request, output.hidden[row : row + 1, :count])
-        rows = [row for row, request in enumerate(output.requests) if request.max_new_tokens]
-        if rows:
-            whole = len(rows) == len(output.requests)
+                self._read_prompt(request, output.hidden[row : row + 1, : output.counts[row]])
+        if drafts is not None:
+            stats.rounds += 1
+            stats.drafted += sum(output.counts) - len(requests)
+        rows = list(range(len(requests)))
+        for position in range(output.logits.shape[1]):
+            for row in rows:
+                self._observe(requests[row], row, position, output)
+            rows = [row for row in rows if requests[row].max_new_tokens]
+            if not rows:
+                break
+            logits = output.logits[:, position]
             self._sample(
-                [output.requests[row] for row in rows],
-                output.logits if whole else output.logits[rows],
+                [requests[row] for row in rows],
+                logits if len(rows) == len(requests) else logits[rows],
             )
-        for request in output.requests:
+            # The logits after a draft count where it is the id that was drawn.
+            accepted = [
+                row
+                for row in rows
+                if drafts is not None
+                and position + 1 < output.counts[row]
+                and requests[row].finish != "error"
+                and requests[row].ids[-1] == drafts[row][position]
+            ]
+            stats.accepted += len(accepted)
+            rows = [row for row in accepted if requests[row].finish is None]
+        for request in requests:
             if not request.max_new_tokens:
                 request.finish = request.finish or "length"
 
-    def _sample(self, requests: list[Request], logits: Tensor) -> None:
+    def _sample(self, requests: list[Request], logits: Float[Tensor, "R V"]) -> None:
         """Samples one id for every request; one that fails ends alone."""
         samplers = [request.sampler for request in requests]
         # A pool that is still waiting would slow the decoding step that comes next.
@@ -254,13 +290,10 @@ class Engine:
         for row, (request, token) in enumerate(zip(requests, drawn.ids, strict=True)):
             try:
                 if row in drawn.errors:
-                    raise ValueError(f"got {drawn.errors[row]}")
+                    raise NoIdError(drawn.errors[row])
                 ended = request.sampler.accept(token)
             except ValueError as error:
-                request.finish = request.finish or "error"
-                runtime.log(
-                    f"serve: a request of {len(request.prompt)} tokens ends: {error}", style="red"
-                )
+                request.fail(error)
                 continue
             request.ids.append(token)
             if request.sampling.logprobs is not None:
@@ -275,27 +308,30 @@ class Engine:
             elif request.finish is None and len(request.ids) == request.max_new_tokens:
                 request.finish = "length"
 
-    def _observe(
-        self, request: Request, row: int, count: int, trace: Trace, output: Output
-    ) -> None:
-        """Notes the experts and the memory of the tokens that were read for the first time."""
-        if not (request.watch.experts or request.watch.memory):
+    def _observe(self, request: Request, row: int, position: int, output: Output) -> None:
+        """Notes the experts and the memory of the tokens that were read for the first time.
+
+        With drafts that is the one whose logits at `position` are wanted.
+        """
+        watch, count = request.watch, output.counts[row]
+        if output.trace is None or not (watch.experts or watch.memory):
             return
         # All but the last id of a request that came back have been seen before.
-        first = count - 1 if request.ids else 0
+        last = position if output.drafts is not None else count - 1
+        tokens = slice(last if request.ids else 0, last + 1)
         observed = Observed()
-        if request.watch.experts:
-            observed.experts = experts_of(output.auxes, row, count)[first:]
-        if request.watch.memory:
-            observed.memory = trace.memory(row, count)[first:]
+        if watch.experts:
+            observed.experts = experts_of(output.auxes, row, count)[tokens]
+        if watch.memory:
+            observed.memory = output.trace.memory(row, count)[tokens]
         request.observed.append(observed)
 
     def _read_prompt(self, request: Request, hidden: Float[Tensor, "1 T D"]) -> None:
         """Computes the log-probabilities and the embedding of a prompt."""
         if request.watch.embedding:
-            mean = self.model.norm(hidden).float().mean(1)[0]
+            mean = self.model.head_input(hidden).float().mean(1)[0]
             if not mean.isfinite().all():
-                request.finish = request.finish or "error"
+                request.fail(ValueError("got an embedding that is not finite"))
                 return
             request.embedding = mean.tolist()
         if not request.sampling.prompt_logprobs:

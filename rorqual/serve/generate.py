@@ -1,7 +1,7 @@
 """Loads a model from a run folder, a hub folder or a hub id, and generates text with it.
 
-The text is encoded; decoding.decode or decoding.speculate appends ids; a TextStream decodes them
-to text without splitting a character.
+The text is encoded; decoding.decode appends ids; a TextStream decodes them to text without
+splitting a character.
 """
 
 import difflib
@@ -26,7 +26,8 @@ from rorqual.hub import checkpoints
 from rorqual.hub.families import MODEL_TYPES
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
-from rorqual.serve.decoding import AcceptanceStats, decode, speculate
+from rorqual.serve.decoding import decode
+from rorqual.serve.drafts import AcceptanceStats
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.tables import TableConfig
 
@@ -335,8 +336,8 @@ class Run:
         """Returns the continuation of a text, or of each of a list, without the text itself.
 
         `options` are Sampling's fields: temperature (0 is greedy), top_k, top_p, min_p,
-        repetition_penalty, seed. Text i of a list is sampled with seed + i. `speculative` (greedy,
-        a model with MTP) returns the same in fewer forwards. ValueError for a number out of range.
+        repetition_penalty, seed. Text i of a list is sampled with seed + i. `speculative` (a model
+        with MTP) returns the same in fewer forwards. ValueError for a number out of range.
         """
         texts = [text] if isinstance(text, str) else text
         sampling = Sampling(**options)
@@ -361,8 +362,8 @@ class Run:
     ) -> Iterator[str]:
         """Yields the continuation of a text, or of ids, piece by piece, as soon as it can be shown.
 
-        `options` are Sampling's fields. With a `acceptance_stats` the text is decoded greedily and
-        speculatively, and the tally counts the drafts.
+        `options` are Sampling's fields. With `acceptance_stats` the model drafts, and the drafts
+        are counted there.
         """
         pieces = TextStream(self.tokenizer, stop)
         sampling = sampling or Sampling(**options)
@@ -386,41 +387,17 @@ class Run:
     ) -> Iterator[Sequence[int | None]]:
         """Yields the new ids of every prompt, step by step, and None for one that has ended.
 
-        With `acceptance_stats` the text is decoded greedily and speculatively.
+        With `acceptance_stats` the model drafts, and the drafts are counted there.
         """
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
-        end_id, vocab_size = (
-            self.tokenizer.end_id,
-            min(self.tokenizer.vocab_size, self.config.vocab_size),
-        )
-        if acceptance_stats is None:
-            yield from decode(
-                self.model,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                end_id=end_id,
-                pad_id=self.tokenizer.pad_id,
-                vocab_size=vocab_size,
-            )
-            return
-        if sampling.temperature or sampling.repetition_penalty != 1.0:
-            got = (
-                f"temperature {sampling.temperature}, "
-                f"repetition penalty {sampling.repetition_penalty}"
-            )
-            raise ValueError(
-                f"speculative: got {got}, "
-                "expected temperature 0 (--temperature 0) without a penalty"
-            )
-        yield from speculate(
+        yield from decode(
             self.model,
             prompts,
             max_new_tokens=max_new_tokens,
-            end_id=end_id,
-            pad_id=self.tokenizer.pad_id,
-            vocab_size=vocab_size,
+            sampling=sampling,
+            end_id=self.tokenizer.end_id,
+            vocab_size=min(self.tokenizer.vocab_size, self.config.vocab_size),
             acceptance_stats=acceptance_stats,
         )
 

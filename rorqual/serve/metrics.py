@@ -6,6 +6,8 @@ rorqual_time_to_first_token_seconds         rorqual_inter_token_latency_seconds
 rorqual_request_seconds                     rorqual_requests_running, _waiting
 rorqual_cache_usage_ratio                   rorqual_prefix_hit_rate
 rorqual_preemptions_total                   rorqual_table_hit_rate{table}
+rorqual_drafts_total                        rorqual_drafts_accepted_total
+rorqual_draft_acceptance_rate
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -85,13 +87,19 @@ class _Load(Collector):
                 "Tokens of prompts that did not have to be read again, of all",
                 stats.prefix_tokens / max(1, stats.prompt_tokens),
             ),
+            (
+                "draft_acceptance_rate",
+                "Drafts that were accepted, of all",
+                stats.accepted / max(1, stats.drafted),
+            ),
         ):
             yield GaugeMetricFamily(f"rorqual_{name}", what, value=value)
-        yield CounterMetricFamily(
-            "rorqual_preemptions",
-            "How often a request was sent back to the queue",
-            value=stats.preemptions,
-        )
+        for name, what, count in (
+            ("preemptions", "How often a request was sent back to the queue", stats.preemptions),
+            ("drafts", "Drafts that were verified", stats.drafted),
+            ("drafts_accepted", "Drafts that were accepted", stats.accepted),
+        ):
+            yield CounterMetricFamily(f"rorqual_{name}", what, value=count)
         rates = GaugeMetricFamily(
             "rorqual_table_hit_rate",
             "Rows of a table that were in memory, of those that were read",

@@ -12,6 +12,9 @@ frequencies depend on the length of a sequence (dynamic, LongRoPE), its keys are
 length, and where MoBA decodes by full attention a single token is read otherwise than several: such
 prompts are read in one piece, and nothing is kept.
 
+The hidden states that MTP drafts from are not kept. Where it does, the last tokens of a prefix, one
+a depth, are read again; the caches of its modules are kept as those of the model.
+
 Shared pages are copied, since the compiled layers read the tokens of a sequence side by side; what
 that saves and costs is in docs/log.md. Hashed pages: vLLM, arXiv:2309.06180.
 """
@@ -37,8 +40,12 @@ def pages_of(tokens: int) -> int:
 class Prefixes:
     """The caches of the prompts that were read last, each of one sequence."""
 
-    def __init__(self, model: LanguageModel, *, keep: bool = True) -> None:
-        """With `keep` False every prompt is read."""
+    def __init__(self, model: LanguageModel, *, keep: bool = True, before: int = 0) -> None:
+        """With `keep` False every prompt is read.
+
+        Of a prefix that was found the last `before` tokens are read again.
+        """
+        self._before = before
         moba = model.config.moba
         # Whether the cache of a text does not depend on the pieces in which it was read.
         self.divisible = not model.config.rope.varies and (moba is None or moba.decode != "full")
@@ -63,15 +70,16 @@ class Prefixes:
             if key in self._by_key:
                 number = self._by_key[key]
                 self._kept.move_to_end(number)
-                cache.load(self._kept[number][0], count * PAGE)
-                return cache, count * PAGE
+                length = count * PAGE - self._before
+                cache.load(self._kept[number][0], length)
+                return cache, length
         return cache, 0
 
     def add(self, ids: Sequence[int], cache: Cache) -> None:
         """Keeps a cache that was made by `start` and has read these ids; it must not change."""
         if not self.keeps:
             return
-        oldest = cache.oldest
+        oldest = cache.oldest + self._before
         keys = [key for count, key in enumerate(keys_of(ids), start=1) if count * PAGE >= oldest]
         if not keys:
             return

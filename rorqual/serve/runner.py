@@ -1,22 +1,23 @@
 """Runs the model on what a scheduler has planned, and keeps the cache of the batch.
 
-    outputs = runner.run(plan)
+    for output in runner.run(plan): give ids to output.requests
 
 A request reads its prompt into a cache of its own, which joins the cache of the batch at the step
-after: one row is written, and those of the other requests stay where they are.
+after: one row is written, and those of the other requests stay where they are. A decoding forward
+reads drafts, too, if the model drafts; those that turn out wrong are cropped from the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rorqual import runtime
 from rorqual.layers.cache import Cache
 from rorqual.model import Aux, LanguageModel
-from rorqual.serve.decoding import pad
+from rorqual.serve.drafts import Drafter
 from rorqual.serve.prefixes import SPARE, Prefixes
 from rorqual.serve.scheduler import Plan, Read, Request
 from rorqual.serve.step import Decoder
@@ -26,19 +27,23 @@ from rorqual.serve.trace import Trace, traced
 class Output(NamedTuple):
     """What a forward showed of its requests."""
 
-    requests: Sequence[Request]
-    counts: Sequence[int]  # tokens that each has read
-    logits: Float[Tensor, "B V"] | None  # None if none of them is to get an id
-    hidden: Float[Tensor, "B T D"] | None = None  # of all tokens; None if nobody wants them
+    requests: list[Request]
+    counts: list[int]  # tokens that each has read
+    # Of the last token, or with drafts of all; None if none of the requests is to get an id.
+    logits: Float[Tensor, "B P V"] | None
+    hidden: Float[Tensor, "B T *N D"] | None = None  # of all tokens; None if nobody wants them
     auxes: Sequence[Aux] = ()
     trace: Trace | None = None
+    drafts: list[list[int]] | None = None  # read behind the last id of each request
 
 
 class Runner:
     """The model and the cache of the requests that decode; `rows` are they, in its order."""
 
-    def __init__(self, model: LanguageModel, prefixes: Prefixes) -> None:
-        self.model, self.prefixes = model, prefixes
+    def __init__(
+        self, model: LanguageModel, prefixes: Prefixes, drafter: Drafter | None = None
+    ) -> None:
+        self.model, self.prefixes, self.drafter = model, prefixes, drafter
         self.cache: Cache | None = None
         self.rows: list[Request] = []
         # Requests whose prompt has just been read, and its cache.
@@ -53,13 +58,17 @@ class Runner:
         """Forgets all requests."""
         self.cache, self.rows, self._joining = None, [], []
 
-    def run(self, plan: Plan) -> list[Output]:
-        """Returns the output of each forward."""
+    def run(self, plan: Plan) -> Iterator[Output]:
+        """Yields the output of each forward; its requests get their ids before the next one."""
         self._arrange(set(plan.decode))
-        outputs = [self._decode()] if self.rows else []
+        if self.rows:
+            before = [len(request.ids) for request in self.rows]
+            output, proposed = self._decode()
+            yield output
+            pairs = zip(self.rows, before, strict=True)
+            self._accept(output, [len(request.ids) - count for request, count in pairs], proposed)
         for read in plan.reads:
-            outputs += self._attempt(read)
-        return outputs
+            yield from self._attempt(read)
 
     def _attempt(self, read: Read) -> list[Output]:
         """Reads tokens of prompts; a prompt that cannot be read ends its own request alone."""
@@ -71,9 +80,7 @@ class Runner:
                 pairs = zip(*read, strict=True)
                 alone = [Read([request], [count]) for request, count in pairs]
                 return [output for one in alone for output in self._attempt(one)]
-            runtime.log(f"serve: a prompt cannot be read, its request ends: {error!r}", "red")
-            (request,) = read.requests
-            request.finish = request.finish or "error"
+            read.requests[0].fail(error)
             return [Output(*read, logits=None)]
 
     def _arrange(self, requests: set[Request]) -> None:
@@ -108,13 +115,48 @@ class Runner:
             rows = [rows[row] for row in order]
         return rows, cache
 
-    def _decode(self) -> Output:
-        assert self.cache is not None
-        rows = list(self.rows)
+    def _decode(self) -> tuple[Output, bool]:
+        """Reads the last id of each request, and drafts; returns whether there were any."""
+        rows, cache, drafter = list(self.rows), self.cache, self.drafter
+        assert cache is not None
         last = torch.tensor([[request.ids[-1]] for request in rows], device=self.device)
-        if any(request.watch.experts or request.watch.memory for request in rows):
-            return self._forward(rows, last, [1] * len(rows), self.cache)
-        return Output(rows, [1] * len(rows), self._decoder(last, self.cache))
+        # How many ids each may get besides the next one.
+        left = [request.max_new_tokens - len(request.ids) - 1 for request in rows]
+        ones, proposed = [1] * len(rows), False
+        if drafter is not None and max(left):
+            counts = [1 + min(drafter.depths, more) for more in left]
+            # Where drafts would change the logits before them, there are none.
+            if not self.model.cache_is_outdated(cache, last, [1 + drafter.depths] * len(rows)):
+                proposed = True
+                if not cache.announced:
+                    self.model.announce(last, cache)
+                drafts = drafter.propose(rows, cache)
+                ids = torch.cat([last, drafts], 1)
+                output = self._forward(rows, ids, counts, cache, drafts=drafts.tolist())
+                if not cache.tied:
+                    return output, True
+                cache.crop(counts)
+        elif not any(request.watch.experts or request.watch.memory for request in rows):
+            return Output(rows, ones, self._decoder(last, cache)[:, None]), False
+        return self._forward(rows, last, ones, cache), proposed
+
+    def _accept(self, output: Output, accepted: list[int], proposed: bool) -> None:
+        """Forgets the drafts after the ids that were given, and removes the rows that have ended.
+
+        The rows of tables that the next step reads are fetched from now on.
+        """
+        cache, requests = self.cache, output.requests
+        assert cache is not None
+        if output.drafts is not None:
+            pairs = zip(output.counts, accepted, strict=True)
+            cache.crop([read - count for read, count in pairs])
+        if self.drafter is not None and output.hidden is not None:
+            self.drafter.accept(requests, accepted, output.hidden, cache, proposed=proposed)
+        going = {request for request in requests if request.finish is None}
+        self.rows, self.cache = self._keep(self.rows, cache, going)
+        if self.cache is not None:
+            last = [[request.ids[-1]] for request in self.rows]
+            self.model.announce(torch.tensor(last, device=self.device), self.cache)
 
     def _read(self, read: Read) -> Output:
         """Reads tokens of prompts into caches of their own."""
@@ -124,10 +166,14 @@ class Runner:
             request.sequence[request.cached : request.cached + count]
             for request, count in zip(requests, counts, strict=True)
         ]
-        ids, _ = pad(chunks, 0, self.device)
+        padded = pad_sequence([torch.tensor(chunk) for chunk in chunks], batch_first=True)
+        ids = padded.to(self.device)
         if cache is None:
             cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + SPARE)
         output = self._forward(requests, ids, counts, cache)
+        if self.drafter is not None and any(request.max_new_tokens for request in requests):
+            assert output.hidden is not None
+            self.drafter.read(requests, counts, output.hidden, cache)
         if output.logits is not None:
             (request, *more) = requests
             if request.cache is not None and not more:
@@ -142,23 +188,36 @@ class Runner:
         return output
 
     def _forward(
-        self, requests: list[Request], ids: Tensor, counts: list[int], cache: Cache
+        self,
+        requests: list[Request],
+        ids: Int[Tensor, "B T"],
+        counts: list[int],
+        cache: Cache,
+        drafts: list[list[int]] | None = None,
     ) -> Output:
         """Runs the model on new ids."""
-        whole = any(request.reads_prompt for request in requests)
+        whole = self.drafter is not None or any(request.reads_prompt for request in requests)
         memory = any(request.watch.memory for request in requests)
+        if memory:
+            # The rows that are hashed in this call are those that are recorded.
+            cache.announced = []
         starts = cache.lengths
         with traced(self.model, memory=memory) as trace:
-            lengths = counts if min(counts) < ids.shape[1] else None
-            hidden, auxes = self.model.hidden(ids, lengths=lengths, cache=cache, last=not whole)
+            hidden, auxes = self.model.hidden(
+                ids,
+                lengths=counts if min(counts) < ids.shape[1] else None,
+                cache=cache,
+                last=not whole,
+                for_mtp=self.drafter is not None,
+            )
         trace.keep_last(starts, ids.shape[1])
         every = hidden if whole else None
-        if hidden.shape[1] > 1:
+        if drafts is None and hidden.shape[1] > 1:
             last = torch.tensor(counts, device=hidden.device) - 1
             hidden = hidden[torch.arange(len(counts), device=hidden.device), last][:, None]
         wanted = all(
-            request.cached + count == request.tokens
+            request.cached + count >= request.tokens
             for request, count in zip(requests, counts, strict=True)
         )
-        logits = self.model.logits(hidden)[:, 0] if wanted else None
-        return Output(requests, counts, logits, every, auxes, trace)
+        logits = self.model.logits(hidden) if wanted else None
+        return Output(requests, counts, logits, every, auxes, trace, drafts)

@@ -171,9 +171,9 @@ def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Dra
     if errors:
         logits = logits.clone()
         logits[list(errors)] = 0.0
-    logits = _adjust(logits, rows)
-    logits = _mask(logits, rows, errors)
-    _refuse(logits, errors, "no id that is allowed")
+    unmasked, logits = logits, _mask(_adjust(logits, rows), rows, errors)
+    if logits is not unmasked:
+        _refuse(logits, errors, "no id that is allowed")
     ids = logits.argmax(-1)
     drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
     if drawing:
@@ -305,35 +305,6 @@ def draw(chances: Float[Tensor, "B V"], generators: Sequence[torch.Generator]) -
     cumulative = chances.double().cumsum(-1)
     limits = numbers.clamp_max(_BELOW_ONE).to(chances.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, limits, right=True).squeeze(1)
-
-
-def sample(
-    logits: Float[Tensor, "B V"],
-    sampling: Sampling,
-    generators: Sequence[torch.Generator] = (),
-    seen: Bool[Tensor, "B V"] | None = None,
-) -> Int[Tensor, " B"]:
-    """Samples one id a sequence, all by the same parameters.
-
-    `generators`: one a sequence (needed unless greedy); `seen`: the ids that the penalty applies
-    to. ValueError where a sequence has no finite largest logit: it contains NaN or inf, or only
-    -inf.
-    """
-    logits = logits.float()
-    usable = logits.amax(-1).isfinite()
-    if not usable.all():
-        bad = (~usable).nonzero().flatten().tolist()
-        raise ValueError(
-            f"got logits that are NaN, inf or all -inf in rows {bad}, "
-            "expected a finite largest logit in each: "
-            "weights that are not finite, or a dtype too narrow for them (float32 holds more)"
-        )
-    if seen is not None and sampling.repetition_penalty != 1.0:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
-    if sampling.greedy:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)
-    return draw(narrow(logits, sampling).softmax(-1), generators)
 
 
 class TokenLogprobs(NamedTuple):

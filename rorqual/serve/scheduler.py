@@ -1,7 +1,7 @@
 """Decides what one step of an engine runs.
 
     plan = scheduler.schedule()      who decodes, and who reads how many tokens of a prompt
-    scheduler.postprocess(plan)      what has been read
+    scheduler.postprocess(read)      what one of its forwards has read
 
 First come, first served: a request waits until there is a place in the batch and there are pages
 for its tokens. A long prompt is read in chunks beside the requests that decode, so that these wait
@@ -17,6 +17,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
 
 from rorqual.layers.cache import Cache
 from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
@@ -58,11 +61,12 @@ class Observed:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt that is being completed; `ids` grows by one a step until `finish` is set.
+    """One prompt that is being completed; `ids` grows with each step until `finish` is set.
 
     `finish` is "stop", "length", "cancelled", or "error" where no id could be sampled from its
-    logits. `logprobs` and `observed` grow with `ids` where they are asked for; the first of
-    `observed` is of the whole prompt. `prompt_logprobs` has no entry for the first id.
+    logits or its prompt could not be read; `error` says why. `logprobs` and `observed` grow with
+    `ids` where they are asked for; the first of `observed` is of the whole prompt.
+    `prompt_logprobs` has no entry for the first id.
     """
 
     prompt: tuple[int, ...]
@@ -76,11 +80,14 @@ class Request:
     observed: list[Observed] = field(default_factory=list)
     embedding: list[float] | None = None
     finish: str | None = None
+    error: Exception | None = None
     number: int = 0  # in the order of arrival
     # Tokens of the prompt that were found in the cache of an earlier one; None before it is read.
     prefix: int | None = None
     cached: int = 0  # tokens of `sequence` that are in a cache
     cache: Cache | None = None  # its own, until all of `sequence` but the last id has been read
+    # The hidden states of the last cached tokens, those that the MTP modules have not read.
+    unread: Float[Tensor, "S *N D"] | None = None
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -90,6 +97,18 @@ class Request:
     @property
     def tokens(self) -> int:
         return len(self.prompt) + len(self.ids)
+
+    def last(self, count: int) -> Sequence[int]:
+        """Returns the last `count` ids of the sequence."""
+        return self.ids[-count:] if count <= len(self.ids) else self.sequence[-count:]
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request because of an error."""
+        self.finish, self.error = self.finish or "error", error
+
+    def clear(self) -> None:
+        """Frees what was read of it."""
+        self.cached, self.cache, self.unread = 0, None, None
 
     @property
     def reads_prompt(self) -> bool:
@@ -113,8 +132,12 @@ class Plan(NamedTuple):
 class Scheduler:
     """The queue and the batch. `add` and `cancel` may be called from any thread."""
 
-    def __init__(self, *, max_batch_size: int, pages: int, chunk: int, prefixes: Prefixes) -> None:
+    def __init__(
+        self, *, max_batch_size: int, pages: int, chunk: int, prefixes: Prefixes, step: int = 1
+    ) -> None:
+        """`step`: how many ids at most a request gets in one step."""
         self.max_batch_size, self.pages, self.chunk = max_batch_size, pages, chunk
+        self.tokens_per_step = step
         self.running: list[Request] = []  # all of their tokens but the last have been read
         self.reading: list[Request] = []
         self.prompt_tokens = 0  # of the requests that were admitted
@@ -141,8 +164,8 @@ class Scheduler:
     def _needs(self, request: Request) -> int:
         """Returns the pages of a request, of all its tokens to come if it cannot be sent back."""
         if self._prefixes.divisible:
-            return pages_of(request.tokens + 1)
-        return pages_of(len(request.prompt) + request.max_new_tokens + 1)
+            return pages_of(request.tokens + self.tokens_per_step)
+        return pages_of(len(request.prompt) + request.max_new_tokens + self.tokens_per_step)
 
     def add(self, request: Request) -> None:
         with self._lock:
@@ -173,18 +196,15 @@ class Scheduler:
         for request in self.admitted:
             if request.finish is not None:
                 (self.running if request in self.running else self.reading).remove(request)
-                request.cache = None
+                request.clear()
 
-    def postprocess(self, plan: Plan) -> None:
-        """Counts the tokens that a plan has read."""
-        for request in plan.decode:
-            request.cached += 1
-        for read in plan.reads:
-            for request, count in zip(*read, strict=True):
-                request.cached += count
-                if request.cached == request.tokens and request in self.reading:
-                    self.reading.remove(request)
-                    self.running.append(request)
+    def postprocess(self, read: Read) -> None:
+        """Counts the tokens that a forward has read; those who have read all of theirs decode."""
+        for request, count in zip(*read, strict=True):
+            request.cached += count
+            if request.cached == request.tokens and request in self.reading:
+                self.reading.remove(request)
+                self.running.append(request)
 
     def _preempt(self) -> None:
         """Sends back the requests that came last while there are too few pages."""
@@ -192,7 +212,7 @@ class Scheduler:
             last = max(self.admitted, key=lambda request: request.number)
             group = self.running if last in self.running else self.reading
             group.remove(last)
-            last.cached, last.cache = 0, None
+            last.clear()
             self.preemptions += 1
             with self._lock:
                 self._waiting.appendleft(last)
@@ -219,7 +239,8 @@ class Scheduler:
 
     def _reads(self) -> list[Read]:
         """Shares out the tokens of prompts that the next step reads, in order of arrival."""
-        budget, whole, reads = self.chunk if self.running else ALONE, list[Request](), list[Read]()
+        budget = self.chunk if self.running else max(self.chunk, ALONE)
+        whole, reads = list[Request](), list[Read]()
         first_pages: set[tuple[int, ...]] = set()
         for request in self.reading:
             if budget <= 0:

@@ -122,8 +122,10 @@ class Service:
         """
         engine = self.worker.engine
         size = min(4, engine.context - 2)
+        # Drafts are made for the third id at the earliest.
+        new = min(3, engine.context - size)
         for count in (1, 2, min(engine.max_batch_size, 4)):
-            engine.run([[self.run.tokenizer.begin_id] * size] * count, max_new_tokens=2)
+            engine.run([[self.run.tokenizer.begin_id] * size] * count, max_new_tokens=new)
         engine.step()
         if self.template and self.run.folder is not None and chat_template(self.run.folder):
             try:

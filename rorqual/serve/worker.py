@@ -18,16 +18,16 @@ from rorqual.serve.scheduler import Observed, Request
 
 
 class Token(NamedTuple):
-    """One step of a request.
+    """An id of a request.
 
-    `id` is None where the step gave none: the request failed, or its prompt was only read. `finish`
-    is None until the last one.
+    It is None where a step gave none: the request failed, or its prompt was only read. `finish` is
+    None until the last one.
     """
 
     id: int | None
     finish: str | None
     logprobs: TokenLogprobs | None = None
-    observed: Observed | None = None  # of the ids that this step read: first of the whole prompt
+    observed: Observed | None = None  # of the id before it: first of the whole prompt
     seconds: float = 0.0  # when it was made, by time.perf_counter
 
 
@@ -39,6 +39,33 @@ class Handle:
         self.submitted = time.perf_counter()
         self._loop = loop
         self._queue: asyncio.Queue[Token] = asyncio.Queue()
+        self._sent = 0  # ids that have been handed on
+
+    def fresh(self, finish: str | None) -> list[Token]:
+        """Returns a token for each id since the last call; the last of them has the finish.
+
+        Where the request failed, or got no id, a token without one has it.
+        """
+        request, now = self.request, time.perf_counter()
+        ids = request.ids[self._sent :]
+        tokens = [self._token(number, token, now) for number, token in enumerate(ids, self._sent)]
+        self._sent += len(ids)
+        if finish is not None and (not tokens or finish == "error"):
+            tokens.append(self._token(self._sent, None, now))
+        if finish is not None:
+            tokens[-1] = tokens[-1]._replace(finish=finish)
+        return tokens
+
+    def _token(self, number: int, token: int | None, seconds: float) -> Token:
+        """Returns the token of an id, or of the step that gave none after so many ids."""
+        logprobs, observed = self.request.logprobs, self.request.observed
+        return Token(
+            token,
+            None,
+            logprobs[number] if token is not None and number < len(logprobs) else None,
+            observed[number] if number < len(observed) else None,
+            seconds,
+        )
 
     def put(self, token: Token) -> None:
         """Adds a token; it may be called from any thread."""
@@ -97,7 +124,7 @@ class Worker(threading.Thread):
         for request in requests:
             # The client is notified first: otherwise a step that ends in between would report
             # "cancelled".
-            self._tell(request, Token(None, "stopping"))
+            self._tell(request, "stopping")
             self.engine.cancel(request)
 
     def stop(self) -> None:
@@ -115,34 +142,26 @@ class Worker(threading.Thread):
                     return
             try:
                 for request in self.engine.step():
-                    self._tell(request, _token(request))
+                    if request.error is not None:
+                        got = f"a request of {len(request.prompt)} tokens ends"
+                        runtime.log(f"serve: {got}: {request.error!r}", style="red")
+                    self._tell(request)
             # A request must not stop the thread that serves the others.
             except Exception as error:
                 runtime.log(
                     f"serve: a step failed, its requests are dropped: {error!r}", style="red"
                 )
                 for request in self.engine.drop():
-                    self._tell(request, Token(None, "error"))
+                    self._tell(request)
 
-    def _tell(self, request: Request, token: Token) -> None:
+    def _tell(self, request: Request, finish: str | None = None) -> None:
+        """Hands on what a request got since the last time, and why it ended, if it did."""
         with self._wake:
             handle = self._handles.get(request)
-            if handle is not None and token.finish is not None:
+            if handle is None:
+                return
+            tokens = handle.fresh(finish or request.finish)
+            if tokens and tokens[-1].finish is not None:
                 del self._handles[request]
-        if handle is not None:
+        for token in tokens:
             handle.put(token)
-
-
-def _token(request: Request) -> Token:
-    """Returns what the last step gave a request.
-
-    A request that failed got no id; one that was cancelled meanwhile may have none at all.
-    """
-    nothing = request.finish == "error" or not request.ids
-    return Token(
-        None if nothing else request.ids[-1],
-        request.finish,
-        request.logprobs[-1] if request.logprobs and not nothing else None,
-        request.observed[-1] if request.observed else None,
-        time.perf_counter(),
-    )

@@ -194,13 +194,17 @@ class Table(nn.Module):
         """
         return cls(rows, width, "disk", source=RecordFile(folder, rows, width, keep), **options)
 
+    def is_far(self, ids: Int[Tensor, "*B"]) -> bool:
+        """Returns whether the rows are in other memory than these ids, so that they are fetched."""
+        return self.placement == "disk" or (self.placement == "host" and not ids.is_cpu)
+
     def prefetch(self, row_ids: Int[Tensor, "*B"]) -> Handle:
         """Starts fetching rows. ValueError for ids outside the table.
 
         With gradients, those of rows in another memory than `row_ids` are sparse, and are copied
         back to the rows' memory.
         """
-        if self.placement == "device" or (self.placement == "host" and row_ids.is_cpu):
+        if not self.is_far(row_ids):
             # nothing is nearer than this memory: rows are read when they are waited for
             check_ids(row_ids, self.rows)
             return Handle(lambda: self._lookup(row_ids))

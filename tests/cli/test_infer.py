@@ -57,7 +57,7 @@ def test_generate_with_drafts_says_the_same_and_how_many_stood(
     content = json.loads(capsys.readouterr().out)
     acceptance_stats = content["acceptance_stats"]
     assert content["prompt"] + content["text"] + "\n" == plain
-    assert acceptance_stats["drafted"] == 2 * acceptance_stats["rounds"] > 0
+    assert 2 * acceptance_stats["rounds"] >= acceptance_stats["drafted"] > 0
     assert acceptance_stats["acceptance"] == pytest.approx(
         acceptance_stats["accepted"] / acceptance_stats["drafted"]
     )
@@ -82,12 +82,7 @@ def test_generate_reads_standard_input(
         (["generate", "{run}", "x", "--temperature", "-1"], 1, "got temperature=-1.0"),
         (["generate", "{run}", "x", "--max-new-tokens", "0"], 1, "got max_new_tokens=0"),
         (["generate", "{run}", "x", "--device", "gpu"], 1, "got device 'gpu'"),
-        (["generate", "{run}", "x", "--speculative"], 1, "got temperature 0.8"),
-        (
-            ["generate", "{run}", "x", "--speculative", "--temperature", "0"],
-            1,
-            "got a model without MTP",
-        ),
+        (["generate", "{run}", "x", "--speculative"], 1, "got a model without MTP"),
         (["generate", "{run}/..", "x"], 1, "did you mean"),
         (["generate", "no-such-folder", "x"], 1, "no folder no-such-folder"),
         (["generate"], 2, "required: RUN"),
@@ -95,6 +90,7 @@ def test_generate_reads_standard_input(
         (["eval", "{run}", "--split", "test"], 2, "'test'"),
         (["eval", "{run}", "--data", "no-such-text.txt"], 1, "no-such-text.txt"),
         (["serve", "{run}", "--port", "70000"], 2, "expected 0..65535"),
+        (["serve", "{run}", "--port", "0", "--drafts"], 1, "got a model without MTP"),
         (["explore"], 2, "expected a run folder first"),
         (["explore", "no-such-folder"], 1, "no folder no-such-folder"),
     ],

@@ -25,6 +25,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import HyperConfig, ModelConfig, MTPConfig
 from rorqual.presets import preset
 from rorqual.serve import decoding
+from rorqual.serve.drafts import AcceptanceStats
 
 sys.path.insert(0, str(Path(__file__).parent))
 from random_deepseek_v4 import KINDS, MODEL, oracle_config
@@ -372,7 +373,7 @@ def trained(config: ModelConfig, steps: int) -> LanguageModel:
 )
 def test_drafts_change_nothing(kinds: tuple[str, ...], depth: int) -> None:
     """Greedy decoding with drafts gives the same ids, for a batch of different lengths."""
-    model, stats = trained(drafting_config(kinds, depth), 2), decoding.AcceptanceStats()
+    model, stats = trained(drafting_config(kinds, depth), 2), AcceptanceStats()
     prompts = [[0, 5, 10], [3, 8, 1, 6, 11, 4, 9, 2, 7], [13]]
     expected = list(decoding.decode(model, prompts, max_new_tokens=14))
     assert (

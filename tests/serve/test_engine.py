@@ -24,9 +24,9 @@ from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.layers.qsa import QSAConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.serve.decoding import decode
 from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import Sampling
+from tests.serve.plain import alone
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
 SMALL = {"vocab_size": 61, "dim": 32, "layers": 2, "dense_width": 32, "init_std": 0.2}
@@ -46,10 +46,6 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
     return LanguageModel(CONFIGS[request.param], seed=3).eval()
-
-
-def alone(model, prompt, **options) -> list[int]:
-    return [step[0] for step in decode(model, [prompt], **options)]
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

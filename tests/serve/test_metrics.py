@@ -1,6 +1,7 @@
 """Tests that the metrics of a server count what it did."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,9 @@ pytest.importorskip("prometheus_client", reason="the extra [serve] is not instal
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 pytest.importorskip("llguidance", reason="the extra [serve] is not installed")
 
-from rorqual.serve.generate import load  # noqa: E402 (after the extra is known to be there)
+from rorqual.layers.mtp import MTPConfig  # noqa: E402 (after the extra is known to be there)
+from rorqual.model import LanguageModel  # noqa: E402
+from rorqual.serve.generate import Run, load  # noqa: E402
 from rorqual.serve.service import Service  # noqa: E402
 
 # A loaded machine may take longer than the 5 s that httpx waits.
@@ -36,6 +39,22 @@ def test_metrics_count_what_was_done(run, serving):
     assert values["rorqual_inter_token_latency_seconds_count"] == "8.0"
     assert float(values["rorqual_requests_running"]) <= 2
     assert values["rorqual_prefix_hit_rate"] == values["rorqual_preemptions_total"] == "0.0"
+
+
+def test_drafts_are_counted(run, serving):
+    config = replace(run.config, mtp=MTPConfig())
+    drafting = Run(LanguageModel(config, run.model.addresses.canonical_map), run.tokenizer)
+    with serving(Service(drafting, context=64, drafts=True)) as address:
+        body = {"prompt": "A whale", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+        assert POST(f"{address}/v1/completions", json=body).status_code == 200
+        text = GET(f"{address}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    drafted, accepted = (
+        float(values[f"rorqual_{name}_total"]) for name in ("drafts", "drafts_accepted")
+    )
+    # Rounds of two ids, but for the first id and perhaps the last.
+    assert 4 <= drafted <= 7
+    assert float(values["rorqual_draft_acceptance_rate"]) == accepted / drafted
 
 
 def test_a_prompt_that_was_read_before_is_counted(run, serving):

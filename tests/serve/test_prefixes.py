@@ -8,7 +8,8 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.model_config import DynamicRopeConfig, RopeConfig
 from rorqual.serve.engine import Engine
 from rorqual.serve.prefixes import PAGE, Prefixes, keys_of
-from tests.serve.test_scheduler import alone, model_of, texts
+from tests.serve.plain import alone
+from tests.serve.test_scheduler import model_of, texts
 
 
 def test_a_shared_prefix_is_read_once():

@@ -8,7 +8,8 @@ import torch
 
 from rorqual.serve.engine import Engine
 from tests.hub.doubles import Doubles
-from tests.serve.test_scheduler import KINDS, alone, model_of
+from tests.serve.plain import alone
+from tests.serve.test_scheduler import KINDS, model_of
 
 
 def test_nan_of_a_request_that_left_does_not_stay_in_its_row():

@@ -19,9 +19,20 @@ from rorqual.serve.sampling import (
     logprobs_of,
     narrow,
     penalise,
-    sample,
     sample_rows,
 )
+
+
+def sample(logits, sampling, generators=None, seen=None):
+    """Draws an id for every row, all by the same parameters."""
+    rows = []
+    for index in range(len(logits)):
+        generator = generators[index] if generators else sampling.generator()
+        rows.append(SamplerRow([], sampling, generator, vocab_size=logits.shape[1]))
+        rows[-1].seen = None if seen is None else seen[index]
+    drawn = sample_rows(logits, rows)
+    assert not drawn.errors
+    return torch.tensor(drawn.ids)
 
 
 @settings(max_examples=40, deadline=None)
@@ -157,11 +168,12 @@ def test_a_penalty_leaves_finite_logits_finite(penalty):
 @pytest.mark.parametrize(
     "bad", [[1.0, torch.nan, 0.0], [-torch.inf] * 3, [torch.inf, 1.0, 0.0], [torch.nan] * 3]
 )
-def test_rows_that_hold_no_chances_are_named(sampling, bad):
+def test_rows_that_hold_no_chances_fail(sampling, bad):
     logits = torch.tensor([[1.0, 2.0, 3.0], bad, [0.0, 0.0, 1.0], bad])
-    generators = [sampling.generator(row) for row in range(4)]
-    with pytest.raises(ValueError, match=r"rows \[1, 3\], expected a finite"):
-        sample(logits, sampling, generators, torch.ones_like(logits, dtype=torch.bool))
+    rows = [
+        SamplerRow([0], sampling, sampling.generator(index), vocab_size=3) for index in range(4)
+    ]
+    assert set(sample_rows(logits, rows).errors) == {1, 3}
 
 
 def row(sampling, prompt=(1, 2), index=0, **options):
@@ -189,13 +201,6 @@ def test_rows_of_all_kinds_draw_together_what_each_draws_alone():
             assert sample_rows(logits[index : index + 1], [one]).ids == [drawn.ids[index]]
             one.accept(drawn.ids[index])
             together[index].accept(drawn.ids[index])
-
-
-def test_a_row_draws_what_sample_draws():
-    logits, sampling = torch.randn(3, 30), Sampling(seed=7, top_p=0.8)
-    rows = [row(sampling, index=index) for index in range(3)]
-    expected = sample(logits, sampling, [sampling.generator(index) for index in range(3)])
-    assert sample_rows(logits, rows).ids == expected.tolist()
 
 
 def test_penalties_count_new_ids_and_biases_are_added():

@@ -9,11 +9,11 @@ from rorqual.layers.delta_net import DeltaNetConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import LanguageModel, ModelConfig
-from rorqual.serve.decoding import decode
 from rorqual.serve.engine import Engine
 from rorqual.serve.prefixes import PAGE
-from rorqual.serve.sampling import Sampling
+from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.serve.scheduler import Watch
+from tests.serve.plain import alone
 from tests.serve.test_engine import ATTENTIONS, ENGRAM, GQA, SMALL
 
 KINDS = ATTENTIONS | {
@@ -27,10 +27,6 @@ def model_of(kind: str, **parts) -> LanguageModel:
     return LanguageModel(ModelConfig(**SMALL | KINDS[kind] | parts), seed=1).eval()
 
 
-def alone(model, prompt, **options) -> list[int]:
-    return [step[0] for step in decode(model, [prompt], **options)]
-
-
 def texts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
     """Prompts that begin with the same `shared` tokens."""
     draw = random.Random(seed)
@@ -38,21 +34,24 @@ def texts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
     return [first + [draw.randrange(61) for _ in range(length)] for length in lengths]
 
 
-def check(model, prompts, *, seed: int = 0, counts: list | None = None, **options) -> Engine:
+def check(
+    model, prompts, *, seed=0, counts: list | None = None, sampling: Sampling = GREEDY, **options
+) -> Engine:
     """Requests come, are sent back and cancelled at random; each gets the ids it gets alone."""
     draw, engine, requests = random.Random(seed), Engine(model, **options), []
     counts = counts or [draw.randrange(1, 12) for _ in prompts]
     while not engine.idle or len(requests) < len(prompts):
         for _ in range(draw.randrange(3)):
             if (number := len(requests)) < len(prompts):
-                requests.append(engine.submit(prompts[number], max_new_tokens=counts[number]))
+                wanted = {"max_new_tokens": counts[number], "sampling": sampling}
+                requests.append(engine.submit(prompts[number], **wanted))
         if len(requests) == 3 and requests[1].finish is None and len(requests[1].ids) > 1:
             engine.cancel(requests[1])
         engine.step()
         stats = engine.stats()
         assert stats.cached_tokens <= stats.capacity
     for request, prompt, count in zip(requests, prompts, counts, strict=True):
-        expected = alone(model, prompt, max_new_tokens=count)
+        expected = alone(model, prompt, max_new_tokens=count, sampling=sampling)
         if request.finish == "cancelled":
             expected = expected[: len(request.ids)]
         assert request.ids == expected

@@ -4,9 +4,13 @@ import asyncio
 
 import pytest
 
+from rorqual.layers.moe import MoEConfig
 from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import GREEDY, Sampling
+from rorqual.serve.scheduler import Watch
 from rorqual.serve.worker import Worker
+from tests.serve.plain import alone
+from tests.serve.test_drafts import Counting, drafting, following_of, guess
 
 
 @pytest.fixture
@@ -29,6 +33,40 @@ def test_tokens_come_with_their_log_probabilities(worker, run):
     assert [token.finish for token in tokens] == [None, None, None, "length"]
     assert all(token.logprobs.top[0] == (token.id, token.logprobs.logprob) for token in tokens)
     assert worker.unfinished == 0
+
+
+def test_ids_that_come_together_are_handed_on_one_by_one(monkeypatch):
+    """Each with its log-probabilities and experts; the last with the finish, or what failed it."""
+    model, prompt = drafting("gqa", moe=MoEConfig(routed=6, active=2, width=16)), [1, 2, 3]
+    following = following_of(model, [prompt], 11)
+    following[1, 2] = alone(model, [1, 2], max_new_tokens=20, matcher=Counting())
+    guess(monkeypatch, 1.0, following)
+
+    def fail():
+        if failing.count == 6:
+            raise ValueError("out of fuel")
+
+    failing = Counting(fail)
+    worker = Worker(Engine(model, drafts=True))
+    worker.start()
+
+    async def read(prompt, **options):
+        sampling = Sampling(temperature=0.0, logprobs=1)
+        options |= {"sampling": sampling, "watch": Watch(experts=True)}
+        handle = worker.submit(prompt, **options)
+        return handle.request, [token async for token in handle.tokens(60)]
+
+    request, tokens = asyncio.run(read(prompt, max_new_tokens=11))
+    assert [token.id for token in tokens] == following[tuple(prompt)]
+    assert [token.finish for token in tokens] == [None] * 10 + ["length"]
+    assert [token.logprobs for token in tokens] == request.logprobs
+    assert [token.observed for token in tokens] == request.observed
+    assert worker.engine.stats().accepted == 6
+    request, tokens = asyncio.run(read([1, 2], max_new_tokens=20, matcher=failing))
+    assert [token.id for token in tokens] == [*following[1, 2][:5], None]
+    assert [token.finish for token in tokens] == [None] * 5 + ["error"]
+    assert worker.unfinished == 0
+    worker.stop()
 
 
 def test_a_request_that_is_freed_leaves(worker, run):

@@ -1,0 +1,32 @@
+"""Decodes one prompt with a forward a token: what an engine gives must be the same."""
+
+import torch
+
+from rorqual.serve.sampling import GREEDY, SamplerRow, sample_rows
+
+
+@torch.inference_mode()
+def alone(
+    model, prompt, *, max_new_tokens, sampling=GREEDY, end_id=None, vocab_size=None, matcher=None
+):
+    """Returns the new ids of a prompt, the only sequence of its cache."""
+    ends = {end_id, *sampling.stop_token_ids} - {None}
+    row = SamplerRow(
+        prompt,
+        sampling,
+        sampling.generator(),
+        vocab_size=model.config.vocab_size,
+        end_ids=ends,
+        matcher=matcher,
+    )
+    cache, new, ids = model.new_cache(1), list(prompt), []
+    while len(ids) < max_new_tokens:
+        hidden = model.hidden(torch.tensor([new]), cache=cache, last=True)[0]
+        drawn = sample_rows(model.logits(hidden)[:, 0, :vocab_size], [row])
+        if drawn.errors:
+            break
+        ids.append(drawn.ids[0])
+        if row.accept(ids[-1]):
+            break
+        new = ids[-1:]
+    return ids
