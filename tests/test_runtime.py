@@ -78,10 +78,13 @@ def test_threads_reach_torch_and_children(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_thread_ends_also_where_something_fails() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), runtime.one_thread():
+    def fail() -> None:
         assert torch.get_num_threads() == 1
         raise KeyError
+
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), runtime.one_thread():
+        fail()
     assert torch.get_num_threads() == before
 
 
