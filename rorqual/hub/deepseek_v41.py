@@ -20,9 +20,8 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from rorqual.hub.fields import quantisation
+from rorqual.hub.fields import number, quantisation
 from rorqual.hub.places import AnyPlace, Joined, Place, Sizes
-from rorqual.hub.rope import number
 from rorqual.model_config import (
     BalanceConfig,
     CSA2Config,

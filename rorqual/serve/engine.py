@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rorqual import runtime
 from rorqual.model import LanguageModel
 from rorqual.serve.drafts import AcceptanceStats, Drafter
 from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
