@@ -80,7 +80,10 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             f"config.json: num_attention_heads: got {heads}, expected a divisor of {dim}"
         )
     first = whole(d, "first_k_dense_replace")
-    has_experts = d["n_routed_experts"] is not None and first < layers
+    period = max(1, whole(d, "moe_layer_freq"))
+    # A period may leave no block with experts.
+    sparse = any(index % period == 0 for index in range(first, min(layers, first + period)))
+    has_experts = d["n_routed_experts"] is not None and sparse
     return ModelConfig(
         vocab_size=whole(d, "vocab_size"),
         dim=dim,

@@ -67,23 +67,27 @@ class _Router(DeepseekV2TopkRouter):
         return logits, weights, indices
 
 
-def build(config: LlamaConfig) -> LlamaForCausalLM:
-    """Builds the model of a configuration."""
-    model = LlamaForCausalLM(config)
+def _experts(config: LlamaConfig) -> DeepseekV2Moe:
     experts = DeepseekV2Config(
         hidden_size=config.hidden_size,
         num_attention_heads=1,
         n_routed_experts=config.n_routed_experts,
-        n_shared_experts=config.n_shared_experts or 0,
+        n_shared_experts=getattr(config, "n_shared_experts", None) or 0,
         num_experts_per_tok=config.num_experts_per_tok,
         moe_intermediate_size=config.moe_intermediate_size,
     )
+    block = DeepseekV2Moe(experts)
+    block.gate = _Router(experts)
+    block.gate.renormalise = config.norm_topk_prob
+    return block
+
+
+def build(config: LlamaConfig) -> LlamaForCausalLM:
+    """Builds the model of a configuration."""
+    model = LlamaForCausalLM(config)
     for index in range(config.first_k_dense_replace, config.num_hidden_layers):
         if index % config.moe_layer_freq == 0:
-            block = DeepseekV2Moe(experts)
-            block.gate = _Router(experts)
-            block.gate.renormalise = config.norm_topk_prob
-            model.model.layers[index].mlp = block
+            model.model.layers[index].mlp = _experts(config)
     model.save_pretrained = lambda folder: save(model, Path(folder))
     return model
 

@@ -149,4 +149,6 @@ def test_blocks_with_experts_may_have_a_period():
     changed = PUBLISHED | {"moe_layer_freq": 3, "num_hidden_layers": 8}
     config = config_of(changed)
     assert [config.has_experts(index) for index in range(8)] == [i in (3, 6) for i in range(8)]
+    none = PUBLISHED | {"moe_layer_freq": 9, "num_hidden_layers": 8}
+    assert config_of(none).moe is None
     assert config_of(published(config)) == config
