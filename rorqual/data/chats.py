@@ -100,8 +100,8 @@ class ChatEncoder:
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False
         self.begin_id, self.end_id = tokenizer.begin_id, tokenizer.end_id
-        self.begin_token = self.backend.id_to_token(self.begin_id)
-        self.end_token = self.backend.id_to_token(self.end_id)
+        self.begin_token = str(self.backend.id_to_token(self.begin_id))
+        self.end_token = str(self.backend.id_to_token(self.end_id))
 
     def takes(self, document: str) -> bool:
         """Whether a document can be encoded."""
