@@ -86,6 +86,11 @@ def plain(document: str) -> str:
     return "\n\n".join(f"{one['role']}\n{one['content'].strip()}" for one in messages_of(document))
 
 
+def contents(document: str) -> str:
+    """Returns the contents of the messages, a line each."""
+    return "\n".join(one["content"] for one in messages_of(document))
+
+
 def answers_size(document: str) -> int:
     """Returns the UTF-8 bytes of the assistant's contents."""
     answers = (one["content"] for one in messages_of(document) if one["role"] == "assistant")
