@@ -65,7 +65,14 @@ BODY: dict[str, Any] = {
     "stream": False,
     "stream_options": None,
 }
-CHAT = {"messages": [{"role": "user", "content": "A"}], "max_tokens": 4, "top_logprobs": 1}
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "A"}],
+    "max_tokens": 4,
+    "logprobs": True,
+    "top_logprobs": 1,
+}
+# What many fields take, and what few do.
+USUAL = (0, 1, 2, 5, 0.25, 1.0, True, False, None, "A", ["A"], [1, 2])
 WRONG = (
     None,
     True,
@@ -123,9 +130,8 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     chat = draw.random() < 0.5
     body = dict(CHAT if chat else BODY)
     for _ in range(draw.randint(1, 3)):
-        body[draw.choice([*BODY, *CHAT, "echo", "tools", "min_tokens", "top_k"])] = draw.choice(
-            WRONG
-        )
+        name = draw.choice([*body, "min_tokens", "top_k", "min_p", "tools" if chat else "echo"])
+        body[name] = draw.choice(USUAL if draw.random() < 0.8 else WRONG)
     raw = bytearray(json.dumps(body).encode())
     if draw.random() < 0.3:
         for _ in range(draw.randint(1, 4)):

@@ -183,7 +183,7 @@ def _show(
     print(f"{'ms':26}" + "".join(f"{column:>10}" for column in columns))
     for key, name in NAMES.items():
         values = [figures[f"{column}_{key}_ms"] for column in columns]
-        if values[0] is None or (key == "wait" and figures["max_wait_ms"] < 1):
+        if values[0] is None or (key == "wait" and described["request_rate"] == "inf"):
             continue
         print(f"{name:26}" + "".join(f"{value:10.1f}" for value in values))
     if limits is not None:

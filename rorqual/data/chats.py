@@ -86,6 +86,11 @@ def plain(document: str) -> str:
     return "\n\n".join(f"{one['role']}\n{one['content'].strip()}" for one in messages_of(document))
 
 
+def contents(document: str) -> str:
+    """Returns the contents of the messages, a line each."""
+    return "\n".join(one["content"] for one in messages_of(document))
+
+
 def answers_size(document: str) -> int:
     """Returns the UTF-8 bytes of the assistant's contents."""
     answers = (one["content"] for one in messages_of(document) if one["role"] == "assistant")
@@ -100,8 +105,8 @@ class ChatEncoder:
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False
         self.begin_id, self.end_id = tokenizer.begin_id, tokenizer.end_id
-        self.begin = self.backend.id_to_token(self.begin_id)
-        self.end = self.backend.id_to_token(self.end_id)
+        self.begin_token = str(self.backend.id_to_token(self.begin_id))
+        self.end_token = str(self.backend.id_to_token(self.end_id))
 
     def takes(self, document: str) -> bool:
         """Whether a document can be encoded."""
@@ -117,14 +122,14 @@ class ChatEncoder:
         would end a message in the middle, and for a tokenizer that does not read its special
         tokens in a text.
         """
-        text, spans = self.begin, []
+        text, spans = self.begin_token, []
         for message in messages_of(document):
             content = message["content"].strip()
             header = f"{message['role']}\n"
             if message["role"] == "assistant":
                 first = len(text) + len(header)
-                spans.append((first, first + len(content) + len(self.end)))
-            text += header + content + self.end
+                spans.append((first, first + len(content) + len(self.end_token)))
+            text += header + content + self.end_token
         encoding = self.backend.encode(text, add_special_tokens=False)
         ids = encoding.ids
         special = sum(i in (self.begin_id, self.end_id) for i in ids)

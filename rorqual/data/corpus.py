@@ -238,6 +238,8 @@ class Corpus:
         The first pass fills `copies`; later passes use it as it is.
         """
         have_copies = self._copies is not None
+        # The JSON around the contents of chats is the same in all of them.
+        compared = chats.contents if self.chats else str
         seen: set[bytes] = set()
         index = rensa.RMinHashDeduplicator(
             threshold=self._duplicate_threshold or 1.0, num_perm=_MINIMA, use_lsh=True
@@ -249,7 +251,7 @@ class Corpus:
                     copies[number] = "duplicate"
                 elif (
                     self._duplicate_threshold is not None
-                    and not index.add_pairs([(str(number), _pieces(text))])[0]
+                    and not index.add_pairs([(str(number), _pieces(compared(text)))])[0]
                 ):
                     copies[number] = "near-duplicate"
                 seen.add(mark)

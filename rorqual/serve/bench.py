@@ -356,8 +356,8 @@ async def _listen(answer: httpx.Response, to: Outcome) -> None:
 def _text(choice: Mapping[str, Any]) -> bool:
     """Whether a choice has text of any kind: content, reasoning, or a call of a tool."""
     delta = choice.get("delta") or {}
-    said = (choice.get("text"), *(value for name, value in delta.items() if name != "role"))
-    return any(said)
+    values = (choice.get("text"), *(value for name, value in delta.items() if name != "role"))
+    return any(values)
 
 
 def _message(body: bytes) -> str:

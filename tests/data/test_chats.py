@@ -219,3 +219,15 @@ def test_a_chat_that_spells_the_end_is_counted(tmp_path) -> None:
     folder = tokenise(open_corpus(str(file), column="messages"), trained(), tmp_path / "tokens")
     assert folder.about["skipped"] == {"a chat that spells a special token": 1}
     assert folder.train.documents + folder.validation.documents == 9
+
+
+def test_short_chats_are_no_copies_for_what_all_of_them_have(tmp_path) -> None:
+    words = ["whale", "eagle", "mole", "camel", "frog", "ant", "bee", "cod"]
+    records = [
+        [{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1]}]
+        for word in words
+    ]
+    file = write(tmp_path / "chats.jsonl", *records, records[0])
+    corpus = open_corpus(str(file), column="messages")
+    assert len(list(corpus.documents())) == len(words)
+    assert dict(corpus.skipped) == {"duplicate": 1}

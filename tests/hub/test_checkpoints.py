@@ -14,12 +14,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 
+from rorqual.data import chats
+from rorqual.data.tokenizer import train
 from rorqual.hub import checkpoints
+from rorqual.hub.auto import fast_tokenizer
 from rorqual.hub.checkpoints import export, load
 from rorqual.hub.deepseek import copies, places
 from rorqual.hub.formats import decode
@@ -381,7 +384,10 @@ def test_loading_never_holds_the_model_twice(tmp_path, sharded):
     )
     script = """
 import sys, torch
+from rorqual.data import chats
+from rorqual.data.tokenizer import train
 from rorqual.hub import checkpoints
+from rorqual.hub.auto import fast_tokenizer
 checkpoints.load(sys.argv[1]); checkpoints.WINDOW = 8 << 20
 def status(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") \
@@ -652,3 +658,20 @@ def test_another_architecture_is_refused(folder):
 def test_export_does_not_overwrite_a_model(folder):
     with pytest.raises(ValueError, match="already holds a model"):
         export(build("v3"), folder)
+
+
+def test_a_folder_for_other_servers_has_the_logits_and_the_chat_template(tmp_path):
+    """What docs/serve.md tells users of transformers serve and vLLM to type."""
+    words = train(["A whale lives in the sea. user assistant"] * 9, 280)
+    words.settings["chat_template"] = chats.TEMPLATE
+    model = LanguageModel(replace(V3, vocab_size=words.vocab_size), seed=1).eval()
+    export(model, tmp_path, eos_token_id=words.end_id, bos_token_id=words.begin_id)
+    fast_tokenizer(words).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    messages = [{"role": "user", "content": "A whale"}]
+    ids = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    assert words.decode(ids[0].tolist()) == "<|end|>user\nA whale<|end|>assistant\n"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)

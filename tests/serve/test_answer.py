@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -530,6 +531,31 @@ def test_answers_and_chunks_are_of_openais_own_schema(address):
         text=True,
     )
     assert done.stdout.strip() == "failures 0", done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not CLIENTS.with_name("guidellm").exists(),
+    reason="no .venv-clients with guidellm: docs/serve.md says how",
+)
+def test_guidellm_measures_the_server(address, folder, tmp_path):
+    out = tmp_path / "figures.json"
+    options = {
+        "backend": f"kind=openai_http,target={address},model=whale",
+        "profile": "kind=concurrent,streams=4",
+        "constraint": "kind=max_requests,count=12",
+        "tokenizer": f"kind=huggingface_auto,model={folder}",
+        "data": "kind=synthetic_text,prompt_tokens=16,output_tokens=8",
+        "output": f"kind=json,path={out}",
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = [CLIENTS.with_name("guidellm"), "run", *flags, "--disable-progress"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (benchmark,) = json.loads(out.read_text())["benchmarks"]
+    counted = benchmark["metrics"]["request_totals"]
+    assert (counted["successful"], counted["errored"]) == (12, 0)
 
 
 TASK = """task: tiny

@@ -198,14 +198,14 @@ class Handler(socketserver.StreamRequestHandler):
 
     def answer(self, status: int, parts: list[str]) -> None:
         self.wfile.write(f"HTTP/1.1 {status} X\r\ntransfer-encoding: chunked\r\n\r\n".encode())
-        for part in parts:
-            if part == "HANG UP":
+        for piece in parts:
+            if piece == "HANG UP":
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            if part == "SLEEP":
+            if piece == "SLEEP":
                 time.sleep(2.0)
                 continue
-            self.wfile.write(f"{len(part.encode()):x}\r\n{part}\r\n".encode())
+            self.wfile.write(f"{len(piece.encode()):x}\r\n{piece}\r\n".encode())
             time.sleep(0.02)
         self.wfile.write(b"0\r\n\r\n")
 
