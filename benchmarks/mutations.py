@@ -140,7 +140,8 @@ def run_in_fork(folder: Path, tests: list[str], output: Path) -> None:
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     hypothesis.settings.register_profile("mutations", phases=phases, database=None)
     hypothesis.settings.load_profile("mutations")
-    options = ["-x", "-q", "--tb=short", "--hypothesis-seed=0"]
+    # Tests that are marked slow run, too.
+    options = ["-x", "-q", "--tb=short", "--hypothesis-seed=0", "-m", ""]
     no_plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
     sys.exit(RAN + pytest.main([*options, *no_plugins, *tests]))
 

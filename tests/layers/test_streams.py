@@ -13,6 +13,15 @@ from rorqual.layers.streams import sinkhorn
 pytestmark = pytest.mark.hyper
 
 
+# Without gradients and for few tokens a kernel runs in place of the reference.
+both_ways = pytest.mark.parametrize("way", ["", "reference"], indirect=True)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
+
+
 def outcome(function, arguments, pulls, *rest):
     """Returns the results of a function of tensors and the gradients of all of its inputs."""
     arguments = [x if x is None else x.detach().clone().requires_grad_() for x in arguments]
@@ -58,8 +67,9 @@ def test_nothing_of_the_iterations_is_stored():
     assert sum(x.numel() for x in saved) == logits.numel()
 
 
+@both_ways
 @pytest.mark.parametrize("deviation", [0.01, 1.0, 2.0, 5.0])
-def test_only_the_axis_normalised_last_sums_to_one(deviation):
+def test_only_the_axis_normalised_last_sums_to_one(deviation, way):
     comb = sinkhorn(torch.randn(4, 4, 5000) * deviation)
     assert (comb.sum(0) - 1).abs().max() < 1e-5
     other = (comb.sum(1) - 1).abs().max()
@@ -88,7 +98,8 @@ def test_without_eps_what_vanishes_is_not_divided_by_zero() -> None:
     torch.testing.assert_close(comb.sum(0), torch.ones(3, 4))
 
 
-def test_pre_mapping_is_coefficients_and_read() -> None:
+@both_ways
+def test_pre_mapping_is_coefficients_and_read(way: None) -> None:
     x, m, scale, base = torch.randn(6, 3, 5), torch.randn(15, 6), torch.rand(3), torch.randn(15)
     u, pre, post, comb = streams.pre_mapping(x, m, scale, base, None, 4, 1e-3)
     logits = m * scale.repeat_interleave(torch.tensor([3, 3, 9]))[:, None] + base[:, None]
@@ -103,7 +114,8 @@ def test_pre_mapping_is_coefficients_and_read() -> None:
     )
 
 
-def test_write_mixes_from_j_to_k() -> None:
+@both_ways
+def test_write_mixes_from_j_to_k(way: None) -> None:
     x, out, post, comb = (
         torch.randn(6, 3, 5),
         torch.randn(6, 5),
