@@ -143,12 +143,12 @@ def as_released(folder: Path, draw: random.Random) -> None:
     if count > 1:
         (folder / "model.safetensors").unlink()
     for number in range(count):
-        part = dict(sorted(tensors.items())[number::count])
+        share = dict(sorted(tensors.items())[number::count])
         file = (
             f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
         )
-        save_file(part, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(part, file)
+        save_file(share, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(share, file)
     if count > 1:
         index = {"metadata": {}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

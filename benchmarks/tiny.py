@@ -36,12 +36,12 @@ COLUMNS = (
 
 def models(options: argparse.Namespace, vocab_size: int) -> dict[str, ModelConfig]:
     """Returns the model of each preset."""
-    chosen = {name: replace(preset(name), vocab_size=vocab_size) for name in options.presets}
+    configs = {name: replace(preset(name), vocab_size=vocab_size) for name in options.presets}
     if options.as_they_are:
-        return chosen
+        return configs
     like = costs(replace(preset(options.like), vocab_size=vocab_size), options.seq_len)
     budget = Budget(total=like.total, flops=like.flops_per_token)
-    return {name: fit(model, budget, context=options.seq_len) for name, model in chosen.items()}
+    return {name: fit(model, budget, context=options.seq_len) for name, model in configs.items()}
 
 
 def row(name: str, model: ModelConfig, jobs: list[Job], options: argparse.Namespace) -> str:
@@ -85,7 +85,7 @@ def main() -> None:
         vocab_size=preset(options.like).vocab_size,
         cache=str(options.folder / "cache"),
     )
-    chosen = models(options, prepare(data).vocab_size)
+    configs = models(options, prepare(data).vocab_size)
     suffix = "-as-it-is" if options.as_they_are else ""
     jobs = {
         name: seeded(
@@ -103,23 +103,23 @@ def main() -> None:
             ),
             options.seeds,
         )
-        for name, model in chosen.items()
+        for name, model in configs.items()
     }
     # Seed by seed, so that a stopped benchmark has compared all presets.
     for seed in range(options.seeds):
-        for name in chosen:
+        for name in configs:
             job = jobs[name][seed]
             train(job.config)
             loss = last(job.folder, "validation_loss")["validation_loss"]
             print(f"{job.name}: {loss:.4f} nats a token", flush=True)
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for name, model in chosen.items():
+    for name, model in configs.items():
         print(row(name, model, jobs[name], options))
     losses = {
         name: [last(job.folder, "validation_loss")["validation_loss"] for job in jobs[name]]
-        for name in chosen
+        for name in configs
     }
-    first, *others = chosen
+    first, *others = configs
     for name in others:
         print(compared(name, first, losses[name], losses[first]))
 

@@ -126,6 +126,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     depth = _mtp_depth(d, names)
     main, compress, rope_dim = _ropes(d, head_dim)
     rates = d.get("compress_rates") or {}
+    kinds = _kinds(d, layers) + _mtp_kinds(d, layers, depth)
     first_hashed, others_hashed = _hash_layers(d, layers)
     eps = number(d, "rms_norm_eps")
     return ModelConfig(
@@ -141,7 +142,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             groups=whole(d, "o_groups"),
             o_lora_rank=whole(d, "o_lora_rank"),
             window=whole(d, "sliding_window"),
-            kinds=_kinds(d, layers) + _mtp_kinds(d, layers, depth),
+            kinds=kinds,
             ratio=_rate(d, rates, "compressed_sparse_attention", "compress_rate_csa", 4),
             heavy_ratio=_rate(d, rates, "heavily_compressed_attention", "compress_rate_hca", 128),
             index_heads=whole(d, "index_n_heads"),

@@ -77,7 +77,7 @@ def check_gradients(
             rows = [row for row in range(len(gradient)) if row != padding_id]
         size = max(float(gradient.abs().max()), 1e-2 * largest)
         difference = (places[name].of(exact) - gradient)[rows]
-        assert float(difference.abs().max()) <= 1e-5 * size, name
+        assert float(difference.abs().max()) <= 1e-5 * size, (name, difference.abs().max() / size)
         off[name] = float((places[name].of(single) - gradient)[rows].abs().max()) / size
         their_off[name] = float((their_single[name] - gradient)[rows].abs().max()) / size
     allowed = min(float32, max(1e-5, 10 * max(their_off.values())))

@@ -99,16 +99,16 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(description), encoding="utf-8")
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        layer, found, kind = name.partition(EXPERTS)
-        if not found:
+        layer, of_experts, kind = name.partition(EXPERTS)
+        if not of_experts:
             tensors[name] = value
             continue
         for expert, each in enumerate(value):
             parts = {"down_proj": each}
             if kind == ".gate_up_proj":
                 parts = dict(zip(("gate_proj", "up_proj"), each.chunk(2), strict=True))
-            for part, weight in parts.items():
-                tensors[f"{layer}{EXPERTS}.{expert}.{part}.weight"] = weight
+            for leaf, weight in parts.items():
+                tensors[f"{layer}{EXPERTS}.{expert}.{leaf}.weight"] = weight
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     tensors = {name: value.contiguous().clone() for name, value in tensors.items() if value.numel()}
@@ -122,14 +122,14 @@ def again(folder: Path) -> LlamaForCausalLM:
     tensors = load_file(folder / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            layer, found, kind = name.partition(EXPERTS)
-            if not found:
+            layer, of_experts, kind = name.partition(EXPERTS)
+            if not of_experts:
                 if parameter.numel():
                     parameter.copy_(tensors[name])
                 continue
             parts = ("gate_proj", "up_proj") if kind == ".gate_up_proj" else ("down_proj",)
             for expert, target in enumerate(parameter):
-                stored = [tensors[f"{layer}{EXPERTS}.{expert}.{part}.weight"] for part in parts]
+                stored = [tensors[f"{layer}{EXPERTS}.{expert}.{leaf}.weight"] for leaf in parts]
                 target.copy_(torch.cat(stored))
     return model
 

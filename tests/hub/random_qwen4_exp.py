@@ -105,8 +105,10 @@ def ropes(draw: random.Random, width: int) -> dict[str, Any]:
 
 
 def build(config: Qwen4ExpTextConfig) -> modeling.Qwen4ExpForCausalLM:
-    """Returns a new model of the configuration."""
-    return modeling.Qwen4ExpForCausalLM._from_config(config, attn_implementation="eager")
+    """Returns a new model of the configuration, whose experts may have any width."""
+    model = modeling.Qwen4ExpForCausalLM._from_config(config, attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    return model
 
 
 def stir(model: nn.Module, seed: int) -> None:

@@ -62,6 +62,7 @@ def test_random_configurations_are_as_in_transformers(seed, oracle, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )
+    again.set_experts_implementation("eager")
     with torch.no_grad():
         assert error(again(ids, use_cache=False).logits, expected.logits) < 1e-5
     check_gradients(
