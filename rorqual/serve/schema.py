@@ -319,6 +319,17 @@ class Generation(Input):
     return_routed_experts: Flag | None = None  # which experts each token went to, by block
     return_memory: Flag | None = None  # which rows each token read, and its gates, by block
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Generation":
+        least, limit = self.min_tokens or 0, self.new_tokens
+        if limit is not None and least > limit:
+            got = f"min_tokens: got {least}, expected at most the {limit} new tokens"
+            raise refuse("min_tokens", got)
+        if self.stream_options is not None and not self.stream:
+            name = "stream_options"
+            raise refuse(name, f"{name}: got options, expected stream to be true beside them")
+        return self
+
     @property
     def copies(self) -> int:
         return self.n or 1

@@ -282,6 +282,10 @@ class Service:
         param: str,
     ) -> list[Handle]:
         taken: list[Handle] = []
+        size = self.run.tokenizer.vocab_size
+        if not all(0 <= token < size for token in request.stop_token_ids or ()):
+            name = "stop_token_ids"
+            raise Refusal(f"{name}: expected ids, each from 0 to {size - 1}", param=name)
         sampling = request.parameters()
         watch = Watch(
             experts=bool(request.return_routed_experts), memory=bool(request.return_memory)

@@ -119,6 +119,8 @@ BAD = [
     ({"prompt": "x", "stream": 1}, "stream", "stream: got 1"),
     ({"prompt": "x", "logprobs": 21}, "logprobs", "logprobs: got 21"),
     ({"prompt": "x", "stream_options": 3}, "stream_options", "stream_options: got 3"),
+    ({"prompt": "x", "stream_options": {}}, "stream_options", "expected stream to be true"),
+    ({"prompt": "x", "min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most the 4 new tokens"),
     ({"prompt": "x", "seed": 2**63}, "seed", "seed: got 9223372036854775808"),
     ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "logit_bias: got"),
     ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias", "logit_bias: got"),

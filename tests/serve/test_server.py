@@ -303,6 +303,7 @@ def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypat
         ({"prompt": [9999]}, "each from 0 to 279"),
         ({"prompt": [285]}, "each from 0 to 279"),
         ({"prompt": "A", "top_p": 2}, "top_p: got 2"),
+        ({"prompt": "A", "stop_token_ids": [280]}, "stop_token_ids: expected ids"),
     ],
 )
 def test_a_bad_request_is_given_what_is_wrong(client, body, message):
