@@ -14,6 +14,8 @@ interleaved; medians are printed.
     together            seconds to read prompts of 3,000 and of 4 tokens together, over both apart
     prefix              seconds to the first token of a prompt that shares 1,000 tokens with an
                         earlier one, and 20 more, over those without the earlier one
+    small_1, small_8    seconds of a decoding step of preset small (experts, Engram, four streams)
+                        for so many requests, module by module over the compiled step's
 """
 
 import argparse
@@ -29,6 +31,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from rorqual.model import LanguageModel
+from rorqual.presets import preset
 from rorqual.serve.engine import Engine
 
 NEW = 64  # tokens of an answer
@@ -118,6 +121,32 @@ def prefix(model: LanguageModel) -> dict[str, Callable]:
     }
 
 
+def modules(model: LanguageModel, prompts: list[list[int]], *, compiled: bool) -> float:
+    """Returns the median seconds of a step in which all requests decode."""
+    engine = Engine(model, max_batch_size=len(prompts), context=CONTEXT)
+    if not compiled:
+        # What the decoder itself does with a model that the compiled step does not fit.
+        engine._runner._decoder._fits = False
+    for prompt in prompts:
+        engine.submit(prompt, max_new_tokens=NEW)
+    for _ in range(3):
+        engine.step()
+    seconds = list[float]()
+    while not engine.idle:
+        seconds.append(backbone.timed(engine.step))
+    return statistics.median(seconds)
+
+
+def small(size: int) -> dict[str, Callable]:
+    torch.manual_seed(0)
+    model = LanguageModel(preset("small")).eval()
+    prompts = draw(*range(40, 40 + 10 * size, 10))
+    return {
+        "ours": lambda: modules(model, prompts, compiled=True),
+        "modules": lambda: modules(model, prompts, compiled=False),
+    }
+
+
 def measure(
     name: str, ours: LanguageModel, theirs: PreTrainedModel, rounds: int
 ) -> dict[str, float]:
@@ -129,11 +158,14 @@ def measure(
         steps = batch(ours, theirs, size)
         answer = backbone.compare(steps.pop("ours"), steps, rounds)
         return answer | {"tokens per second": size * NEW / answer["ours ms"] * 1e3}
-    steps = {"together": together, "prefix": prefix}[name](ours)
+    if name.startswith("small_"):
+        steps = small(int(name.removeprefix("small_")))
+    else:
+        steps = {"together": together, "prefix": prefix}[name](ours)
     return backbone.compare(steps.pop("ours"), steps, rounds)
 
 
-NAMES = ("batch_8", "batch_16", "chunks", "together", "prefix")
+NAMES = ("batch_8", "batch_16", "chunks", "together", "prefix", "small_1", "small_8")
 
 
 def main() -> None:

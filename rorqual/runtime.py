@@ -1,9 +1,11 @@
 """Sets up this process: device, dtype, seeds, ranks, threads, clock and log."""
 
+import contextlib
 import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +93,21 @@ def threads(count: int) -> None:
         raise ValueError(f"got {count} threads, expected at least 1")
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch's operations of this thread without its pool.
+
+    The threads of the pool keep their cores busy for milliseconds after an operation, waiting for
+    the next; a compiled kernel with threads of its own would wait for a core.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 @dataclass

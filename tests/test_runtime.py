@@ -77,6 +77,14 @@ def test_threads_reach_torch_and_children(monkeypatch: pytest.MonkeyPatch) -> No
         runtime.threads(0)
 
 
+def test_one_thread_ends_also_where_something_fails() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), runtime.one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
 def test_the_clock_only_goes_on() -> None:
     clock = runtime.Clock()
     laps = [clock.lap() for _ in range(3)]

@@ -1,9 +1,12 @@
 """Compiles Python loops over arrays to machine code for tensors on the CPU, with numba."""
 
+import functools
+import hashlib
 import inspect
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,17 +17,28 @@ from numba.extending import intrinsic
 def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
     """Compiles a function at its first call.
 
-    The machine code is cached beside the source for later processes, where that can be written.
+    The machine code is cached beside the source for later processes, where that can be written,
+    until any kernel's source changes: numba itself looks at the time and size of the one file,
+    which an installed wheel does not change, and not at those of the functions that it calls.
     `any_order` permits sums of floats in any order, and so vector instructions.
     """
     # Tests wrap every function to check its shapes.
     plain = inspect.unwrap(function)
     options = {"nogil": True, "fastmath": {"reassoc", "contract"} if any_order else False}
     try:
-        return numba.njit(**options, cache=True)(plain)
+        function = numba.njit(**options, cache=True)(plain)
+        function._cache._cache_file._source_stamp = sources()
+        return function
     # numba finds no directory where it can write its cache.
     except RuntimeError:
         return numba.njit(**options)(plain)
+
+
+@functools.cache
+def sources() -> str:
+    """Returns a hash of the sources of all kernels."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @intrinsic

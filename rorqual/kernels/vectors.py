@@ -8,6 +8,7 @@ costs a second of compilation.
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -92,7 +93,10 @@ def softmax(scores, bits):  # pragma: no cover
         scores[l] *= share
 
 
-LANES = 16  # numbers a vector in the two loops below; a core with shorter vectors uses several
+# Numbers a vector, and rows of `queries` or `out` at a time, in the two loops below. Sums that do
+# not fit into the registers are written to memory and read back for every product: AVX-512 has 32
+# registers of 16 numbers, AVX2 16 of 8 and NEON 32 of 4.
+LANES, ROWS = (16, 4) if get_host_cpu_features().get("avx512f") else (8, 2)
 _FLOAT, _WHOLE = ir.FloatType(), ir.IntType(64)
 _VECTOR, _FOUR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 _FUSED = ("contract",)  # a product and its sum may be rounded once
@@ -127,18 +131,25 @@ def _everywhere(builder, number):
 
 
 def _across(builder, vectors):
-    """Reduces up to 16 vectors to one vector whose n-th lane is the sum of the n-th one.
+    """Reduces four vectors to one of four lanes, lane n the sum of the n-th.
 
-    Neighbouring lanes are added four times.
+    Neighbouring lanes are added within blocks of four, where a shuffle is one instruction, and then
+    the blocks.
     """
-    for _ in range(4):
-        pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [vectors * 2]
-        results = []
-        for one, other in pairs:
-            even, odd = (_picked(builder, one, other, list(range(n, 2 * LANES, 2))) for n in (0, 1))
-            results.append(builder.fadd(even, odd))
-        vectors = results
-    return vectors[0]
+    while len(vectors) > 1:
+        sums = []
+        for one, other in zip(vectors[::2], vectors[1::2], strict=True):
+            blocks = range(0, LANES, 4)
+            even = [n for b in blocks for n in (b, b + 2, LANES + b, LANES + b + 2)]
+            pair = [_picked(builder, one, other, [n + k for n in even]) for k in (0, 1)]
+            sums.append(builder.fadd(*pair))
+        vectors = sums
+    (total,), lanes = vectors, LANES
+    while lanes > 4:
+        lanes //= 2
+        halves = [_picked(builder, total, total, list(range(n, n + lanes))) for n in (0, lanes)]
+        total = builder.fadd(*halves)
+    return total
 
 
 def _step(builder, bytes_apart, count):
@@ -148,7 +159,7 @@ def _step(builder, bytes_apart, count):
 def _dots(heads):
     """Makes an intrinsic: out[h, k] = the dot product of query h and the numbers at address k.
 
-    Address k is one of a, b, c, d; 16 `chunks` numbers are multiplied.
+    Address k is one of a, b, c, d; LANES `chunks` numbers are multiplied.
     """
 
     def typed(context, queries, apart, a, b, c, d, chunks, out, out_apart):
@@ -166,14 +177,9 @@ def _dots(heads):
                         builder.store(
                             builder.fadd(builder.load(total), product, flags=_FUSED), total
                         )
-            item = _across(builder, [builder.load(total) for total in totals])
             for h, at_h in enumerate(_step(builder, out_apart, heads)):
-                _store(
-                    builder,
-                    _picked(builder, item, item, list(range(4 * h, 4 * h + 4))),
-                    out,
-                    at_h,
-                )
+                ours = [builder.load(total) for total in totals[4 * h : 4 * h + 4]]
+                _store(builder, _across(builder, ours), out, at_h)
             return context.get_dummy_value()
 
         return _NINE, generate
@@ -184,7 +190,7 @@ def _dots(heads):
 def _sums(heads):
     """Makes an intrinsic that adds the sum over k of weights[h, k] times values k to out[h, i].
 
-    The values are the 16 `chunks` numbers at address k of a, b, c, d.
+    The values are the LANES `chunks` numbers at address k of a, b, c, d.
     """
 
     def typed(context, weights, apart, a, b, c, d, chunks, out, out_apart):
@@ -215,21 +221,21 @@ def _sums(heads):
     return intrinsic(typed)
 
 
-_dots_4, _dots_1, _sums_4, _sums_1 = _dots(4), _dots(1), _sums(4), _sums(1)
+_dots_rows, _dots_1, _sums_rows, _sums_1 = _dots(ROWS), _dots(1), _sums(ROWS), _sums(1)
 
 
 @_any_order
 def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
     """Writes scores[h, l .. l + 3] = queries[h] . the rows at addresses a, b, c, d.
 
-    It processes four queries at a time, so that each number that is loaded is used four times.
+    It processes ROWS queries at a time: each number that is loaded is used several times.
     """
     (heads, width), h = queries.shape, 0
     arguments, apart, chunks = queries.ctypes.data, queries.strides[0], width // LANES
     out, out_apart = scores.ctypes.data + 4 * l, scores.strides[0]
-    while h + 4 <= heads:
-        _dots_4(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
-        h += 4
+    while h + ROWS <= heads:
+        _dots_rows(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
+        h += ROWS
     while h < heads:
         _dots_1(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
         h += 1
@@ -259,9 +265,11 @@ def sums(weights, l, a, b, c, d, out):  # pragma: no cover
     (heads, width), h = out.shape, 0
     arguments, apart, chunks = weights.ctypes.data + 4 * l, weights.strides[0], width // LANES
     made, out_apart = out.ctypes.data, out.strides[0]
-    while h + 4 <= heads:
-        _sums_4(arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
-        h += 4
+    while h + ROWS <= heads:
+        _sums_rows(
+            arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart
+        )
+        h += ROWS
     while h < heads:
         _sums_1(arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
         h += 1

@@ -247,7 +247,10 @@ class Engine:
 
     def _sample(self, requests: list[Request], logits: Tensor) -> None:
         """Samples one id for every request; one that fails ends alone."""
-        drawn = sample_rows(logits[:, : self.vocab_size], [request.sampler for request in requests])
+        samplers = [request.sampler for request in requests]
+        # A pool that is still waiting would slow the decoding step that comes next.
+        with runtime.one_thread():
+            drawn = sample_rows(logits[:, : self.vocab_size], samplers)
         for row, (request, token) in enumerate(zip(requests, drawn.ids, strict=True)):
             try:
                 if row in drawn.errors:

@@ -25,7 +25,7 @@ import numpy as np
 from rorqual.layers.cache import Cache
 from rorqual.model import LanguageModel
 
-PAGE = 64  # tokens
+PAGE = 16  # tokens
 SPARE = 64  # tokens for which a new cache has space behind the prompt
 
 
@@ -71,9 +71,8 @@ class Prefixes:
         """Keeps a cache that was made by `start` and has read these ids; it must not change."""
         if not self.keeps:
             return
-        keys = [
-            key for count, key in enumerate(keys_of(ids), start=1) if count * PAGE >= cache.oldest
-        ]
+        oldest = cache.oldest
+        keys = [key for count, key in enumerate(keys_of(ids), start=1) if count * PAGE >= oldest]
         if not keys:
             return
         if keys[-1] in self._by_key:

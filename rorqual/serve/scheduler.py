@@ -23,7 +23,7 @@ from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
 from rorqual.serve.sampling import SamplerRow, Sampling, TokenLogprobs
 from rorqual.serve.trace import MemoryRead
 
-SHORT = 2 * PAGE  # tokens; shorter prompts are read together, and not kept for later prompts
+SHORT = 8 * PAGE  # tokens; shorter prompts are read together, and not kept for later prompts
 ALONE = 2048  # tokens of prompts that a step reads while nobody decodes
 # A forward over 2 to 8 short prompts costs little more than one over the longest; padding costs
 # more the longer it is.

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual import kernels
+from rorqual import kernels, runtime
 from rorqual.layers.attention import MLA
 from rorqual.layers.basics import RMSNorm, SwiGLU
 from rorqual.layers.cache import Cache
@@ -34,7 +34,6 @@ from rorqual.layers.moe import MoE
 from rorqual.layers.router import Router
 from rorqual.model import Block, LanguageModel
 from rorqual.model_config import ROUTER_SCORES, HyperConfig
-from rorqual.runtime import log
 
 # The module types that the compiled step implements; any other may be an adapter.
 KNOWN = (
@@ -70,7 +69,8 @@ class Decoder:
         takes = takes and not self.model.cache_is_outdated(cache, ids)
         if self.compiled is None or not takes:
             return self.model.logits(self.model.hidden(ids, cache=cache)[0])[:, 0]
-        return self.compiled(ids, cache)
+        with runtime.one_thread():
+            return self.compiled(ids, cache)
 
 
 def built(step: Any) -> bool:
@@ -89,13 +89,13 @@ def built(step: Any) -> bool:
 def _building(step: Any) -> subprocess.Popen | None:
     """Starts the compilation once a process, without waiting for it."""
     if not step.keepable():
-        log(
+        runtime.log(
             "models decode module by module: there is nowhere to keep a compiled step "
             "(set NUMBA_CACHE_DIR)",
             "yellow",
         )
         return None
-    log(
+    runtime.log(
         "compiling the decoding step (some 20 s of a core, once an installation); "
         "until then models decode without it"
     )
