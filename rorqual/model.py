@@ -12,6 +12,7 @@ nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import starmap
 from typing import Any, NamedTuple, cast
 
@@ -310,7 +311,7 @@ class LanguageModel(nn.Module):
         before = sum(one.shape[1] for one, _ in cache.announced)
         ahead = Past(past.batch)
         ahead.append([length + before for length in past.lengths])
-        ctx = context(*ids.shape, ids.device, past=ahead)
+        ctx = context(ids.shape[0], ids.shape[1], ids.device, past=ahead)
         cache.announced.append((ids, self._prefetch(ids, ctx, cache.ids)))
 
     def cache_is_outdated(self, cache: Cache, ids: Tensor, lengths=None) -> bool:
@@ -532,11 +533,11 @@ def _together(fetched: list[dict[int, Any]]) -> dict[int, Any]:
     """Returns, by block, the rows of ids whose rows are fetched one after the other."""
     if len(fetched) == 1:
         return fetched[0]
-    handles = {layer: [each[layer] for each in fetched] for layer in fetched[0]}
-    return {
-        layer: Handle(lambda several=several: torch.cat([one.wait() for one in several], 1))
-        for layer, several in handles.items()
-    }
+
+    def wait(layer: int) -> Tensor:
+        return torch.cat([each[layer].wait() for each in fetched], 1)
+
+    return {layer: Handle(partial(wait, layer)) for layer in fetched[0]}
 
 
 def init(model: LanguageModel, seed: int = 0) -> None:

@@ -302,8 +302,10 @@ def test_a_request_whose_logits_become_nan_ends_with_what_it_reported(share, mon
     while not engine.idle:
         engine.step()
     assert [request.finish for request in requests] == ["length", "error", "length"]
-    # A draft that is read makes the logits before it NaN, too.
-    assert requests[1].ids == free[1][: free[1].index(bad) + (share == 0.0)]
+    # A draft that is read makes the logits before it NaN, too: then the last ids are missing.
+    whole = free[1][: free[1].index(bad) + 1]
+    assert requests[1].ids == whole[: len(requests[1].ids)]
+    assert len(whole) - len(requests[1].ids) <= (2 if share else 0)
     assert [requests[0].ids, requests[2].ids] == [free[0], free[2]]
 
 
