@@ -9,8 +9,9 @@ template; 4 requests at once, 8 in the queue), and prints
     same         answers (greedy, seeded, chat, log-probabilities) that differ after all of it
     bodies       fuzzed bodies sent, and those that were answered with status 500 or not at all
     hang-ups     clients that left in the middle, and what is still cached 5 s after the last
-    overload     requests of a Poisson process, twice as many a second as the server can do: whole,
-                 refused (429), other failures; resident memory at first, at its highest, at the end
+    overload     requests of a Poisson process, twice as many a second (--times) as the server did
+                 just before with its batch full: whole, refused (429), other failures; resident
+                 memory at first, at its highest, at the end
     refusals     answers that need a key or another host, without them
 
 The exit code is 1 where any of it is not as it should be.
@@ -200,8 +201,8 @@ def resident(process: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def overload(url: str, process: int, seconds: float) -> dict[str, Any]:
-    """Sends twice the requests that the server can do, and watches its memory."""
+def overload(url: str, process: int, seconds: float, times: float) -> dict[str, Any]:
+    """Sends `times` the requests that the server can do, and watches its memory."""
     server = Server(url, api_key=KEY)
     options = {"ignore_eos": True, "temperature": 0}
 
@@ -219,7 +220,7 @@ def overload(url: str, process: int, seconds: float) -> dict[str, Any]:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    rate = 2 * capacity
+    rate = times * capacity
     outcomes, took = measure(server, load(max(int(rate * seconds), 1), rate=rate))
     ended.set()
     watching.join()
@@ -227,6 +228,7 @@ def overload(url: str, process: int, seconds: float) -> dict[str, Any]:
     return {
         "requests a second at capacity": round(capacity, 2),
         "seconds": round(took, 1),
+        "sent a second": round(rate, 2),
         "sent": len(outcomes),
         "whole": figures["completed"],
         "refused (429)": figures["failures"].pop("429", 0),
@@ -268,7 +270,7 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             result: dict[str, Any] = {
                 "bodies": fuzz(client, options.bodies, options.seed),
                 "hang-ups": hang_ups(url, options.hang_ups),
-                "overload": overload(url, process, options.seconds),
+                "overload": overload(url, process, options.seconds, options.times),
                 "refusals": refusals(url),
             }
             after = answers(client)
@@ -292,6 +294,9 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="of overload")
+    parser.add_argument(
+        "--times", type=float, default=2.0, help="the requests a second that the server can do"
+    )
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--hang-ups", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
