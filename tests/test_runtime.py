@@ -78,13 +78,15 @@ def test_threads_reach_torch_and_children(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_thread_ends_also_where_something_fails() -> None:
-    def fail() -> None:
+    before = torch.get_num_threads()
+
+    @runtime.one_thread()
+    def failing() -> None:
         assert torch.get_num_threads() == 1
         raise KeyError
 
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), runtime.one_thread():
-        fail()
+    with pytest.raises(KeyError):
+        failing()
     assert torch.get_num_threads() == before
 
 

@@ -26,9 +26,9 @@ def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callab
     plain = inspect.unwrap(function)
     options = {"nogil": True, "fastmath": {"reassoc", "contract"} if any_order else False}
     try:
-        code: Any = numba.njit(**options, cache=True)(plain)
-        code._cache._cache_file._source_stamp = sources()
-        return code
+        machine_code: Any = numba.njit(**options, cache=True)(plain)
+        machine_code._cache._cache_file._source_stamp = sources()
+        return machine_code
     # numba finds no directory where it can write its cache.
     except RuntimeError:
         return numba.njit(**options)(plain)
