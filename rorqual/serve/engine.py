@@ -255,13 +255,12 @@ class Engine:
             stats.rounds += 1
             stats.drafted += sum(output.counts) - len(requests)
         rows = list(range(len(requests)))
-        for position in range(output.logits.shape[1]):
+        for position, logits in enumerate(output.logits):
             for row in rows:
                 self._observe(requests[row], row, position, output)
             rows = [row for row in rows if requests[row].max_new_tokens]
             if not rows:
                 break
-            logits = output.logits[:, position]
             self._sample(
                 [requests[row] for row in rows],
                 logits if len(rows) == len(requests) else logits[rows],
