@@ -86,8 +86,9 @@ class Engine:
         decode, at most `prefill_chunk` tokens of longer prompts are read in a step. Without
         `prefix_cache` each prompt is read, whatever was read before it. With `drafts` the model's
         MTP modules draft ids that the next forward verifies, module by module, which pays where no
-        compiled step runs and enough of them are accepted; ValueError for a model that has none. Where the rotary frequencies depend on the
-        length (dynamic, LongRoPE), one request runs at a time.
+        compiled step runs and enough of them are accepted; ValueError for a model that has none.
+        Where the rotary frequencies depend on the length (dynamic, LongRoPE), one request runs at
+        a time.
         """
         if max_batch_size < 1 or context < 2:
             raise ValueError(
