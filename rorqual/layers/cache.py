@@ -418,6 +418,8 @@ class Cache:
         drafts: Sequence[DraftCache] = (),
     ) -> None:
         self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
+        # Looked up at every step: the containers are many, those that note ties few or none.
+        self._ties = [state for state in self.states() if hasattr(state, "tied")]
         # Ids that are likely to follow, and by block the rows that are being fetched for them.
         self.announced: list[tuple[Tensor, dict[int, Any]]] = []
 
@@ -493,7 +495,7 @@ class Cache:
     @property
     def tied(self) -> bool:
         """Whether the selection of cached tokens depended on the number of columns of its call."""
-        return any(bool(getattr(state, "tied", False)) for state in self.states())
+        return any(state.tied for state in self._ties)
 
     @property
     def oldest(self) -> int:

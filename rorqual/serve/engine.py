@@ -86,9 +86,10 @@ class Engine:
         have; what they do not use holds the prompts that were read last. Beside requests that
         decode, at most `prefill_chunk` tokens of longer prompts are read in a step. Without
         `prefix_cache` each prompt is read, whatever was read before it. With `drafts` the model's
-        MTP modules draft ids that the next forward verifies, which pays where enough of them are
-        accepted; ValueError for a model that has none. Where the rotary frequencies depend on the
-        length (dynamic, LongRoPE), one request runs at a time.
+        MTP modules draft ids that the next forward verifies, module by module, which pays where no
+        compiled step runs and enough of them are accepted; ValueError for a model that has none.
+        Where the rotary frequencies depend on the length (dynamic, LongRoPE), one request runs at
+        a time.
         """
         if max_batch_size < 1 or context < 2:
             raise ValueError(
@@ -256,13 +257,12 @@ class Engine:
             stats.rounds += 1
             stats.drafted += sum(output.counts) - len(requests)
         rows = list(range(len(requests)))
-        for position in range(output.logits.shape[1]):
+        for position, logits in enumerate(output.logits):
             for row in rows:
                 self._observe(requests[row], row, position, output)
             rows = [row for row in rows if requests[row].max_new_tokens]
             if not rows:
                 break
-            logits = output.logits[:, position]
             self._sample(
                 [requests[row] for row in rows],
                 logits if len(rows) == len(requests) else logits[rows],

@@ -8,7 +8,7 @@ reads drafts, too, if the model drafts; those that turn out wrong are cropped fr
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from rorqual.serve.prefixes import SPARE, Prefixes
 from rorqual.serve.scheduler import Plan, Read, Request
 from rorqual.serve.step import Decoder
 from rorqual.serve.trace import Trace, traced
+from rorqual.tables import Table
 
 
 class Output(NamedTuple):
@@ -29,8 +30,8 @@ class Output(NamedTuple):
 
     requests: list[Request]
     counts: list[int]  # tokens that each has read
-    # Of the last token, or with drafts of all; None if none of the requests is to get an id.
-    logits: Float[Tensor, "B P V"] | None
+    # Of the last token, or with drafts of each; None if none of the requests is to get an id.
+    logits: Sequence[Float[Tensor, "B V"]] | None
     hidden: Float[Tensor, "B T *N D"] | None = None  # of all tokens; None if nobody wants them
     auxes: Sequence[Aux] = ()
     trace: Trace | None = None
@@ -49,10 +50,8 @@ class Runner:
         # Requests whose prompt has just been read, and its cache.
         self._joining: list[tuple[list[Request], Cache]] = []
         self._decoder = Decoder(model)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        self.device = next(model.parameters()).device
+        self._announces = any(cast(Table, table).placement != "device" for table in model.tables)
 
     def drop(self) -> None:
         """Forgets all requests."""
@@ -137,7 +136,7 @@ class Runner:
                     return output, True
                 cache.crop(counts)
         elif not any(request.watch.experts or request.watch.memory for request in rows):
-            return Output(rows, ones, self._decoder(last, cache)[:, None]), False
+            return Output(rows, ones, [self._decoder(last, cache)]), False
         return self._forward(rows, last, ones, cache), proposed
 
     def _accept(self, output: Output, accepted: list[int], proposed: bool) -> None:
@@ -154,7 +153,7 @@ class Runner:
             self.drafter.accept(requests, accepted, output.hidden, cache, proposed=proposed)
         going = {request for request in requests if request.finish is None}
         self.rows, self.cache = self._keep(self.rows, cache, going)
-        if self.cache is not None:
+        if self.cache is not None and self._announces:
             last = [[request.ids[-1]] for request in self.rows]
             self.model.announce(torch.tensor(last, device=self.device), self.cache)
 
@@ -219,5 +218,5 @@ class Runner:
             request.cached + count >= request.tokens
             for request, count in zip(requests, counts, strict=True)
         )
-        logits = self.model.logits(hidden) if wanted else None
+        logits = self.model.logits(hidden).unbind(1) if wanted else None
         return Output(requests, counts, logits, every, auxes, trace, drafts)

@@ -174,21 +174,26 @@ def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Dra
     unmasked, logits = logits, _mask(_adjust(logits, rows), rows, errors)
     if logits is not unmasked:
         _refuse(logits, errors, "no id that is allowed")
-    ids = logits.argmax(-1)
     drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
-    if drawing:
+    if not drawing:
+        ids = logits.argmax(-1)
+    else:
         index = torch.tensor(drawing, device=logits.device)
         subset = logits[index] if len(drawing) < len(rows) else logits
         subset = subset - subset.amax(-1, keepdim=True)
         chances = narrow(subset, [rows[row].sampling for row in drawing]).softmax(-1)
-        ids[index] = draw(chances, [rows[row].generator for row in drawing])
+        ids = draw(chances, [rows[row].generator for row in drawing])
+        if len(drawing) < len(rows):
+            ids = logits.argmax(-1).index_copy(0, index, ids)
     return Drawn([-1 if row in errors else one for row, one in enumerate(ids.tolist())], errors)
 
 
 def _refuse(logits: Tensor, errors: dict[int, str], what: str) -> None:
     """Notes the rows without a finite largest logit."""
-    for row in (~logits.amax(-1).isfinite()).nonzero().flatten().tolist():
-        errors.setdefault(row, what)
+    usable = logits.amax(-1).isfinite()
+    if not usable.all():
+        for row in (~usable).nonzero().flatten().tolist():
+            errors.setdefault(row, what)
 
 
 def _adjust(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Float[Tensor, "B V"]:

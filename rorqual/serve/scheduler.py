@@ -189,6 +189,8 @@ class Scheduler:
         self.leave()
         self._preempt()
         self._admit()
+        # What no request uses is left to the caches of earlier prompts.
+        self._prefixes.shrink(self.pages - self.pages_used)
         return Plan(list(self.running), self._reads())
 
     def leave(self) -> None:
@@ -216,15 +218,10 @@ class Scheduler:
             self.preemptions += 1
             with self._lock:
                 self._waiting.appendleft(last)
-        self._shrink()
-
-    def _shrink(self) -> None:
-        """Leaves the pages that no request uses to the caches of earlier prompts."""
-        self._prefixes.shrink(self.pages - self.pages_used)
 
     def _admit(self) -> None:
         """Moves requests from the queue to the batch, in order, while there is space."""
-        while len(self.admitted) < self.max_batch_size:
+        while self._waiting and len(self.admitted) < self.max_batch_size:
             # Those that run may need a page each before one of them ends.
             free = self.pages - self.pages_used - len(self.running)
             with self._lock:
@@ -235,7 +232,6 @@ class Scheduler:
                 if self._needs(self._waiting[0]) > free and self.admitted:
                     break
                 self.reading.append(self._waiting.popleft())
-        self._shrink()
 
     def _reads(self) -> list[Read]:
         """Shares out the tokens of prompts that the next step reads, in order of arrival."""
