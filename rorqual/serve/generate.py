@@ -410,8 +410,8 @@ def load(
     *,
     device: str = "auto",
     dtype: str | None = None,
-    tables: Placement | None = None,
     placement: Placement | None = None,
+    tables: Placement | None = None,
     **sizes: Any,
 ) -> Run:
     """Loads a run folder, a published model's, a folder of RorqualForCausalLM, or a hub id.
