@@ -62,14 +62,8 @@ def _schedule(draw: random.Random, layers: int) -> dict[str, Any]:
         "compress_ratios": ratios,
         "kv_source_layer_ids": sources,
         "index_source_layer_ids": selecting,
-        # Later sources have the same ratio: coarse blocks are of its entries.
-        "candidate_source_layer_id": (
-            draw.choice(
-                [s for s in sources if {ratios[i] for i in sources if i > s} <= {ratios[s]}]
-            )
-            if sources and draw.random() < 0.6
-            else -1
-        ),
+        # Only the last source may select coarse blocks for those after it.
+        "candidate_source_layer_id": sources[-1] if sources and draw.random() < 0.6 else -1,
     }
 
 

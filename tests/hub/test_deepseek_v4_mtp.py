@@ -40,7 +40,8 @@ class Oracle:
 
     def __init__(self, seed: int, kinds: tuple[str, ...]) -> None:
         torch.manual_seed(seed)
-        fields = oracle_config(seed).to_dict()
+        # transformers keeps the row of a padding id fixed.
+        fields = oracle_config(seed).to_dict() | {"pad_token_id": None}
         self.layers, self.depth = fields["num_hidden_layers"], len(kinds)
         fields["num_hidden_layers"] += self.depth
         fields["layer_types"] = [*fields["layer_types"], *kinds]

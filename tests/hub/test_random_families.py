@@ -23,6 +23,7 @@ BENCH = load()
 
 # Relatives of DeepSeek-V3, which differ from it by a line.
 RELATIVES = {
+    "deepseek",
     "deepseek_v2",
     "deepseek_v3",
     "axk1",
