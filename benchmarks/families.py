@@ -43,6 +43,7 @@ from rorqual.hub import checkpoints  # noqa: E402
 TOLERANCE = 1e-5
 SPREAD = 0.15  # standard deviation of the weights, so that logits are apart
 SLACK = 8.0
+CEILING = 1e-3  # beyond it no gradient is let off: a selection has changed
 DRAWS = 4  # of last bits, where gradients are sums of large terms that cancel
 PROMPT = 12  # ids of the greedy continuation that are given
 
@@ -128,8 +129,8 @@ def as_released(folder: Path, draw: random.Random) -> None:
     path = folder / "config.json"
     description = json.loads(path.read_text(encoding="utf-8"))
     rope = description.get("rope_parameters") or {}
-    plain = not any(isinstance(value, dict) for value in rope.values())
-    if rope and plain and "partial_rotary_factor" not in rope and draw.random() < 0.5:
+    nested = any(isinstance(value, dict) for value in rope.values())
+    if rope and not nested and "partial_rotary_factor" not in rope and draw.random() < 0.5:
         del description["rope_parameters"]
         description["rope_theta"] = rope.pop("rope_theta")
         kind = rope.pop("rope_type")
@@ -206,7 +207,7 @@ def last_digits(model: nn.Module, ids: Tensor) -> dict[str, float]:
                 largest = before[name].abs().max().clamp_min(1e-30)
                 change = ((parameter.grad - before[name]).abs().max() / largest).item()
                 item = f"grad.{name}"
-                changes[item] = max(changes.get(item, 0.0), SLACK * change)
+                changes[item] = min(CEILING, max(changes.get(item, 0.0), SLACK * change))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(saved[name])
     return changes

@@ -1000,6 +1000,13 @@ class ModelConfig:
             raise ValueError(
                 f"delta.layers: got {late}, expected block indices 0..{self.layers - 1}"
             )
+        by_token_id = self.moe.router.other_token_id_layers if self.moe is not None else ()
+        blocks = self.layers + (self.mtp.depth if self.mtp is not None else 0)
+        if wrong := [i for i in by_token_id if not 0 <= i < blocks]:
+            raise ValueError(
+                f"moe.router.other_token_id_layers: got {wrong}, "
+                f"expected block indices 0..{blocks - 1}"
+            )
         if self.csa is not None and 0 < len(self.csa.kinds) < self.layers:
             raise ValueError(
                 f"csa.kinds: got {len(self.csa.kinds)} kinds, "

@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
+import numpy as np
 import pytest
 
 CHECKED = os.environ.get("RORQUAL_SHAPES", "1") != "0"
@@ -33,8 +34,9 @@ jaxtyped = jaxtyping.jaxtyped
 def checked_once(fn: Any = None, **options: Any) -> Any:
     """Decorates as jaxtyping.jaxtyped does, but a test checks equal calls of a function once.
 
-    Calls are equal if their tensors have equal shapes and dtypes, their modules are the same, and
-    other arguments have equal types. A check takes longer than most functions of small tensors.
+    Calls are equal if their tensors and arrays have equal shapes and dtypes, also those in lists
+    and dataclasses as a context, their numbers are equal, their modules are the same, and other
+    arguments have equal types. A check takes longer than most functions of small tensors.
     """
     if fn is None:
         return functools.partial(checked_once, **options)
@@ -62,11 +64,20 @@ def checked_once(fn: Any = None, **options: Any) -> Any:
 
 
 def _kind(x: Any) -> Any:
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.dtype
-    if isinstance(x, torch.nn.Module):
-        return id(x)
-    return x if isinstance(x, str | bool) else type(x)
+    if isinstance(x, torch.Tensor | np.ndarray):
+        return tuple(x.shape), x.dtype
+    if isinstance(x, str | bool | int | torch.nn.Module):
+        return x
+    if isinstance(x, slice):
+        return x.start, x.stop, x.step
+    # Long lists are of ids: their number says enough.
+    if isinstance(x, tuple | list):
+        return type(x), len(x), *map(_kind, x[:8])
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        # Not its numbers, or each step of a decoding loop would be a kind of its own.
+        values = [getattr(x, field.name, None) for field in dataclasses.fields(x)]
+        return type(x), *(_kind(y) if isinstance(y, torch.Tensor) else type(y) for y in values)
+    return type(x)
 
 
 if CHECKED:

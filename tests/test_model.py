@@ -20,6 +20,7 @@ from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.nsa import NSAConfig
+from rorqual.layers.router import RouterConfig
 from rorqual.model import IGNORED, LanguageModel, ModelConfig
 
 BASE = ModelConfig(
@@ -345,6 +346,10 @@ def test_bfloat16_is_close_to_float32():
         ({"layers": 0}, "layers: got 0"),
         ({"layers": 2}, r"engram.layers: got \[2\], expected block indices 0..1"),
         ({"moe": MoEConfig(first_dense=4)}, "moe.first_dense: got 4"),
+        (
+            {"moe": MoEConfig(router=RouterConfig(other_token_id_layers=(-1, 9)))},
+            r"other_token_id_layers: got \[-1, 9\]",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(change, message):

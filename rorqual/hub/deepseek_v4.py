@@ -310,6 +310,7 @@ def _rope(d: Mapping[str, Any], rope: Mapping[str, Any], within: str) -> RopeCon
         )
     # transformers reads `truncate` where no folder has it.
     fields = {key: rope[key] for key in rope if key not in ("partial_rotary_factor", "truncate")}
+    fields["rope_type"] = kind
     fields = fields if kind == "default" else tables_alone(fields)
     lengths = {"max_position_embeddings": d["max_position_embeddings"]}
     base = {"rope_theta": number(rope, "rope_theta", within)}

@@ -384,10 +384,7 @@ def test_loading_never_holds_the_model_twice(tmp_path, sharded):
     )
     script = """
 import sys, torch
-from rorqual.data import chats
-from rorqual.data.tokenizer import train
 from rorqual.hub import checkpoints
-from rorqual.hub.auto import fast_tokenizer
 checkpoints.load(sys.argv[1]); checkpoints.WINDOW = 8 << 20
 def status(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") \

@@ -229,6 +229,16 @@ def test_what_our_model_cannot_express_is_refused_by_name(change: dict, words: s
         deepseek_v4.config_of(json.loads(json.dumps(description | change)))
 
 
+def test_a_rope_without_a_kind_is_the_default() -> None:
+    description = deepseek_v4.published(preset("v4-tiny"))
+    rope = {"rope_type": None, "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    config = deepseek_v4.config_of(
+        description | {"rope_parameters": {"main": rope, "compress": rope}}
+    )
+    assert config.rope.base == 500.0 and config.csa is not None
+    assert config.csa.compress_rope.yarn is None
+
+
 def test_the_released_config_is_the_preset() -> None:
     """The fields of DeepSeek-V4-Flash's config.json, and of Pro's."""
     released = {
