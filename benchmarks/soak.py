@@ -198,7 +198,9 @@ def resident(process: int) -> float:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return math.nan
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+    # A process that has ended has none.
+    size = re.search(r"VmRSS:\s+(\d+)", status)
+    return int(size[1]) / 1024 if size else math.nan
 
 
 def overload(url: str, process: int, seconds: float, times: float) -> dict[str, Any]:
@@ -221,9 +223,11 @@ def overload(url: str, process: int, seconds: float, times: float) -> dict[str, 
     watching = threading.Thread(target=watch)
     watching.start()
     rate = times * capacity
-    outcomes, took = measure(server, load(max(int(rate * seconds), 1), rate=rate))
-    ended.set()
-    watching.join()
+    try:
+        outcomes, took = measure(server, load(max(int(rate * seconds), 1), rate=rate))
+    finally:
+        ended.set()
+        watching.join()
     figures = summarise(outcomes, took)
     return {
         "requests a second at capacity": round(capacity, 2),
@@ -284,7 +288,7 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "requests are still there": bool(left["requests_running"] or left["requests_waiting"]),
         "nothing was refused": not loaded["refused (429)"],
         "a request failed otherwise": bool(loaded["other failures"]),
-        "memory grows": not loaded["MiB"][1] < GROWTH * loaded["MiB"][0],
+        "memory grows": loaded["MiB"][1] >= GROWTH * loaded["MiB"][0],
         "a check of key or host": list(result["refusals"].values()) != [401, 401, 400, 200],
         "answers differ": bool(result["answers that differ"]),
     }

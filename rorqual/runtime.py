@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,19 +96,31 @@ def threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+_COUNTING = threading.Lock()
+_INSIDE: list[int] = []  # the threads that run without the pool
+_USUAL: list[int] = []  # the number of threads before the first of them
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Runs torch's operations of this thread without its pool.
 
     The threads of the pool keep their cores busy for milliseconds after an operation, waiting for
-    the next; a compiled kernel with threads of its own would wait for a core.
+    the next; a compiled kernel with threads of its own would wait for a core. A thread whose first
+    operation falls into this has no pool until it has been here itself: torch gives new threads
+    the number that was set last.
     """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _COUNTING:
+        if not _INSIDE:
+            _USUAL[:] = [torch.get_num_threads()]
+        _INSIDE.append(threading.get_ident())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(count)
+        with _COUNTING:
+            _INSIDE.remove(threading.get_ident())
+            torch.set_num_threads(_USUAL[0])
 
 
 @dataclass

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,26 @@ def test_one_thread_ends_also_where_something_fails() -> None:
 
     with pytest.raises(KeyError):
         failing()
+    assert torch.get_num_threads() == before
+
+
+def test_one_thread_is_given_back_by_whoever_leaves_last() -> None:
+    before, started, ended = torch.get_num_threads(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with runtime.one_thread():
+            started.set()
+            ended.wait(10)
+
+    thread = threading.Thread(target=other)
+    with runtime.one_thread():
+        thread.start()
+        started.wait(10)
+    assert torch.get_num_threads() == before
+    with runtime.one_thread():
+        ended.set()
+        thread.join()
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 
 

@@ -1,5 +1,6 @@
 """Compiles Python loops over arrays to machine code for tensors on the CPU, with numba."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -27,7 +28,9 @@ def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callab
     options = {"nogil": True, "fastmath": {"reassoc", "contract"} if any_order else False}
     try:
         machine_code: Any = numba.njit(**options, cache=True)(plain)
-        machine_code._cache._cache_file._source_stamp = sources()
+        # numba keeps it to itself, and without compilation (NUMBA_DISABLE_JIT) there is none.
+        with contextlib.suppress(AttributeError):
+            machine_code._cache._cache_file._source_stamp = sources()
         return machine_code
     # numba finds no directory where it can write its cache.
     except RuntimeError:

@@ -148,7 +148,8 @@ class Ties:
         rows = [
             [False] * len(of) if each.noted is None else each.noted.tolist() for each, of in both
         ]
-        self.noted = torch.tensor(rows[0] + rows[1])
+        device = next(each.noted.device for each in (self, other) if each.noted is not None)
+        self.noted = torch.tensor(rows[0] + rows[1], device=device)
 
     def load(self, other: "Ties", length: int) -> None:
         self.noted = other.noted

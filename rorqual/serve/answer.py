@@ -94,7 +94,7 @@ class Answer:
         """Returns the counts of tokens until now; copies of a prompt count once."""
         copies = self.request.copies
         prompts = sum(len(handle.request.prompt) for handle in self.handles[::copies])
-        made = sum(len(handle.request.ids) for handle in self.handles)
+        made = sum(handle.taken for handle in self.handles)
         cached = sum(handle.request.prefix or 0 for handle in self.handles[::copies])
         return {
             "prompt_tokens": prompts,

@@ -18,10 +18,12 @@ import json
 import math
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -383,28 +385,42 @@ def measure(
     return asyncio.run(_measure(server, load, progress))
 
 
+def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a request of the same size with another beginning: what is measured comes cold."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list):
+        return {**body, "prompt": prompt[::-1]}
+    return {**body, "prompt": f"warm {prompt}"} if isinstance(prompt, str) else dict(body)
+
+
 async def _measure(
     server: Server, load: Load, progress: Callable[[int], None]
 ) -> tuple[list[Outcome], float]:
     outcomes: list[Outcome] = []
     tasks: list[asyncio.Task] = []
+    done = 0
     gate = asyncio.Semaphore(load.concurrency or len(load.prompts))
     draw = random.Random(load.seed)
     paced = load.rate < math.inf
     async with server.client(load.timeout) as client:
         first = Outcome(due=0.0)
-        await server.stream(client, load, load.prompts[0], first)
+        await server.stream(client, load, warm_up(load.prompts[0]), first)
         if first.failure is not None:
             raise ValueError(
                 f"{server.url}: the first request failed: {first.failure}: {first.message}"
             )
 
         async def one(prompt: Mapping[str, Any], outcome: Outcome) -> None:
+            nonlocal done
             try:
                 await server.stream(client, load, prompt, outcome)
+            # One prompt that cannot be sent must not end the measurement.
+            except Exception as error:
+                outcome.failure, outcome.message = "not sent", _reason(error)
             finally:
                 gate.release()
-            progress(sum(each.failure != UNFINISHED for each in outcomes))
+            done += 1
+            progress(done)
 
         began = due = time.perf_counter()
         try:
@@ -441,6 +457,9 @@ def running(run: str, options: Sequence[str]) -> Iterator[Running]:
     ValueError with the server's last line where it ends before it answers.
     """
     command = [sys.executable, "-m", "rorqual", "serve", run, "--port", "0", *options]
+    main = threading.current_thread() is threading.main_thread()
+    # SIGTERM would end Python without the `finally` below, and leave the server behind.
+    before = signal.signal(signal.SIGTERM, _end) if main else None
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with open(log, "ab") as file:
@@ -455,6 +474,12 @@ def running(run: str, options: Sequence[str]) -> Iterator[Running]:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+            if main:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(143)
 
 
 def _address(server: subprocess.Popen, log: Path) -> str:

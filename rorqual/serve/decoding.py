@@ -1,6 +1,7 @@
 """Decodes token ids after prompts, one by one or several at once by speculative decoding.
 
-The prompts are the requests of an engine of their own, all in its batch from the first step on.
+The prompts are the requests of an engine of their own, all in its batch from the first step on
+(where the rotary frequencies depend on the length, one after the other).
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,9 +3,9 @@
     drafts = MTP(hidden of the last token, next id), each depth on the output of the one before
 
 A module reads a token once the ids after it are certain. The hidden states of those that are still
-to be read, at most 2 D of a request for D depths, are its `unread`; their last ids may be drafts,
-which is why D - 1 tokens are read again in the next round. A prompt is read in the same pieces as
-by the model.
+to be read, at most 2 D of a request that drafts with D depths, are its `unread`; their last ids may
+be drafts, which is why D - 1 tokens are read again in the next round. A prompt is read in the same
+pieces as by the model.
 
 MTP drafts: DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """

@@ -16,6 +16,7 @@ request: `ids`, `logprobs`, `observed` that grow with each step, and `finish`.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -263,10 +264,12 @@ class Engine:
             rows = [row for row in rows if requests[row].max_new_tokens]
             if not rows:
                 break
-            self._sample(
-                [requests[row] for row in rows],
-                logits if len(rows) == len(requests) else logits[rows],
-            )
+            # A pool that still waits would slow the compiled step that comes next.
+            with runtime.one_thread() if self._runner.compiled else nullcontext():
+                self._sample(
+                    [requests[row] for row in rows],
+                    logits if len(rows) == len(requests) else logits[rows],
+                )
             # The logits after a draft count where it is the id that was drawn.
             accepted = [
                 row
@@ -284,10 +287,7 @@ class Engine:
 
     def _sample(self, requests: list[Request], logits: Float[Tensor, "R V"]) -> None:
         """Samples one id for every request; one that fails ends alone."""
-        samplers = [request.sampler for request in requests]
-        # A pool that is still waiting would slow the decoding step that comes next.
-        with runtime.one_thread():
-            drawn = sample_rows(logits[:, : self.vocab_size], samplers)
+        drawn = sample_rows(logits[:, : self.vocab_size], [request.sampler for request in requests])
         for row, (request, token) in enumerate(zip(requests, drawn.ids, strict=True)):
             try:
                 if row in drawn.errors:
@@ -327,7 +327,7 @@ class Engine:
             observed.memory = output.trace.memory(row, count)[tokens]
         request.observed.append(observed)
 
-    def _read_prompt(self, request: Request, hidden: Float[Tensor, "1 T D"]) -> None:
+    def _read_prompt(self, request: Request, hidden: Float[Tensor, "1 T *N D"]) -> None:
         """Computes the log-probabilities and the embedding of a prompt."""
         if request.watch.embedding:
             mean = self.model.head_input(hidden).float().mean(1)[0]

@@ -53,6 +53,12 @@ class Runner:
         self.device = next(model.parameters()).device
         self._announces = any(cast(Table, table).placement != "device" for table in model.tables)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the batch decodes by the compiled step alone."""
+        step = self._decoder.compiled
+        return self.drafter is None and step is not None and step.attends
+
     def drop(self) -> None:
         """Forgets all requests."""
         self.cache, self.rows, self._joining = None, [], []
@@ -125,12 +131,12 @@ class Runner:
         if drafter is not None and max(left):
             counts = [1 + min(drafter.depths, more) for more in left]
             # Where drafts would change the logits before them, there are none.
-            if not self.model.cache_is_outdated(cache, last, [1 + drafter.depths] * len(rows)):
+            if not self.model.cache_is_outdated(cache, last, [max(counts)] * len(rows)):
                 proposed = True
                 if not cache.announced:
                     self.model.announce(last, cache)
                 drafts = drafter.propose(rows, cache)
-                ids = torch.cat([last, drafts], 1)
+                ids = torch.cat([last, drafts], 1)[:, : max(counts)]
                 output = self._forward(rows, ids, counts, cache, drafts=drafts.tolist())
                 if not cache.tied:
                     return output, True

@@ -237,21 +237,25 @@ class Scheduler:
         """Shares out the tokens of prompts that the next step reads, in order of arrival."""
         budget = self.chunk if self.running else max(self.chunk, ALONE)
         whole, reads = list[Request](), list[Read]()
-        first_pages: set[tuple[int, ...]] = set()
+        starts: set[tuple[int, ...]] = set()
         for request in self.reading:
             if budget <= 0:
                 break
+            # Where no prompt is kept, and nobody waits for a token, whole ones are read together.
+            together = not (self._prefixes.keeps or self.running or request.cached)
             # Where the output of every token of the prompt is wanted, none can be left out.
-            if request.tokens < SHORT or request.reads_prompt or not self._prefixes.divisible:
+            undivided = request.reads_prompt or not self._prefixes.divisible
+            if request.tokens < SHORT or undivided or (together and request.tokens <= budget):
                 self._count(request, 0)
                 whole.append(request)
                 budget -= request.tokens
                 continue
-            # What begins alike waits for the first of them, and need not be read then.
-            first_page = request.sequence[:PAGE]
-            if self._prefixes.keeps and first_page in first_pages:
+            # What begins alike waits for the first of them, and need not be read then. A header
+            # that all share is not worth the wait.
+            start = request.sequence[:SHORT]
+            if self._prefixes.keeps and start in starts:
                 continue
-            first_pages.add(first_page)
+            starts.add(start)
             if request.cache is None:
                 request.cache, request.cached = self._prefixes.start(request.sequence)
                 self._count(request, request.cached)

@@ -353,6 +353,7 @@ class Service:
                 if token.finish is not None and token.finish in FAILURES:
                     raise Failure(*FAILURES[token.finish])
                 if token.id is not None:
+                    handle.taken += 1
                     self.metrics.generated_tokens.inc()
                     first = last == handle.submitted
                     histogram = self.metrics.first_token if first else self.metrics.between_tokens

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
@@ -69,7 +70,8 @@ class Decoder:
         takes = takes and not self.model.cache_is_outdated(cache, ids)
         if self.compiled is None or not takes:
             return self.model.logits(self.model.hidden(ids, cache=cache)[0])[:, 0]
-        with runtime.one_thread():
+        # Modules between the compiled calls have use for the pool.
+        with runtime.one_thread() if self.compiled.attends else nullcontext():
             return self.compiled(ids, cache)
 
 

@@ -40,6 +40,7 @@ class Handle:
         self._loop = loop
         self._queue: asyncio.Queue[Token] = asyncio.Queue()
         self._sent = 0  # ids that have been handed on
+        self.taken = 0  # ids that the client has got: after a stop string there may be more
 
     def fresh(self, finish: str | None) -> list[Token]:
         """Returns a token for each id since the last call; the last of them has the finish.
@@ -50,7 +51,7 @@ class Handle:
         ids = request.ids[self._sent :]
         tokens = [self._token(number, token, now) for number, token in enumerate(ids, self._sent)]
         self._sent += len(ids)
-        if finish is not None and (not tokens or finish == "error"):
+        if finish is not None and (not tokens or finish in ("error", "stopping")):
             tokens.append(self._token(self._sent, None, now))
         if finish is not None:
             tokens[-1] = tokens[-1]._replace(finish=finish)

@@ -1,13 +1,16 @@
 """Tests `rorqual bench serve`: it starts a server, measures and ends it; mistakes are a line."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from rorqual.cli.main import main
@@ -54,17 +57,47 @@ def test_mistakes_are_a_line(words: list[str], message: str, capsys) -> None:
     assert "Traceback" not in error
 
 
+def answered(folder: Path) -> str:
+    """Waits until the server that logs into a folder has answered some requests."""
+    due = time.monotonic() + 120
+    while time.monotonic() < due:
+        time.sleep(0.5)
+        texts = [log.read_text(encoding="utf-8") for log in folder.glob("*/log")]
+        if match := re.search(r"http://127\.0\.0\.1:\d+", " ".join(texts)):
+            with contextlib.suppress(httpx.HTTPError):
+                metrics = httpx.get(match[0] + "/metrics", trust_env=False).text
+                ended = re.search(r'^rorqual_finished_total\{.*"length"\} (\S+)', metrics, re.M)
+                if ended and float(ended[1]) >= 5:
+                    return match[0]
+    raise AssertionError("the server has answered nothing")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
-def test_ctrl_c_prints_what_was_measured_and_ends_the_server(small_run: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_ctrl_c_prints_what_was_measured(
+    small_run: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
     words = ["--requests=100000", "--input-tokens=8", "--output-tokens=2", "--concurrency=2"]
     command = [sys.executable, "-m", "rorqual", "bench", "serve", str(small_run), *words, "--json"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
-    time.sleep(25)
-    os.killpg(process.pid, signal.SIGINT)
+    url = answered(tmp_path)
+    if sent == signal.SIGTERM:
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 143
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url, trust_env=False)
+        return
+    os.killpg(process.pid, sent)
     printed, error = process.communicate(timeout=60)
     figures = json.loads(printed)
     assert process.returncode == 130, error

@@ -16,7 +16,6 @@ from rorqual.model_config import DynamicRopeConfig, RopeConfig
 from rorqual.serve.decoding import decode
 from rorqual.serve.drafts import AcceptanceStats, Drafter
 from rorqual.serve.engine import Engine
-from rorqual.serve.prefixes import PAGE
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.serve.scheduler import Watch
 from rorqual.tables import Table, write_table
@@ -84,7 +83,7 @@ def test_ids_are_those_of_a_request_alone(case, monkeypatch):
     prompts = texts(3, [100, 2, 100, 5], shared=0)
     guess(monkeypatch, 0.7, following_of(model, prompts, 60, sampling))
     options = {"context": 220, "drafts": True, "sampling": sampling}
-    engine = check(model, prompts, counts=[60, 3, 40, 5], cache_tokens=5 * PAGE, **options)
+    engine = check(model, prompts, counts=[60, 3, 40, 5], cache_tokens=256, **options)
     stats = engine.stats()
     assert stats.preemptions
     assert stats.drafted > stats.accepted > stats.drafted // 4
@@ -104,7 +103,7 @@ def test_ids_are_those_of_a_request_alone_under_many_arrivals(case, share, monke
         prompts = texts(seed, [1, 50, 2, 64], shared)
         prompts.append(prompts[3] + [1, 2, 3])
         guess(monkeypatch, share, following_of(model, prompts, 50, sampling))
-        options = {"context": 260, "cache_tokens": 6 * PAGE, "prefill_chunk": 40, "seed": seed}
+        options = {"context": 260, "cache_tokens": 288, "prefill_chunk": 40, "seed": seed}
         options |= {"drafts": True, "sampling": sampling}
         engine = check(model, prompts, counts=[40, 9, 50, 6, 30], **options)
         stats = engine.stats()
@@ -138,10 +137,12 @@ def test_drafts_are_those_of_modules_that_read_everything(case, monkeypatch):
             wrong.append((len(request.prompt), len(request.ids)))
 
     options = {"context": 220, "drafts": True}
-    for seed, (lengths, shared, pages) in enumerate((((60, 1, 58), 0, 5), ((20, 2, 40), 70, 20))):
+    for seed, (lengths, shared, tokens) in enumerate(
+        (((60, 1, 58), 0, 240), ((20, 2, 40), 70, 1280))
+    ):
         prompts = texts(seed, list(lengths), shared=shared)
         guess(monkeypatch, 0.6, following_of(model, prompts, 20), compared=compared)
-        more = {"cache_tokens": pages * PAGE, "prefill_chunk": 17} | options
+        more = {"cache_tokens": tokens, "prefill_chunk": 17} | options
         check(model, prompts, counts=[20, 3, 12], seed=seed, **more)
         monkeypatch.undo()
     assert count > 20

@@ -10,7 +10,6 @@ from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.engine import Engine
-from rorqual.serve.prefixes import PAGE
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.serve.scheduler import Watch
 from tests.serve.plain import alone
@@ -70,7 +69,7 @@ def test_ids_are_those_of_a_request_alone(kind):
     """Few pages, so that some are sent back; then long prompts in chunks of 17 tokens."""
     model = model_of(kind)
     prompts = texts(3, [60, 2, 58, 55], shared=0)
-    engine = check(model, prompts, counts=[80, 6, 75, 30], context=220, cache_tokens=5 * PAGE)
+    engine = check(model, prompts, counts=[80, 6, 75, 30], context=220, cache_tokens=256)
     divisible = kind != "moba decodes fully"
     assert bool(engine.stats().preemptions) == divisible
     prompts = texts(3, [20, 2, 70, 5], shared=130)
@@ -86,7 +85,7 @@ def test_ids_are_those_of_a_request_alone_under_many_arrivals(kind):
     for seed, shared in enumerate((0, 130)):
         prompts = texts(seed, [1, 50, 2, 64], shared)
         prompts.append(prompts[3] + [1, 2, 3])
-        options = {"context": 260, "cache_tokens": 6 * PAGE, "prefill_chunk": 40, "seed": seed}
+        options = {"context": 260, "cache_tokens": 288, "prefill_chunk": 40, "seed": seed}
         check(model, prompts, counts=[40, 9, 50, 6, 30], **options)
 
 
@@ -100,6 +99,19 @@ def test_a_request_that_decodes_does_not_wait_for_a_long_prompt():
         assert engine.step() == [first]
         assert len(first.ids) == turn + 2
     assert set(engine.step()) == {first, long}
+
+
+def test_a_header_that_all_prompts_share_makes_none_wait():
+    model = model_of("mla")
+    engine = Engine(model, context=400)
+    requests = [engine.submit(prompt) for prompt in texts(0, [200] * 3, shared=20)]
+    assert set(engine.step()) == set(requests)
+    # What shares more waits, and is not read again.
+    engine = Engine(model, context=400)
+    requests = [engine.submit(prompt) for prompt in texts(1, [20] * 3, shared=180)]
+    assert engine.step() == requests[:1]
+    engine.step()
+    assert engine.stats().prefix_tokens >= 2 * 176
 
 
 def test_who_wants_the_whole_prompt_gets_it_despite_a_shared_prefix():
@@ -124,15 +136,15 @@ def test_a_request_that_was_sent_back_goes_on_as_if_nothing_had_happened():
     }
     prompts = texts(2, [30, 40, 50], shared=0)
 
-    def run(pages: int) -> list:
-        engine = Engine(model, context=200, cache_tokens=pages * PAGE)
+    def run(tokens: int) -> list:
+        engine = Engine(model, context=200, cache_tokens=tokens)
         requests = [engine.submit(p, row=row, **options) for row, p in enumerate(prompts)]
         while not engine.idle:
             engine.step()
-        assert bool(engine.stats().preemptions) == (pages == 5)
+        assert bool(engine.stats().preemptions) == (tokens == 240)
         return requests
 
-    for narrow, ample in zip(run(5), run(40), strict=True):
+    for narrow, ample in zip(run(240), run(2560), strict=True):
         assert narrow.ids == ample.ids
         assert [len(one.experts) for one in narrow.observed] == [len(narrow.prompt)] + [1] * 69
         assert [one.experts for one in narrow.observed] == [one.experts for one in ample.observed]
@@ -178,7 +190,7 @@ def test_a_prompt_that_cannot_be_read_harms_nobody(monkeypatch):
 
 def test_who_came_first_is_never_sent_back():
     model = model_of("mla")
-    engine = Engine(model, context=200, cache_tokens=5 * PAGE)
+    engine = Engine(model, context=200, cache_tokens=240)
     first = engine.submit([1] * 60, max_new_tokens=130)
     others = [engine.submit([2, number], max_new_tokens=100) for number in range(6)]
     for _ in range(130):
