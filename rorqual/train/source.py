@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
-from rorqual import parallel, runtime
 from rorqual.data import chats
 from rorqual.data.corpus import open_corpus
 from rorqual.data.needle_config import NeedleConfig
@@ -19,6 +19,7 @@ from rorqual.data.stream import IGNORED, Stream, TokenFolder, tokenise, validati
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.model_config import ModelConfig
+from rorqual.train import run_folder
 from rorqual.train.config import BYTE_VOCAB_SIZE, DataConfig, TrainConfig
 from rorqual.train.scores import needle_accuracy, sample_continuation, validate
 
@@ -163,7 +164,10 @@ def open_source(config: TrainConfig) -> Source:
     else:
         data = config.data
         if config.init_from is not None and data.tokenizer is None:
-            data = configs.replace(data, "tokenizer", config.init_from)
+            # A run that is resumed does not need the other one any more.
+            resumed = run_folder.resumes(Path(config.folder))
+            run = Path(config.folder) if resumed else checkpoint.run_of(config.init_from)
+            data = configs.replace(data, "tokenizer", str(run))
         data = _data_for(data, limit)
         # Rank 0 runs first: the others find its files in the cache.
         source = parallel.first(lambda: prepare(data))

@@ -227,13 +227,13 @@ def test_batches_of_chats_have_labels_at_the_answers_alone(tmp_path) -> None:
     for row in range(3):
         ids, labels, owners = (batch[name][row] for name in ("ids", "labels", "document_ids"))
         for owner in owners.unique():
-            part, got = ids[owners == owner].tolist(), labels[owners == owner].tolist()
+            piece, got = ids[owners == owner].tolist(), labels[owners == owner].tolist()
             # A window may hold only a part of a chat.
             (wanted,) = {
-                tuple(wanted[n : n + len(part)])
+                tuple(wanted[n : n + len(piece)])
                 for key, wanted in expected.items()
-                for n in range(len(key) - len(part) + 1)
-                if list(key[n : n + len(part)]) == part
+                for n in range(len(key) - len(piece) + 1)
+                if list(key[n : n + len(piece)]) == piece
             } or {()}
             assert got == list(wanted)
             compared += sum(label != IGNORED for label in got)
