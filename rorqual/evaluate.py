@@ -9,7 +9,7 @@ window is read in windows.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,73 +86,73 @@ def score(
         raise ValueError(
             f"got seq_len={seq_len} and batch_size={batch_size}, expected at least 1 of each"
         )
-    clock, counted = runtime.Clock(), Counted(chats.answers_size if as_chats else _size)
-    encoder = chats.ChatEncoder(tokenizer) if as_chats else None
-    if encoder is not None:
-        documents = filter(encoder.takes, documents)
+    clock = runtime.Clock()
+    encoded = Encoded(tokenizer, chats.ChatEncoder(tokenizer) if as_chats else None)
     nats = tokens = 0.0
-    documents = counted.over(documents)
-    for ids, labels, owners in pack(
-        documents, tokenizer, seq_len=seq_len, batch_size=batch_size, chat_encoder=encoder
-    ):
+    packed = pack(encoded.of(documents), tokenizer, seq_len=seq_len, batch_size=batch_size)
+    for ids, labels, owners in packed:
         nats += nats_of(model, ids, labels, owners)
         tokens += int((labels != IGNORED).sum())
-    if not counted.documents:
+    if encoded.spelled:
+        runtime.log(f"left out: {encoded.spelled:,} x {chats.SPELLED}")
+    if not encoded.documents:
         raise ValueError(
             "got no document to evaluate on, expected at least one "
             "(try --split all, or a larger corpus)"
         )
     return Score(
         nats_per_token=nats / tokens,
-        bits_per_byte=nats / math.log(2) / max(counted.bytes, 1),
+        bits_per_byte=nats / math.log(2) / max(encoded.bytes, 1),
         perplexity=math.exp(min(nats / tokens, 700.0)),
         tokens=int(tokens),
-        bytes=counted.bytes,
-        documents=counted.documents,
+        bytes=encoded.bytes,
+        documents=encoded.documents,
         tokens_per_second=tokens / max(clock.seconds, 1e-9),
     )
 
 
 @dataclass(slots=True)
-class Counted:
-    """Counts the documents and bytes that pass through it."""
+class Encoded:
+    """Encodes documents, chats if there is a `chat_encoder`, and counts them and their bytes."""
 
-    size_of: Callable[[str], int]
+    tokenizer: Tokenizer
+    chat_encoder: chats.ChatEncoder | None = None
     documents: int = 0
     bytes: int = 0
+    spelled: int = 0  # chats that are left out, since they spell a special token
 
-    def over(self, documents: Iterable[str]) -> Iterator[str]:
+    def of(self, documents: Iterable[str]) -> Iterator[tuple[list[int], list[bool]]]:
+        """Yields the ids of each document and which of them are targets."""
         for document in documents:
+            if self.chat_encoder is None:
+                ids, size = self.tokenizer.encode(document), len(document.encode())
+                encoded = ids, [True] * len(ids)
+            else:
+                (chat,) = self.chat_encoder.encode_batch([document])
+                if chat is None:
+                    self.spelled += 1
+                    continue
+                encoded, size = chat, chats.answers_size(document)
             self.documents += 1
-            self.bytes += self.size_of(document)
-            yield document
-
-
-def _size(document: str) -> int:
-    return len(document.encode())
+            self.bytes += size
+            yield encoded
 
 
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[tuple[list[int], list[bool]]],
     tokenizer: Tokenizer,
     *,
     seq_len: int,
     batch_size: int,
-    chat_encoder: chats.ChatEncoder | None = None,
 ) -> Iterator[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Int[Tensor, "B T"]]]:
     """Yields (ids, labels, document_ids), each [at most batch_size, seq_len].
 
-    The last sequence ends in padding, which is no target. With `chat_encoder` the documents are
-    chats.
+    A document is its ids and which of them are targets. The last sequence ends in padding, which
+    is no target.
     """
     line: list[tuple[int, int, int]] = []  # id, label, document
     batch: list[list[tuple[int, int, int]]] = []
-    for number, document in enumerate(documents):
-        if chat_encoder is not None:
-            ids, targets = chat_encoder.encode(document)
-        else:
-            ids = tokenizer.encode(document)
-            targets = [True] * len(ids)
+    for number, (ids, targets) in enumerate(documents):
         labels = [i if target else IGNORED for i, target in zip(ids, targets, strict=True)]
         ids, labels = [tokenizer.begin_id, *ids], [*labels, tokenizer.end_id]
         line += [(token, label, number) for token, label in zip(ids, labels, strict=True)]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual import evaluate
+from rorqual.data import chats
 from rorqual.data.corpus import open_corpus, split
 from rorqual.data.stream import tokenise
 from rorqual.data.tokenizer import train
@@ -94,8 +95,9 @@ def test_production_models_are_scored_document_by_document(production, tokenizer
 )
 def test_every_token_is_foretold_once(tokenizer, texts, seq_len, batch_size):
     given_ids, labels, owners = [], [], []
+    encoded = evaluate.Encoded(tokenizer).of(texts)
     for ids, targets, document_ids in evaluate.pack(
-        texts, tokenizer, seq_len=seq_len, batch_size=batch_size
+        encoded, tokenizer, seq_len=seq_len, batch_size=batch_size
     ):
         assert ids.shape == targets.shape == document_ids.shape
         assert ids.shape[1] == seq_len
@@ -108,6 +110,21 @@ def test_every_token_is_foretold_once(tokenizer, texts, seq_len, batch_size):
     assert given_ids == [token for ids in whole for token in ids[:-1]]
     assert labels == [token for ids in whole for token in ids[1:]]
     assert owners == [number for number, ids in enumerate(whole) for _ in ids[:-1]]
+
+
+def test_of_chats_the_answers_count_and_one_that_spells_a_token_is_counted(
+    model, tokenizer, capsys
+):
+    answers = ["In the sea.", "a <|end|> b", "Everywhere \u00e9."]
+    question = {"role": "user", "content": "Where do whales live?"}
+    documents = [
+        chats.document([question, {"role": "assistant", "content": text}]) for text in answers
+    ]
+    result = evaluate.score(model, tokenizer, documents, as_chats=True)
+    whole = evaluate.score(model, tokenizer, documents[::2], as_chats=True)
+    assert replace(result, tokens_per_second=0) == replace(whole, tokens_per_second=0)
+    assert (result.documents, result.bytes) == (2, sum(len(a.encode()) for a in answers[::2]))
+    assert "left out: 1 x a chat that spells a special token" in capsys.readouterr().err
 
 
 def test_texts_of_a_file_by_side(tmp_path):

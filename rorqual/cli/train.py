@@ -280,7 +280,7 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
 class Params:
     """Prints parameters, FLOPs a token and cache bytes a token of models side by side.
 
-    A model is a preset, a run folder, or a published folder.
+    A model is a preset, a run folder, a published folder, or a config.json.
 
     rorqual params moe-27b engram-27b --context 32768
     rorqual params tiny --model.engram.layers 1

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import tokenizers
 
 COLUMN = "messages"  # a column of this name holds chats
+SPELLED = "a chat that spells a special token"  # which `ChatEncoder` leaves out
 ROLES = ("system", "user", "assistant")
 TEMPLATE = """{%- if tools %}{{ raise_exception('this model was trained on chats without tools') }}\
 {% endif -%}
@@ -86,11 +87,6 @@ def plain(document: str) -> str:
     return "\n\n".join(f"{one['role']}\n{one['content'].strip()}" for one in messages_of(document))
 
 
-def contents(document: str) -> str:
-    """Returns the contents of the messages, a line each."""
-    return "\n".join(one["content"] for one in messages_of(document))
-
-
 def answers_size(document: str) -> int:
     """Returns the UTF-8 bytes of the assistant's contents."""
     answers = (one["content"] for one in messages_of(document) if one["role"] == "assistant")
@@ -101,43 +97,62 @@ class ChatEncoder:
     """Encodes documents of chats, as `apply_chat_template` of TEMPLATE and the tokenizer would."""
 
     def __init__(self, tokenizer: HasSpecialTokens) -> None:
+        """ValueError for a tokenizer that does not read its begin and end in a text."""
         # A copy, in which the text of a special token is the token.
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False
         self.begin_id, self.end_id = tokenizer.begin_id, tokenizer.end_id
         self.begin_token = str(self.backend.id_to_token(self.begin_id))
         self.end_token = str(self.backend.id_to_token(self.end_id))
-
-    def takes(self, document: str) -> bool:
-        """Whether a document can be encoded."""
-        try:
-            return bool(self.encode(document))
-        except ValueError:
-            return False
+        added = self.backend.get_added_tokens_decoder().items()
+        self.special_ids = {i for i, token in added if token.special} | {self.begin_id, self.end_id}
+        ids = self.backend.encode(self.begin_token + self.end_token, add_special_tokens=False).ids
+        if ids != [self.begin_id, self.end_id]:
+            raise ValueError(
+                f"tokenizer: got one that reads {self.begin_token}{self.end_token} as {len(ids)} "
+                "other ids, expected one whose begin and end are special tokens, which chats need"
+            )
 
     def encode(self, document: str) -> tuple[list[int], list[bool]]:
         """Returns the ids between a document's begin and its end, and which of them are targets.
 
         The end itself is always a target. ValueError for a chat that spells a special token, which
-        would end a message in the middle, and for a tokenizer that does not read its special
-        tokens in a text.
+        would end a message in the middle.
         """
+        (encoded,) = self.encode_batch([document])
+        if encoded is None:
+            raise ValueError(SPELLED)
+        return encoded
+
+    def encode_batch(self, documents: Sequence[str]) -> list[tuple[list[int], list[bool]] | None]:
+        """Encodes each document on all cores; None stands for one that `encode` refuses."""
+        chats = [messages_of(document) for document in documents]
+        texts = [self._text(messages) for messages in chats]
+        encodings = self.backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
+        return [
+            self._encoded(encoding, len(messages), spans)
+            for encoding, messages, (_, spans) in zip(encodings, chats, texts, strict=True)
+        ]
+
+    def _text(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+        """Returns the text of a chat, and where its targets begin and end in it."""
         text, spans = self.begin_token, []
-        for message in messages_of(document):
+        for message in messages:
             content = message["content"].strip()
             header = f"{message['role']}\n"
             if message["role"] == "assistant":
                 first = len(text) + len(header)
                 spans.append((first, first + len(content) + len(self.end_token)))
             text += header + content + self.end_token
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        return text, spans
+
+    def _encoded(
+        self, encoding: tokenizers.Encoding, messages: int, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[bool]] | None:
         ids = encoding.ids
-        special = sum(i in (self.begin_id, self.end_id) for i in ids)
-        if special != 1 + len(messages_of(document)) or (ids[0], ids[-1]) != (
-            self.begin_id,
-            self.end_id,
-        ):
-            raise ValueError("a chat that spells a special token")
+        special = [i for i in ids if i in self.special_ids]
+        if special != [self.begin_id, *[self.end_id] * messages]:
+            return None
         # Offsets may leave white space out of a token; where it ends is where its text does.
         targets, span = [], 0
         for _, stop in encoding.offsets:

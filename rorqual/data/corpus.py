@@ -3,7 +3,8 @@
     clean       UTF-8 with "\\n" line ends, no bytes that text never holds,
                 at most `longest` bytes, else cut
     alike       Jaccard(A, B) = |A and B| / |A or B| >= threshold, of the sets of 5-letter pieces;
-                the first of two stays
+                the first of two stays; of chats, which may share a long system message, only
+                exact copies are alike
     side        validation where place(text) < 2%, place = hash of the text alone, in [0, 1);
                 the pieces of a text that was cut go with the first; where that leaves a side
                 empty, the smallest place alone validates
@@ -68,8 +69,8 @@ def open_corpus(
     Reads nothing yet but a folder's names or a dataset's header. column: of a jsonl file, parquet
     file or dataset. limit: how many documents at most. longest: bytes of one document.
     duplicate_threshold: drop a document whose Jaccard similarity with an earlier one reaches this;
-    None drops exact copies alone. ValueError for a source that does not exist, and for numbers out
-    of range.
+    None drops exact copies alone, as does a column of chats. ValueError for a source that does not
+    exist, and for numbers out of range.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"got limit {limit}, expected at least 1 document")
@@ -144,13 +145,8 @@ class Corpus:
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.chats = column == chats.COLUMN
-        self._source, self._column, self._limit, self._longest, self._duplicate_threshold = (
-            source,
-            column,
-            limit,
-            longest,
-            duplicate_threshold,
-        )
+        self._source, self._column, self._limit, self._longest = source, column, limit, longest
+        self._duplicate_threshold = None if self.chats else duplicate_threshold
         # The reason why a text is a copy, by the text's number; None until a whole pass is done.
         self._copies: dict[int, str] | None = None
 
@@ -238,8 +234,6 @@ class Corpus:
         The first pass fills `copies`; later passes use it as it is.
         """
         have_copies = self._copies is not None
-        # The JSON around the contents of chats is the same in all of them.
-        compared = chats.contents if self.chats else str
         seen: set[bytes] = set()
         index = rensa.RMinHashDeduplicator(
             threshold=self._duplicate_threshold or 1.0, num_perm=_MINIMA, use_lsh=True
@@ -251,7 +245,7 @@ class Corpus:
                     copies[number] = "duplicate"
                 elif (
                     self._duplicate_threshold is not None
-                    and not index.add_pairs([(str(number), _pieces(compared(text)))])[0]
+                    and not index.add_pairs([(str(number), _pieces(text))])[0]
                 ):
                     copies[number] = "near-duplicate"
                 seen.add(mark)

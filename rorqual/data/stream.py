@@ -57,7 +57,7 @@ class Tokens:
         targets   bool [tokens], or None where every id is a target
         starts    int64 [documents + 1]
         sizes     int64 [documents], UTF-8 bytes of the text, of a chat's answers
-        digest    of ids and starts
+        digest    of ids, targets and starts
     """
 
     ids: np.ndarray
@@ -185,10 +185,11 @@ def _write(
             progress(done)
     sides = {side: writer.close() for side, writer in writers.items()}
     if not all(side["documents"] for side in sides.values()):
+        count = sum(side["documents"] for side in sides.values())
+        got = "one document" if count == 1 else f"{count} documents, none on one side of the split"
         why = "".join(f" ({count} x {reason})" for reason, count in corpus.skipped.most_common(1))
         raise ValueError(
-            f"{corpus.name}: got one document, expected at least two{why}, "
-            "one of them to validate on"
+            f"{corpus.name}: got {got}, expected at least two{why}, one of them to validate on"
         )
     about = {
         "name": corpus.name,
@@ -216,13 +217,19 @@ def _write_chats(
     corpus: Corpus,
 ) -> None:
     """Writes ids and targets of chats; those that cannot be encoded are counted as skipped."""
-    for side, text in texts:
-        try:
-            ids, targets = encoder.encode(text)
-        except ValueError as error:
-            corpus.skip(str(error), text[:60])
+    mine: dict[Side, list[tuple[str, list[int], list[bool]]]] = {side: [] for side in writers}
+    encoded = encoder.encode_batch([text for _, text in texts])
+    for (side, text), one in zip(texts, encoded, strict=True):
+        if one is None:
+            corpus.skip(chats.SPELLED, text[:60])
         else:
-            writers[side].add([ids], [chats.answers_size(text)], [targets])
+            mine[side].append((text, *one))
+    for side, writer in writers.items():
+        writer.add(
+            [ids for _, ids, _ in mine[side]],
+            [chats.answers_size(text) for text, _, _ in mine[side]],
+            [targets for _, _, targets in mine[side]],
+        )
 
 
 def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
@@ -424,7 +431,9 @@ class Stream:
         files, document_ids = self._read(places + np.arange(self.seq_len + 1))
         self._row += self.batch_size * self.world
         ids = self.tokens.ids[files].astype(np.int64)
-        return _batch(ids[:, :-1], _labels(self.tokens, files, document_ids), document_ids[:, :-1])
+        return _batch(
+            ids[:, :-1], _labels(self.tokens, ids, files, document_ids), document_ids[:, :-1]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the stream as JSON values."""
@@ -511,17 +520,19 @@ def validation_batches(
         files, ranks = order.find(np.where(there, columns, 0))
         ids = np.where(there, tokens.ids[files], tokens.end_id).astype(np.int64)
         document_ids = np.where(there, order.documents[ranks], -1)
-        labels = np.where(there[:, :-1], _labels(tokens, files, document_ids), IGNORED)
+        labels = np.where(there[:, :-1], _labels(tokens, ids, files, document_ids), IGNORED)
         yield _batch(ids[:, :-1], labels, document_ids[:, :-1])
 
 
-def _labels(tokens: Tokens, files: np.ndarray, document_ids: np.ndarray) -> np.ndarray:
+def _labels(
+    tokens: Tokens, ids: np.ndarray, files: np.ndarray, document_ids: np.ndarray
+) -> np.ndarray:
     """Returns the next id of the document for each id but the last, or the document's end.
 
-    An id that is no target is IGNORED. `files`, the places of the ids in the file, are
+    An id that is no target is IGNORED. `ids` and `files`, their places in the file, are
     [batch_size, seq_len + 1], labels [batch_size, seq_len].
     """
-    following = tokens.ids[files[:, 1:]].astype(np.int64)
+    following = ids[:, 1:]
     if tokens.targets is not None:
         following = np.where(tokens.targets[files[:, 1:]], following, IGNORED)
     return np.where(document_ids[:, 1:] == document_ids[:, :-1], following, tokens.end_id)

@@ -13,8 +13,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
 
 def has_progress(folder: Path) -> bool:
     """Whether a folder has a checkpoint or a model to resume from."""
-    saved = checkpoint.steps(folder / "checkpoints")
-    return bool(saved) or (folder / "model.safetensors").is_file()
+    return resumes(folder) or (folder / "model.safetensors").is_file()
+
+
+def resumes(folder: Path) -> bool:
+    """Whether training in a folder begins with one of its checkpoints."""
+    return bool(checkpoint.steps(folder / "checkpoints"))
 
 
 def finished(config: TrainConfig) -> bool:
@@ -104,18 +109,22 @@ def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
 
 def _flat_options(config: TrainConfig) -> dict[str, Any]:
     """Returns the values of the fixed options by their dotted names."""
+    options = flat({name: configs.to_dict(getattr(config, name)) for name in FIXED})
+    options.pop("data.cache")
+    return options | {"init_from": _absolute(config.init_from)}
 
-    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, field in value.items():
-                yield from flat(field, f"{name}.{key}")
-        elif name != "data.cache":
-            yield name, value
 
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dictionaries by their dotted names."""
     options: dict[str, Any] = {}
-    for name in FIXED:
-        options.update(flat(configs.to_dict(getattr(config, name)), name))
+    for name, field in value.items():
+        inner = isinstance(field, Mapping)
+        options |= flat(field, f"{prefix}{name}.") if inner else {f"{prefix}{name}": field}
     return options
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
 
 
 def refuse_folder_of_runs(folder: Path) -> None:
@@ -156,7 +165,8 @@ def start_run(folder: Path, config: TrainConfig) -> None:
     if not progress or not same_sample:
         shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
     (folder / checkpoint.UNDER_WAY).touch()
-    configs.save(config, folder / CONFIG)
+    # The run may be resumed from another working directory.
+    configs.save(replace(config, init_from=_absolute(config.init_from)), folder / CONFIG)
 
 
 @contextmanager

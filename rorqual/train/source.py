@@ -9,16 +9,17 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
-from rorqual import parallel, runtime
 from rorqual.data import chats
 from rorqual.data.corpus import open_corpus
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.data.needles import QUESTION, NeedleStream, exams
-from rorqual.data.stream import Stream, TokenFolder, tokenise, validation_batches
+from rorqual.data.stream import IGNORED, Stream, TokenFolder, tokenise, validation_batches
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.model_config import ModelConfig
+from rorqual.train import run_folder
 from rorqual.train.config import BYTE_VOCAB_SIZE, DataConfig, TrainConfig
 from rorqual.train.scores import needle_accuracy, sample_continuation, validate
 
@@ -59,7 +60,8 @@ class TextSource(NamedTuple):
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the loss over all held-out documents, or over a sample that never changes."""
         held_out = self.tokens.validation
-        bytes_per_token = held_out.bytes / held_out.labels
+        # Answers of chats may all be empty.
+        bytes_per_token = max(held_out.bytes, 1) / held_out.labels
         batches = self._validation_batches(config, whole)
         return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
 
@@ -69,10 +71,15 @@ class TextSource(NamedTuple):
         batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
         tokens_per_batch = config.batch_size * config.seq_len
         if config.validation_tokens is not None:
-            return islice(batches, -(-config.validation_tokens // tokens_per_batch))
-        if whole:
+            count = -(-config.validation_tokens // tokens_per_batch)
+        elif whole:
             return batches
-        return islice(batches, max(1, int(SAMPLE_SHARE * config.steps)))
+        else:
+            count = max(1, int(SAMPLE_SHARE * config.steps))
+        # Of chats the first batches, of all ranks together, may have no label.
+        joint = validation_batches(self.tokens.validation, config.batch_size, config.seq_len)
+        labelled = next(n for n, one in enumerate(joint, 1) if (one["labels"] != IGNORED).any())
+        return islice(batches, max(count, labelled))
 
     def sample(self, model: nn.Module, config: TrainConfig, tokens: int) -> dict[str, str]:
         """Continues the beginning of a held-out document; returns "prompt" and "sample"."""
@@ -157,7 +164,10 @@ def open_source(config: TrainConfig) -> Source:
     else:
         data = config.data
         if config.init_from is not None and data.tokenizer is None:
-            data = configs.replace(data, "tokenizer", config.init_from)
+            # A run that is resumed does not need the other one any more.
+            resumed = run_folder.resumes(Path(config.folder))
+            run = Path(config.folder) if resumed else checkpoint.run_of(config.init_from)
+            data = configs.replace(data, "tokenizer", str(run))
         data = _data_for(data, limit)
         # Rank 0 runs first: the others find its files in the cache.
         source = parallel.first(lambda: prepare(data))
@@ -173,6 +183,9 @@ def open_source(config: TrainConfig) -> Source:
             f"expected a multiple of the {parallel.world()} ranks"
         )
     runtime.log(str(source))
+    if isinstance(source, TextSource) and (skipped := source.tokens.about["skipped"]):
+        counts = sorted(skipped.items(), key=lambda item: -item[1])
+        runtime.log("left out: " + ", ".join(f"{count:,} x {reason}" for reason, count in counts))
     _log_length(config, source)
     return source
 

@@ -80,6 +80,10 @@ class TrainStep:
         if not_finite:
             self.skip(step, "gradient" if not_finite == {"grad_norm"} else "loss")
             expert_counts = None
+        elif not grad_norm:
+            # A batch of chats without any label: no decay, no momentum, no loss.
+            self.skipped_in_a_row = 0
+            losses, expert_counts = {}, None
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step(rate)

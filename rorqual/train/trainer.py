@@ -17,6 +17,7 @@ import torch
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
 from rorqual.data.corpus import open_corpus
+from rorqual.data.tokenizer import Tokenizer
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.tables import Table, write_rows
@@ -27,6 +28,14 @@ from rorqual.train.optim import Optimizer
 from rorqual.train.scores import estimate_step_seconds
 from rorqual.train.source import Source, open_source
 from rorqual.train.step import Diverged, TrainStep
+
+# Options of a model that neither its weights' shapes nor what they compute once trained depend on.
+# The tokenizer sets the last two.
+TRAINING_ONLY = (
+    *("init_std", "moe.balance.", "moe.router.noise", "moba.full_from", "mtp.weight"),
+    *("dsa.dense", "dsa.warmup", "dsa.weight", "csa.warmup", "csa.weight"),
+    *("engram.pad_id", "engram.eos_id"),
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -82,37 +91,45 @@ def refuse(config: TrainConfig) -> None:
             f"placement: got {config.placement} for a model without Engram, "
             "expected device, or a model with rows: --model.engram default"
         )
-    if config.init_from is not None:
-        _refuse_init(config)
+    if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
+        _refuse_init(config, config.init_from)
     if config.needles is None:
         open_corpus(config.data.source, column=config.data.column, limit=config.data.limit)
     run_folder.refuse_folder_of_runs(Path(config.folder))
 
 
-def _refuse_init(config: TrainConfig) -> None:
-    """Raises ValueError where the weights of `init_from` are not those of such a model."""
-    run = config.init_from
-    assert run is not None
+def _refuse_init(config: TrainConfig, run: str) -> None:
+    """Raises ValueError where the weights of `run` are not those of such a model and tokenizer."""
     if config.placement != "device":
         raise ValueError(
             f"init_from: got {run!r} with rows on {config.placement}, expected --placement device"
         )
-    if Path(run).resolve() == Path(config.folder).resolve():
+    base = checkpoint.run_of(run)
+    if base.resolve() == Path(config.folder).resolve():
         raise ValueError(f"init_from: got {run!r}, expected another folder than the run's")
-    if not (Path(run) / "config.json").is_file():
+    if not (base / "config.json").is_file():
         raise ValueError(f"init_from: got {run!r}, expected a run folder with config.json")
-    theirs = configs.to_dict(checkpoint.read_config(checkpoint.run_of(run)))
-    ours = configs.to_dict(config.model)
-    for both in (theirs, ours):
-        # set by the tokenizer
-        for name in ("pad_id", "eos_id"):
-            (both.get("engram") or {}).pop(name, None)
-    wrong = [name for name in ours if ours[name] != theirs.get(name)]
+    theirs, ours = (
+        run_folder.flat(configs.to_dict(model))
+        for model in (checkpoint.read_config(base), config.model)
+    )
+    wrong = [
+        name
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name) and not name.startswith(TRAINING_ONLY)
+    ]
     if wrong:
         raise ValueError(
-            f"init_from: got {run!r}, whose model has another {', '.join(wrong)}; expected the "
-            f"model's: rorqual train {run} --init-from {run} --folder NEW ..."
+            f"init_from: got {run!r}, whose model has another {', '.join(sorted(wrong)[:4])}; "
+            f"expected the model's: rorqual train {base} --init-from {run} --folder NEW ..."
         )
+    if config.needles is None and config.data.tokenizer is not None:
+        texts = (Tokenizer.load(path).templated() for path in (config.data.tokenizer, base))
+        if len({tokenizer.to_str() for tokenizer in texts}) > 1:
+            raise ValueError(
+                f"data.tokenizer: got {config.data.tokenizer!r} with weights of {run!r}, expected "
+                "its tokenizer, which is taken without --data.tokenizer"
+            )
 
 
 def _train(
@@ -184,12 +201,30 @@ def _build_model(
         shape = configs.replace(shape, "engram.pad_id", source.pad_id)
     tables = _build_tables(config, shape, open_tables)
     model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables)
-    if config.init_from is not None:
+    if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         model.load_state_dict(checkpoint.load_model(config.init_from).state_dict())
+        _log_warmup(config)
     model = model.to(device)
     if parallel.world() > 1:
         parallel.shard(model)
     return model
+
+
+def _log_warmup(config: TrainConfig) -> None:
+    """Logs that the indexers of trained weights warm up again, where they do."""
+    indexer = config.model.indexer
+    if indexer is None:
+        return
+    section = "csa" if indexer is config.model.csa else "dsa"
+    phases = {name: getattr(indexer, name, 0) for name in ("dense", "warmup")}
+    options = " ".join(f"--model.{section}.{name} 0" for name, steps in phases.items() if steps)
+    if options:
+        alone = " and alone are trained" if config.indexer_alone and phases["warmup"] else ""
+        runtime.log(
+            f"the indexers of {config.init_from} warm up again{alone}, until step "
+            f"{sum(phases.values()):,} of {config.steps:,}: {options} trains on as they are",
+            style="bold",
+        )
 
 
 def _build_tables(

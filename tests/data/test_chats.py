@@ -106,6 +106,29 @@ def test_a_content_that_spells_a_special_token_is_refused(tokenizer, ours) -> No
             ours.encode(document(chat))
 
 
+def test_any_special_token_that_a_content_spells_is_refused() -> None:
+    """Encoded as text they would be, so a chat with one would have ids that no text has."""
+    words = trained()
+    words.backend.add_special_tokens(["<pad>"])
+    encoder = ChatEncoder(Tokenizer(words.backend, words.settings))
+    good, bad = (
+        document([{"role": "assistant", "content": text}]) for text in ("a pad", "a <pad> b")
+    )
+    (encoded, refused) = encoder.encode_batch([good, bad])
+    assert encoded == encoder.encode(good)
+    assert refused is None
+
+
+def test_a_tokenizer_whose_end_is_plain_text_is_refused() -> None:
+    words = trained()
+    words.end_id = words.backend.token_to_id("a")
+    words.backend.add_tokens(["ab"])
+    assert ChatEncoder(words).end_token == "a"
+    words.end_id = words.backend.token_to_id("\u0120")  # a space, as ByteLevel writes it
+    with pytest.raises(ValueError, match="expected one whose begin and end are special tokens"):
+        ChatEncoder(words)
+
+
 def test_tools_are_refused_by_the_template(theirs) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     with pytest.raises(Exception, match="without tools"):
@@ -200,10 +223,21 @@ def test_batches_of_chats_have_labels_at_the_answers_alone(tmp_path) -> None:
         assert side.labels == sum(label != IGNORED for label in labels)
     assert seen == 41
     batch = next(Stream(folder.train, 3, 32, seed=1))
-    whole = batch["ids"][0, 1:], batch["labels"][0, :-1], batch["document_ids"][0]
-    for following, label, here, after in zip(*whole[:2], whole[2], whole[2][1:], strict=False):
-        expected_label = following if here == after else words.end_id
-        assert label in (IGNORED, expected_label)
+    compared = 0
+    for row in range(3):
+        ids, labels, owners = (batch[name][row] for name in ("ids", "labels", "document_ids"))
+        for owner in owners.unique():
+            piece, got = ids[owners == owner].tolist(), labels[owners == owner].tolist()
+            # A window may hold only a part of a chat.
+            (wanted,) = {
+                tuple(wanted[n : n + len(piece)])
+                for key, wanted in expected.items()
+                for n in range(len(key) - len(piece) + 1)
+                if list(key[n : n + len(piece)]) == piece
+            } or {()}
+            assert got == list(wanted)
+            compared += sum(label != IGNORED for label in got)
+    assert compared > 20
 
 
 def test_bytes_are_those_of_the_answers(tmp_path) -> None:
@@ -219,6 +253,24 @@ def test_a_chat_that_spells_the_end_is_counted(tmp_path) -> None:
     folder = tokenise(open_corpus(str(file), column="messages"), trained(), tmp_path / "tokens")
     assert folder.about["skipped"] == {"a chat that spells a special token": 1}
     assert folder.train.documents + folder.validation.documents == 9
+
+
+def test_chats_of_one_side_alone_say_how_many_there_were(tmp_path) -> None:
+    bad = [[{"role": "assistant", "content": f"{n} <|end|>"}] for n in range(300)]
+    file = write(tmp_path / "chats.jsonl", *bad)
+    with pytest.raises(ValueError, match=r"got 0 documents, .*\(300 x a chat that spells"):
+        tokenise(open_corpus(str(file), column="messages"), trained(), tmp_path / "tokens")
+
+
+def test_chats_with_one_system_message_are_no_copies(tmp_path) -> None:
+    system = {"role": "system", "content": "You answer in few words and in plain English. " * 30}
+    records = [[system, *record] for record in numbered(20)]
+    file = write(tmp_path / "chats.jsonl", *records, records[3])
+    corpus = open_corpus(str(file), column="messages")
+    assert [chats.messages_of(text) for text in corpus.documents()] == [
+        read(record) for record in records
+    ]
+    assert dict(corpus.skipped) == {"duplicate": 1}
 
 
 def test_short_chats_are_no_copies_for_what_all_of_them_have(tmp_path) -> None:

@@ -462,3 +462,25 @@ def test_too_many_skipped_steps_in_a_row_raise(small):
     ):
         run(step, small.stream())
     assert (step.skipped, step.skipped_in_a_row) == (5, 3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_batch_without_any_label_changes_nothing(small, kind):
+    """As one of chats may be: no loss is measured, and neither decay nor momentum moves weights."""
+    step, stream = small.step(kind=kind), small.stream()
+    run(step, stream, 1, 2)
+    before, optimizer = state_of(step), step.optimizer.state_dict()
+    optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}
+    batch = next(stream)
+    result = step(batch | {"labels": torch.full_like(batch["labels"], -100)}, 3)
+    assert not result.means and result.expert_counts is None
+    assert float(result.values["grad_norm"]) == 0
+    for parameter in step.optimizer.parameters.values():
+        gradient = parameter.grad
+        assert gradient is None or not gradient.to_dense().any()
+    assert step.skipped == 0
+    for name, tensor in state_of(step).items():
+        assert torch.equal(before[name], tensor), name
+    for name, tensor in step.optimizer.state_dict().items():
+        assert torch.equal(optimizer[name], tensor), name
+    assert 0 < float(step(next(stream), 4).means["loss"]) < 6

@@ -23,7 +23,9 @@ from rorqual.data.needle_config import NeedleConfig
 from rorqual.data.needles import exams
 from rorqual.data.stream import validation_batches
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tokenizer import train as train_tokenizer
 from rorqual.layers.balance import BalanceConfig, max_violation
+from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel
@@ -788,7 +790,7 @@ def chats_file(path: Path) -> Path:
     return path
 
 
-def test_a_run_is_tuned_on_chats_and_answers_by_its_template(config, text, tmp_path):
+def test_a_run_is_tuned_on_chats_and_answers_by_its_template(config, tmp_path):
     """The weights begin as the first run's; the folder has the template that serving fills."""
     first = train(config)
     file = chats_file(tmp_path / "chats.jsonl")
@@ -800,11 +802,15 @@ def test_a_run_is_tuned_on_chats_and_answers_by_its_template(config, text, tmp_p
         seq_len=64,
         steps=2,
     )
-    step = []
-    folder = train(replace(tuned, optim=OptimConfig(lr=1e-30)), on_metrics=step.append)
-    before, after = (load_file(path / "model.safetensors") for path in (first, folder))
+    still = train(replace(tuned, folder=str(tmp_path / "still"), optim=OptimConfig(lr=1e-30)))
+    before, after = (load_file(path / "model.safetensors") for path in (first, still))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert not {name for name in moved if "e_score_correction_bias" not in name}
+    folder = train(replace(tuned, steps=12))
+    made = losses(folder)
+    assert len(made) == 12 and min(made) > 0
+    assert sum(made[-3:]) < sum(made[:3]) - 1
+    assert scores_of(folder) < scores_of(still) - 0.5
     run = load(folder, device="cpu")
     assert run.tokenizer.backend.to_str() == load(first, device="cpu").tokenizer.backend.to_str()
     messages = [{"role": "user", "content": "Where does whale 7 live?"}]
@@ -825,11 +831,74 @@ def scores_of(folder: Path) -> float:
 def test_weights_of_another_model_are_refused(config, tmp_path):
     first = train(replace(config, steps=1))
     other = replace(config, folder=str(tmp_path / "other"), init_from=str(first))
+    train_tokenizer(["a text of other words"] * 9, 270).save(tmp_path / "tokenizer")
     for wrong, message in (
         (replace(other, model=replace(other.model, dense_width=40)), "another dense_width"),
         (replace(other, init_from=str(tmp_path / "none")), "expected a run folder"),
-        (replace(other, folder=str(first), init_from=str(first), steps=2), "another folder"),
+        (replace(other, folder=str(first), steps=2), "init_from differ"),
         (replace(other, placement="host"), "expected --placement device"),
+        (
+            replace(other, data=replace(other.data, tokenizer=str(tmp_path / "tokenizer"))),
+            "expected its tokenizer",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(wrong)
+    shutil.rmtree(first / "checkpoints")
+    with pytest.raises(ValueError, match="another folder"):
+        train(replace(other, folder=str(first), steps=2))
+
+
+def test_a_tuned_run_is_resumed_without_the_run_it_began_with(config, tmp_path, monkeypatch):
+    """Nor does the folder matter from which a relative path was given."""
+    monkeypatch.chdir(tmp_path)
+    train(config)
+    tuned = replace(config, init_from="run", folder=str(tmp_path / "tuned"), steps=4, save_every=2)
+    straight = losses(train(replace(tuned, folder=str(tmp_path / "straight"))))
+    folder = train(replace(tuned, steps=2))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.rmtree(config.folder)
+    with pytest.raises(ValueError, match="init_from differ"):
+        train(tuned)
+    train(replace(tuned, init_from="../run"))
+    assert len(losses(folder)) == len(straight) == 4
+    with pytest.raises(ValueError, match="expected a run folder"):
+        train(replace(tuned, folder=str(tmp_path / "new")))
+
+
+def test_the_best_weights_of_a_run_are_trained_on(config, tmp_path):
+    first = train(replace(config, validate_every=2))
+    best = first / "checkpoints" / "best"
+    tuned = replace(config, init_from=str(best), folder=str(tmp_path / "tuned"), steps=1)
+    folder = train(replace(tuned, optim=OptimConfig(lr=1e-30)))
+    expected, after = load_model(best).state_dict(), load_model(folder).state_dict()
+    for name in expected.keys() - {n for n in expected if "e_score_correction_bias" in n}:
+        assert torch.equal(expected[name], after[name]), name
+    texts = {Tokenizer.load(path).backend.to_str() for path in (first, folder)}
+    assert len(texts) == 1
+
+
+def test_how_a_model_is_trained_on_may_differ_from_how_it_was(config, tmp_path, capsys):
+    """Its indexers warm up again, which the log says, unless their phases are set to 0."""
+    dsa = DSAConfig(heads=2, dim=16, top_k=4, warmup=2, dense=1)
+    model = replace(config.model, dsa=dsa, mtp=MTPConfig())
+    first = train(replace(config, model=model, steps=5, indexer_alone=True))
+    capsys.readouterr()
+    tuned = replace(config, model=model, init_from=str(first), indexer_alone=True, steps=1)
+    train(replace(tuned, folder=str(tmp_path / "again")))
+    message = " ".join(capsys.readouterr().err.split())
+    assert "warm up again and alone are trained, until step 3 of 1" in message
+    assert "--model.dsa.dense 0 --model.dsa.warmup 0 trains on as they are" in message
+    moe = replace(model.moe, balance=BalanceConfig(bias_rate=0.0), router=RouterConfig())
+    other = replace(
+        model, dsa=replace(dsa, warmup=0, dense=0), mtp=MTPConfig(weight=0.1), moe=moe, init_std=0.5
+    )
+    folder = train(replace(tuned, model=other, folder=str(tmp_path / "on")))
+    assert "warm up again" not in capsys.readouterr().err
+    before, after = (load_file(path / "model.safetensors") for path in (first, folder))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "head.weight" in moved and any(".indexer." in name for name in moved)
+    wrong = replace(tuned, model=replace(model, dsa=replace(dsa, top_k=8)))
+    with pytest.raises(ValueError, match=r"another dsa\.top_k"):
+        train(replace(wrong, folder=str(tmp_path / "wrong")))
