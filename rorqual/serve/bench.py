@@ -386,11 +386,9 @@ def measure(
 
 
 def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a request of the same size with another beginning: what is measured comes cold."""
-    prompt = body.get("prompt")
-    if isinstance(prompt, list):
-        return {**body, "prompt": prompt[::-1]}
-    return {**body, "prompt": f"warm {prompt}"} if isinstance(prompt, str) else dict(body)
+    """Returns a request of the same size; drawn ids are in another order, so that none is kept."""
+    ids = body.get("prompt")
+    return {**body, "prompt": ids[::-1]} if isinstance(ids, list) else dict(body)
 
 
 async def _measure(
