@@ -194,7 +194,7 @@ class Table(nn.Module):
         """
         return cls(rows, width, "disk", source=RecordFile(folder, rows, width, keep), **options)
 
-    def is_far(self, ids: Int[Tensor, "*B"]) -> bool:
+    def is_far(self, ids: Tensor) -> bool:
         """Returns whether the rows are in other memory than these ids, so that they are fetched."""
         return self.placement == "disk" or (self.placement == "host" and not ids.is_cpu)
 

@@ -178,6 +178,7 @@ def test_serve_passes_its_options_on(small_run: Path, monkeypatch: pytest.Monkey
         "cache_tokens": 9000,
         "prefill_chunk": 32,
         "prefix_cache": False,
+        "drafts": False,
         "max_waiting": 256,
         "timeout": 600.0,
     }

@@ -26,10 +26,10 @@ def test_a_shared_prefix_is_read_once():
     for prompt in prompts:
         (ids,) = engine.run([prompt], max_new_tokens=1)
         assert ids == alone(model_of("mla"), prompt, max_new_tokens=1)
-    # Four pages of 64 are shared.
-    assert read == [330, 340 - 256, 300 - 256, 310 - 256]
+    # Whole pages of 16 are shared, and the last token is always read.
+    assert read == [330, 340 - 288, 300 - 288, 310 - 288]
     stats = engine.stats()
-    assert (stats.prompt_tokens, stats.prefix_tokens) == (330 + 340 + 300 + 310, 3 * 256)
+    assert (stats.prompt_tokens, stats.prefix_tokens) == (330 + 340 + 300 + 310, 3 * 288)
 
 
 def test_of_prompts_that_come_together_the_shared_prefix_is_read_once():
@@ -37,7 +37,7 @@ def test_of_prompts_that_come_together_the_shared_prefix_is_read_once():
     engine, prompts = Engine(model), texts(0, [30, 40, 30, 10], shared=300)
     expected = [alone(model, prompt, max_new_tokens=4) for prompt in prompts]
     assert engine.run(prompts, max_new_tokens=4) == expected
-    assert engine.stats().prefix_tokens == 3 * 256
+    assert engine.stats().prefix_tokens == 3 * 288
 
 
 def test_keys_of_another_length_are_not_shared_where_frequencies_vary():
@@ -65,7 +65,7 @@ def test_the_last_token_is_always_read():
     engine = Engine(model)
     first, again = (engine.run([prompt], max_new_tokens=4)[0] for _ in range(2))
     assert first == again == alone(model, prompt, max_new_tokens=4)
-    assert engine.stats().prefix_tokens == 64
+    assert engine.stats().prefix_tokens == 112
 
 
 @settings(max_examples=50, deadline=None)
@@ -96,9 +96,9 @@ def test_prefixes_are_dropped_when_they_were_not_used_for_longest():
         assert length == 0
         model.hidden(torch.tensor([prompt]), cache=cache)
         prefixes.add(prompt, cache)
-    assert prefixes.pages == 9
+    assert prefixes.pages == 3 * 9
     assert prefixes.start(prompts[0])[1] == 128
-    prefixes.shrink(6)
+    prefixes.shrink(2 * 9)
     assert [prefixes.start(prompt)[1] for prompt in prompts] == [128, 0, 128, 0]
     prefixes.shrink(0)
     assert prefixes.pages == 0

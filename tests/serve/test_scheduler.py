@@ -226,7 +226,7 @@ def test_clients_that_hang_up_leave_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_tokens": 100}, "cache_tokens: got 100, expected at least 4160"),
+        ({"cache_tokens": 100}, "cache_tokens: got 100, expected at least 4112"),
         ({"prefill_chunk": 0}, "prefill_chunk: got 0, expected at least 1 token"),
         ({"max_batch_size": 0}, "expected at least 1 sequence"),
     ],

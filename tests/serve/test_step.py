@@ -128,6 +128,12 @@ def ready():
     kernel.Step.build()
 
 
+def run_on(threads: int, monkeypatch) -> None:
+    """Lets the step run on so many threads, and leaves torch the number it has."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
 def build(config: ModelConfig) -> LanguageModel:
     """Builds a model with router biases of both signs.
 
@@ -171,7 +177,7 @@ def steps(model, ids, prompt_length, capacity=4):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", SIZES)
 def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    run_on(threads, monkeypatch)
     model, ids = build(SIZES[name]), ids_of(30)
     assert fits(model)
     result, cache = steps(model, ids, 5)
@@ -192,7 +198,7 @@ def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_attend_between_compiled_parts(name, threads, poisoned, monkeypatch):
     """Logits are the model's, of sequences alone and of a batch of different lengths."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    run_on(threads, monkeypatch)
     model, ids = build(MODULES[name]), ids_of(30, 3)
     for lengths in ([5], [5, 17, 9]):
         cache, longest = model.new_cache(len(lengths)), max(lengths)
@@ -215,7 +221,7 @@ def test_sequences_of_different_lengths_get_what_each_gets_alone(
     name, threads, poisoned, monkeypatch
 ):
     """They get the same bits, but with Engram, whose products are torch's."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    run_on(threads, monkeypatch)
     model, ids, lengths = build(SIZES[name]), ids_of(75, 6), [61, 3, 60, 1, 64, 13]
     prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     caches = []
@@ -306,7 +312,7 @@ def test_three_hundred_steps_while_the_cache_grows_and_drops():
 
 
 def test_generations_in_several_threads_do_not_meet(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    run_on(2, monkeypatch)
     models = [build(BASE), build(SIZES["even sizes"]), build(SIZES["dense"])]
 
     def generated(model):
@@ -320,7 +326,7 @@ def test_generations_in_several_threads_do_not_meet(monkeypatch):
 @torch.inference_mode()
 @pytest.mark.parametrize("asked", [1, 2])
 def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    run_on(3, monkeypatch)
     model, ids = build(BASE), ids_of(9)
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
