@@ -95,8 +95,9 @@ def test_ids_are_those_of_a_request_alone(case, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "share"), [*((case, 0.5) for case in CASES), ("mla", 0.0), ("v4 on streams", 1.0)]
+)
 def test_ids_are_those_of_a_request_alone_under_many_arrivals(case, share, monkeypatch):
     model = drafting(case, moe=MoEConfig(routed=6, active=2, width=16, first_dense=1))
     for seed, (shared, sampling) in enumerate(zip((0, 130), SAMPLINGS, strict=True)):
