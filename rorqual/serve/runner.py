@@ -131,12 +131,12 @@ class Runner:
         if drafter is not None and max(left):
             counts = [1 + min(drafter.depths, more) for more in left]
             # Where drafts would change the logits before them, there are none.
-            if not self.model.cache_is_outdated(cache, last, [max(counts)] * len(rows)):
+            if not self.model.cache_is_outdated(cache, last, [1 + drafter.depths] * len(rows)):
                 proposed = True
                 if not cache.announced:
                     self.model.announce(last, cache)
                 drafts = drafter.propose(rows, cache)
-                ids = torch.cat([last, drafts], 1)[:, : max(counts)]
+                ids = torch.cat([last, drafts], 1)
                 output = self._forward(rows, ids, counts, cache, drafts=drafts.tolist())
                 if not cache.tied:
                     return output, True

@@ -255,10 +255,11 @@ class Scheduler:
             start = request.sequence[:SHORT]
             if self._prefixes.keeps and start in starts:
                 continue
-            starts.add(start)
             if request.cache is None:
                 request.cache, request.cached = self._prefixes.start(request.sequence)
                 self._count(request, request.cached)
+            if (request.prefix or 0) < SHORT:
+                starts.add(start)
             count = request.tokens - request.cached
             # Where a selection was tied each call reads all tokens again: one call does.
             if not request.cache.tied:

@@ -174,6 +174,7 @@ SCRIPTS: dict[str, tuple[int, list[str]]] = {
     "broken": (500, ["Internal Server Error"]),
     "hang up": (200, [event("a"), "HANG UP"]),
     "slow": (200, [event("a"), "SLEEP", event("b", "stop") + DONE]),
+    "late": (200, [event("a"), *["SLEEP"] * 4, event("b", "stop") + DONE]),
 }  # fmt: skip
 
 
@@ -284,9 +285,9 @@ def test_every_failure_has_its_name_and_harms_no_other(fake) -> None:
         "full": ("429", "The queue is full"),
         "broken": ("500", "Internal Server Error"),
         "hang up": ("hung up", "incomplete|closed"),
-        "slow": ("timeout", "within 1 s"),
+        "late": ("timeout", "within 5 s"),
     }
-    outcomes, _ = measure(Server(fake.url), load("good", *names, "good", timeout=1.0))
+    outcomes, _ = measure(Server(fake.url), load("good", *names, "good", timeout=5.0))
     for outcome, (failure, message) in zip(outcomes[1:-1], names.values(), strict=True):
         assert outcome.failure == failure
         assert re.search(message, outcome.message), outcome
