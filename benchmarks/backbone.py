@@ -114,7 +114,8 @@ MODELS = {
 }
 LONGEST = 16384  # positions
 NEW = 64  # tokens decoded per round
-BATCH, TIME = 8, 256
+BATCH = 8
+TIME = 256
 
 Timed = Callable[[], float]  # seconds
 
@@ -155,7 +156,8 @@ def pair(
     theirs = cls.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, config.vocab_size, (2, 300))
     with torch.no_grad():
-        expected, result = theirs(ids).logits, ours(ids)
+        expected = theirs(ids).logits
+        result = ours(ids)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     return ours, theirs
 
@@ -188,7 +190,9 @@ def greedy(theirs: PreTrainedModel, ids: Tensor) -> tuple[list[int], float]:
     It is a bare loop, which is faster here than generate().
     """
     with torch.inference_mode():
-        cache, generated, began = DynamicCache(config=theirs.config), [], 0.0
+        cache = DynamicCache(config=theirs.config)
+        generated = []
+        began = 0.0
         for _ in range(NEW):
             logits = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
@@ -199,7 +203,8 @@ def greedy(theirs: PreTrainedModel, ids: Tensor) -> tuple[list[int], float]:
 
 def own_greedy(ours: LanguageModel, prompt: list[int]) -> tuple[list[int], float]:
     """Returns the same for our own loop."""
-    generated, began = [], 0.0
+    generated = []
+    began = 0.0
     for (token,) in decode(ours, [prompt], max_new_tokens=NEW):
         generated.append(token)
         began = began or time.perf_counter()
@@ -244,7 +249,8 @@ def training(
 ) -> tuple[Timed, dict[str, Timed]]:
     """Returns steps of copies of the models, so that the models keep their weights."""
     text = torch.randint(0, ours.config.vocab_size, (BATCH, TIME + 1))
-    ids, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    ids = text[:, :-1].contiguous()
+    labels = text[:, 1:].contiguous()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     one_forward, peer = (copy.deepcopy(model).to(dtype).train() for model in (ours, theirs))
     # transformers does not train the indexer; ours does in training mode alone.

@@ -21,7 +21,8 @@ from rorqual.layers.sparse import selected_attention
 from rorqual.model_config import EngramConfig, NSAConfig
 from rorqual.train.optim import row_adam, sum_rows
 
-BURSTS, CALLS = 3000, 50
+BURSTS = 3000
+CALLS = 50
 
 
 def nothing(*arguments: object) -> None:
@@ -48,10 +49,14 @@ def added(operation: kernels.Operation, arguments: tuple[object, ...]) -> float:
 def main() -> None:
     ours = Addresses(EngramConfig(), None, 50)
     exact = ours.canonical_map, ours.multipliers, ours.primes, ours.offsets
-    ids, stored = torch.randint(50, (1, 1)), torch.randint(50, (1, 90))
-    query, key = torch.randn(1, 1, 4, 8), torch.randn(1, 64, 2, 8)
-    index, positions = torch.zeros(1, 1, 2, 1, dtype=torch.long), torch.tensor([[63]])
-    rows, counts = torch.randn(9, 4), torch.zeros(9, dtype=torch.int32)
+    ids = torch.randint(50, (1, 1))
+    stored = torch.randint(50, (1, 90))
+    query = torch.randn(1, 1, 4, 8)
+    key = torch.randn(1, 64, 2, 8)
+    index = torch.zeros(1, 1, 2, 1, dtype=torch.long)
+    positions = torch.tensor([[63]])
+    rows = torch.randn(9, 4)
+    counts = torch.zeros(9, dtype=torch.int32)
     touched = torch.arange(9)
     calls = (
         (follow_rows, (ids, stored, 4, *exact, 7, None, {})),

@@ -44,7 +44,8 @@ def texts(steps: Any) -> Texts:
 def forwards(model: LanguageModel, prompts: Texts, count: int) -> Texts:
     """Decodes greedily with one forward pass per token and a cache, without the compiled step."""
     cache = model.new_cache(len(prompts), len(prompts[0]) + count)
-    ids, generated = torch.tensor(prompts), []
+    ids = torch.tensor(prompts)
+    generated = []
     for _ in range(count):
         logits = model.logits(model.hidden(ids, cache=cache, last=True)[0])
         ids = logits[:, -1:].argmax(-1)
@@ -57,14 +58,16 @@ def drafts(prompts: Texts, following: Texts, acceptance: float) -> Callable[...,
 
     Each draft is accepted with the probability `acceptance`.
     """
-    generator, propose = torch.Generator().manual_seed(0), Drafter.propose
+    generator = torch.Generator().manual_seed(0)
+    propose = Drafter.propose
     true = dict(zip(map(tuple, prompts), following, strict=True))
 
     def made(self: Drafter, requests: Sequence[Request], cache: Cache) -> Tensor:
         out = propose(self, requests, cache)
         rows = []
         for request in requests:
-            ids, first = true[request.prompt], len(request.ids)
+            ids = true[request.prompt]
+            first = len(request.ids)
             rows.append((ids + [0] * self.depths)[first : first + self.depths])
         right = torch.rand(out.shape, generator=generator) < acceptance
         return torch.where(right, torch.tensor(rows), (torch.tensor(rows) + 1) % self.vocab_size)

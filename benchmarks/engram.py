@@ -56,11 +56,9 @@ def per_head(ids: np.ndarray, addresses: Addresses) -> np.ndarray:
     It shifts and mixes the ids of every order, then takes the remainder.
     """
     canonical = addresses.canonical_map.numpy().astype(np.int64)[ids]
-    multipliers, primes, offsets = (
-        addresses.multipliers[0].numpy(),
-        addresses.primes[0].numpy(),
-        addresses.offsets[0].numpy(),
-    )
+    multipliers = addresses.multipliers[0].numpy()
+    primes = addresses.primes[0].numpy()
+    offsets = addresses.offsets[0].numpy()
     rows = np.empty((*ids.shape, len(offsets)), dtype=np.int64)
     mix = canonical * multipliers[0]
     for order, heads in enumerate(primes, start=1):
@@ -79,8 +77,10 @@ def config(rows: int, layers: tuple[int, ...] = (1,)) -> EngramConfig:
 
 
 def hashing(tokens: int, rows: int, rounds: int) -> dict[str, float]:
-    addresses, where = Addresses(config(rows), None, VOCAB_SIZE), context(1, tokens, CPU)
-    ids, threads = torch.randint(VOCAB_SIZE, (1, tokens)), torch.get_num_threads()
+    addresses = Addresses(config(rows), None, VOCAB_SIZE)
+    where = context(1, tokens, CPU)
+    ids = torch.randint(VOCAB_SIZE, (1, tokens))
+    threads = torch.get_num_threads()
     assert np.array_equal(addresses(ids, where)[0].numpy(), per_head(ids.numpy(), addresses)), (
         "they do not compute the same rows"
     )
@@ -107,10 +107,12 @@ def decoding(rows: int, rounds: int) -> dict[str, float]:
 
 def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Callable[[], object]]:
     addresses = Addresses(config(rows, layers), None, VOCAB_SIZE)
-    history, where = addresses.new_cache(32, 64, torch.float32, CPU), context(32, 1, CPU)
+    history = addresses.new_cache(32, 64, torch.float32, CPU)
+    where = context(32, 1, CPU)
     ids = torch.randint(VOCAB_SIZE, (32, 1))
     addresses(ids, where, history)
-    buffer, start = history.reserve(ids, 64), history.before
+    buffer = history.reserve(ids, 64)
+    start = history.before
     exact = (addresses.canonical_map, addresses.multipliers, addresses.primes, addresses.offsets)
     scratch = dict[str, Any]()
     return {
@@ -124,7 +126,8 @@ def decode_steps(rows: int, layers: tuple[int, ...], name: str) -> dict[str, Cal
 def looking_up(rows: int, width: int, tokens: int, rounds: int) -> dict[str, float]:
     table = Table(rows * 16, width)
     asked = torch.randint(rows * 16, (tokens, 16))
-    flat, out = asked.flatten(), torch.empty(asked.numel(), width)
+    flat = asked.flatten()
+    out = torch.empty(asked.numel(), width)
     steps = {
         "recall": lambda: table.prefetch(asked).wait(),
         "index_select": lambda: torch.index_select(table.weight, 0, flat, out=out),
@@ -133,7 +136,8 @@ def looking_up(rows: int, width: int, tokens: int, rounds: int) -> dict[str, flo
 
 
 def training(rows: int, width: int, touched: int, rounds: int) -> dict[str, float]:
-    index, values = torch.randint(0, rows, (touched,)), torch.randn(touched, width)
+    index = torch.randint(0, rows, (touched,))
+    values = torch.randn(touched, width)
     steps = {
         "sparse step": rows_benchmark.ours(rows, width, index, values),
         "dense fused AdamW": rows_benchmark.dense(rows, width),

@@ -140,7 +140,8 @@ def as_released(folder: Path, draw: random.Random) -> None:
     for name, value in tensors.items():
         if value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
             tensors[name] = value.bfloat16()
-    count, where = draw.choice([1, 3]), {}
+    count = draw.choice([1, 3])
+    where = {}
     if count > 1:
         (folder / "model.safetensors").unlink()
     for number in range(count):
@@ -232,7 +233,8 @@ def compare(name: str, seed: int, *, new: int = 16) -> Result:
     errors: dict[str, float] = {}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder, exported = Path(scratch, "theirs"), Path(scratch, "ours")
+        folder = Path(scratch, "theirs")
+        exported = Path(scratch, "ours")
         model.save_pretrained(folder)
         as_released(folder, draw)
         logits = write_expected(model, folder, ids, new, getattr(module, "METADATA", None))

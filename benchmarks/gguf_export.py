@@ -27,7 +27,8 @@ GATING = {
 
 def describe(writer: gguf.GGUFWriter, c: ModelConfig, context: int) -> None:
     """Writes the model's sizes; ValueError for models that cannot be exported."""
-    a, m = c.mla, c.moe
+    a = c.mla
+    m = c.moe
     plain = (
         c.rope.interleaved
         and c.rope.yarn is None
@@ -72,7 +73,8 @@ def words(writer: gguf.GGUFWriter, vocab_size: int) -> None:
 
 def tensors(block: Block) -> dict[str, Tensor]:
     """Returns one block's tensors, by llama.cpp's names."""
-    attention, ffn = cast(MLA, block.attention), block.ffn
+    attention = cast(MLA, block.attention)
+    ffn = block.ffn
     c = attention.config
     up, down = attention.kv_b_proj.weight.unflatten(0, (c.heads, -1)).split(
         [c.nope_dim, c.value_dim], dim=1
@@ -141,12 +143,10 @@ def greedy(
     llama.cpp's own seconds for all but the first. Its defaults hold, among them a cache in float16.
     """
     options = xllamacpp.CommonParams()
-    options.model.path, options.n_ctx, options.n_parallel, options.verbosity = (
-        str(path),
-        context,
-        1,
-        0,
-    )
+    options.model.path = str(path)
+    options.n_ctx = context
+    options.n_parallel = 1
+    options.verbosity = 0
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(options)
 

@@ -73,10 +73,8 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     configs |= {name: HyperConfig(streams=options.streams, **KINDS[name]) for name in options.kinds}
     steps = {}
     for name, config in configs.items():
-        block, hidden = (
-            Block(options.dim, options.time, config),
-            torch.randn(1, options.time, options.dim),
-        )
+        block = Block(options.dim, options.time, config)
+        hidden = torch.randn(1, options.time, options.dim)
         streams = expand(hidden, config).values.contiguous().requires_grad_()
         if options.eager:
             steps[f"{name}, eager"] = step(block, streams)
@@ -111,7 +109,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    steps, seconds = variants(options), {}
+    steps = variants(options)
+    seconds = {}
     for _ in range(options.rounds):
         for name, run in steps.items():
             started = time.perf_counter()

@@ -91,7 +91,11 @@ def main() -> None:
     options = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rorqual.checkpoint"])
-    rng, step, lost, mid_write, began = random.Random(options.seed), 0, 0, 0, time.perf_counter()
+    rng = random.Random(options.seed)
+    step = 0
+    lost = 0
+    mid_write = 0
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.kills):
             reported, during = one_kill(context, folder, step, rng)
@@ -99,7 +103,8 @@ def main() -> None:
             try:
                 step = check(folder, reported)
             except (AssertionError, ValueError) as error:
-                lost, step = lost + 1, reported
+                lost = lost + 1
+                step = reported
                 print(f"lost: {error}")
     seconds = time.perf_counter() - began
     result = {

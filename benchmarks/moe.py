@@ -91,7 +91,8 @@ def main() -> None:
     config = MoEConfig(
         routed=options.experts, active=options.active, width=options.width, router=RouterConfig()
     )
-    mine, hidden = MoE(config, options.dim), torch.randn(1, options.tokens, options.dim)
+    mine = MoE(config, options.dim)
+    hidden = torch.randn(1, options.tokens, options.dim)
     where = context(1, options.tokens, hidden.device)
     steps = {"rorqual": both_ways(lambda x: mine(x, where)[0], hidden)}
     steps |= {

@@ -99,7 +99,8 @@ def prepare_process() -> None:
 def copy_tree(folder: Path) -> None:
     """Copies the package and its tests, with the machine code that numba keeps beside them."""
     for name in COPIED:
-        source, target = ROOT / name, folder / name
+        source = ROOT / name
+        target = folder / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pyc"))
         else:

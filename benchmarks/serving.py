@@ -79,10 +79,12 @@ def chunks(model: LanguageModel) -> dict[str, float]:
         engine.step()
     plain = [backbone.timed(engine.step) * 1e3 for _ in range(30)]
     (prompt,) = draw(3000)
-    long, between = engine.submit(prompt, max_new_tokens=2), list[float]()
+    long = engine.submit(prompt, max_new_tokens=2)
+    between = list[float]()
     while not long.ids:
         between.append(backbone.timed(engine.step) * 1e3)
-    median, last = statistics.median(between), sorted(between)[int(0.99 * len(between))]
+    median = statistics.median(between)
+    last = sorted(between)[int(0.99 * len(between))]
     return {
         "median": median,
         "p99": last,

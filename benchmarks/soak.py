@@ -43,7 +43,9 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.bench import Load, Server, measure, random_prompts, running, summarise
 
 KEY = "soak"
-BATCH, QUEUE, CONTEXT = 4, 8, 256
+BATCH = 4
+QUEUE = 8
+CONTEXT = 256
 SERVER = [
     f"--max-batch-size={BATCH}",
     f"--max-waiting={QUEUE}",
@@ -142,7 +144,8 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
 
 
 def fuzz(client: httpx.Client, count: int, seed: int) -> dict[str, int]:
-    draw, statuses = random.Random(seed), Counter[str]()
+    draw = random.Random(seed)
+    statuses = Counter[str]()
     for _ in range(count):
         path, body = fuzzed(draw)
         try:
@@ -214,7 +217,8 @@ def overload(url: str, process: int, seconds: float, times: float) -> dict[str, 
 
     done, took = measure(server, load(100, concurrency=BATCH))
     capacity = summarise(done, took)["request_throughput"]
-    memory, ended = [resident(process)], threading.Event()
+    memory = [resident(process)]
+    ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(1.0):
@@ -279,7 +283,8 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             }
             after = answers(client)
             result["answers that differ"] = sum(a != b for a, b in zip(before, after, strict=True))
-    loaded, left = result["overload"], result["hang-ups"]
+    loaded = result["overload"]
+    left = result["hang-ups"]
     wrong = {
         "a body was answered with 5xx or not at all": any(
             not status.startswith(("2", "4")) for status in result["bodies"]

@@ -213,7 +213,8 @@ def cache_bytes(cache: Any, tokens: int) -> int:
     total = 0
     for container in containers(cache):
         if isinstance(container, Blocks):
-            buffer, columns = container.values.buffer, container.count(tokens)
+            buffer = container.values.buffer
+            columns = container.count(tokens)
         else:
             buffer = container.buffer
             columns = tokens if isinstance(container, Appended) else container.count

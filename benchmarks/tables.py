@@ -82,7 +82,8 @@ def host(options: argparse.Namespace) -> list[Shown]:
     results: list[Shown] = []
     for size in (64, 256, 1024, 4096):
         values = torch.randn(max(BATCH, options.host_bytes // size), size // 4)
-        table, ids = Table.of_values(values), torch.randint(len(values), (BATCH,))
+        table = Table.of_values(values)
+        ids = torch.randint(len(values), (BATCH,))
         out = torch.empty(BATCH, size // 4)
         steps = {
             "recall": lambda table=table, ids=ids: table.prefetch(ids).wait(),
@@ -115,7 +116,8 @@ def ids(options: argparse.Namespace) -> list[Shown]:
     The ids were written just before, as hashes are.
     """
     values = torch.randn(max(BATCH, options.host_bytes // 256), 64)
-    hashed, out = torch.randint(len(values), (BATCH,)), torch.empty(BATCH, 64)
+    hashed = torch.randint(len(values), (BATCH,))
+    out = torch.empty(BATCH, 64)
     wanted = torch.empty_like(hashed)
     spans: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(10 * options.rounds):
@@ -178,7 +180,8 @@ def generation(options: argparse.Namespace, folder: Path) -> list[Shown]:
         "rounds": options.rounds,
         "seconds": 0.2,
     }
-    bars, results = {"disk warm": 0.97, "disk cold": 0.85}, []
+    bars = {"disk warm": 0.97, "disk cold": 0.85}
+    results = []
     for sequences in (1, options.sequences):
         config = tables.BenchConfig(sequences=sequences, **arguments, **sizes)
         lines = {line.name: line for line in tables.bench(config)}

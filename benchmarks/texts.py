@@ -92,7 +92,8 @@ def ending(path: Path) -> str:
 
 def soak(files: int) -> dict[str, Counter[str]]:
     """Counts how the files of each kind end."""
-    rng, item = random.Random(0), {kind: Counter[str]() for kind in KINDS}
+    rng = random.Random(0)
+    item = {kind: Counter[str]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, (suffix, make)) in zip(
             range(files), itertools.cycle(KINDS.items()), strict=False

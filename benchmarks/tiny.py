@@ -46,7 +46,8 @@ def models(options: argparse.Namespace, vocab_size: int) -> dict[str, ModelConfi
 
 def row(name: str, model: ModelConfig, jobs: list[Job], options: argparse.Namespace) -> str:
     """Returns the table's line of one preset."""
-    counted, moe = costs(model, options.seq_len), model.moe
+    counted = costs(model, options.seq_len)
+    moe = model.moe
     assert moe is not None
     figures = []
     for key in ("validation_loss", "bits_per_byte"):

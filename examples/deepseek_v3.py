@@ -32,7 +32,8 @@ attention = MLAConfig(
 config = replace(
     classroom, gqa=None, mla=attention, moe=replace(classroom.moe, shared=1), mtp=MTPConfig()
 )
-model, size = LanguageModel(config), costs(config)
+model = LanguageModel(config)
+size = costs(config)
 print(
     "   with latent attention, a shared expert and multi-token prediction: "
     f"{size.total:,} + {size.mtp:,} for MTP"
@@ -87,7 +88,8 @@ print(
     f"{4 * (16 + 8 + 16)}"
 )
 
-prompt, acceptance_stats = ids[0, :4].tolist(), AcceptanceStats()
+prompt = ids[0, :4].tolist()
+acceptance_stats = AcceptanceStats()
 generated = "".join(
     string.printable[i]
     for (i,) in speculate(model, [prompt], max_new_tokens=60, acceptance_stats=acceptance_stats)

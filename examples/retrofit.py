@@ -74,11 +74,9 @@ SIZES = {
 FACTS = {"real": 500, "smoke": 6}
 MINUTES = {"real": 20.0, "smoke": 0.03}  # training time of an arm
 # sentences a step; tokens of an answer; cores that a minute is counted on
-BATCH, ANSWER, CORES = (
-    32,
-    14,
-    2,
-)
+BATCH = 32
+ANSWER = 14
+CORES = 2
 
 Fact = tuple[str, str]
 
@@ -253,7 +251,9 @@ def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict
     optimizer = Optimizer(
         model, OptimConfig(lr=rate, weight_decay=0.0, warmup=20, decay="constant")
     )
-    began, step, losses = time.process_time(), 0, []
+    began = time.process_time()
+    step = 0
+    losses = []
     while (spent := (time.process_time() - began) / CORES) < seconds:
         optimizer.begin_step()
         loss = loss_of(model, *next(data))
@@ -262,7 +262,8 @@ def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict
         optimizer.step(
             schedule(step, step + 1, optimizer.config) * min(1.0, 2 - 2 * spent / seconds)
         )
-        step, losses = step + 1, [*losses[-9:], loss.item()]
+        step = step + 1
+        losses = [*losses[-9:], loss.item()]
     touched = sum(
         parameter.numel()
         for name, parameter in optimizer.parameters.items()

@@ -164,7 +164,8 @@ def verify(folder: str | os.PathLike) -> None:
     try:
         digest = json.loads(path.read_text(encoding="utf-8"))
         files = dict(digest["files"])
-        written_format, seal = digest["format"], digest["seal"]
+        written_format = digest["format"]
+        seal = digest["seal"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         kind = type(error).__name__
         raise Damaged(f"{path}: got {kind}, expected the digest of a checkpoint") from error
@@ -593,7 +594,8 @@ def _sizes(config: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
         yield "mla.heads * (nope_dim + value_dim)", keys, f"{attention}.kv_b_proj.weight", 0
     if config.gqa is not None:
         gqa = config.gqa
-        queries, keys = gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim
+        queries = gqa.heads * gqa.head_dim
+        keys = gqa.kv_heads * gqa.head_dim
         yield "gqa.heads * gqa.head_dim", queries, f"{attention}.q_proj.weight", 0
         yield "gqa.kv_heads * gqa.head_dim", keys, f"{attention}.k_proj.weight", 0
     if config.csa is not None:

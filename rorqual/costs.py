@@ -66,7 +66,8 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     embedding = config.vocab_size * config.dim
     # `embedding` counts the head; where they are tied, the head is the input embedding.
     input_embedding = 0 if config.tied else embedding
-    blocks, memory = _backbone(config), _rows(config)
+    blocks = _backbone(config)
+    memory = _rows(config)
     last_norm = 0 if config.gated_residual else config.dim
     total = embedding + input_embedding + blocks.matrices + blocks.others + last_norm + memory
 
@@ -200,7 +201,8 @@ def _csa(csa: CSAConfig, dim: int, kind: str) -> Parameters:
     They are W_qa and W_qb, W_kv, the blocks of W_oa and W_ob; the compressor of a block with
     entries, and in csa blocks the indexer's W_q, W_v and compressor.
     """
-    width, rank = csa.heads * csa.head_dim, csa.q_lora_rank
+    width = csa.heads * csa.head_dim
+    rank = csa.q_lora_rank
     queries = dim * rank + rank * width
     out = width * csa.o_lora_rank + csa.groups * csa.o_lora_rank * dim
     total = Parameters(queries + dim * csa.head_dim + out, rank + csa.head_dim + csa.heads)
@@ -219,7 +221,8 @@ def _csa2(csa2: CSA2Config, csa: CSAConfig, dim: int, index: int) -> Parameters:
     A source has W_kv, W_gate where several tokens make an entry, the indexer's W_k and two norms; a
     block that selects has the indexer's W_q and W_w.
     """
-    total, ratio = Parameters(), csa2.ratio(index)
+    total = Parameters()
+    ratio = csa2.ratio(index)
     if index in csa2.kv_sources:
         projections = (1 + (ratio > 1)) * dim * csa.head_dim + csa.head_dim * csa.index_dim
         total += Parameters(projections, csa.head_dim + csa.index_dim)
@@ -441,7 +444,9 @@ def _csa2_products(csa2: CSA2Config, csa: CSAConfig, index: int, context: int) -
 
     A block that selects scores every entry. If no token has to choose, nothing is scored.
     """
-    ratio, scored, pairs = csa2.ratio(index), 0, 0
+    ratio = csa2.ratio(index)
+    scored = 0
+    pairs = 0
     if ratio:
         pairs = _entries_seen(context, ratio, csa.top_k)
         if index in csa2.index_sources and context // ratio > csa.top_k:
@@ -512,7 +517,9 @@ def _hyper_products(config: ModelConfig) -> int:
 
     They compute coefficients, read S streams into one, write one to S and mix S with S.
     """
-    hyper, S, D = config.hyper, config.streams, config.dim
+    hyper = config.hyper
+    S = config.streams
+    D = config.dim
     if hyper is None:
         return 0
     sites = 2 * config.layers
@@ -525,7 +532,8 @@ def _hyper_products(config: ModelConfig) -> int:
     elif hyper.mix == "sinkhorn":
         coefficients = (2 * S + S * S) * S * D + (2 * hyper.iterations - 1) * S * S
     else:
-        coefficients, mixed = 2 * S * S * D, 0
+        coefficients = 2 * S * S * D
+        mixed = 0
     reads = sites - (hyper.kind == "single_pass")  # its first site takes stream 0
     leaving = {"mhc": S * S * D + S * D, "single_pass": S * D, "hc": 0}[hyper.kind]
     return sites * (coefficients + S * D + mixed) + reads * S * D + leaving
@@ -535,7 +543,8 @@ def _engram_products(config: ModelConfig) -> int:
     """Counts the key and value projections, the gates and what they scale, and the convolution."""
     if config.engram is None:
         return 0
-    width, keys = config.streams * config.dim, config.engram.gates(config.streams) * config.dim
+    width = config.streams * config.dim
+    keys = config.engram.gates(config.streams) * config.dim
     taps = config.engram.kernel if config.engram.conv else 0
     once = config.engram.memory_width * (keys + config.dim) + keys + (taps + (keys > 0)) * width
     return len(config.engram.layers) * once

@@ -183,7 +183,8 @@ def _wanted() -> list[tuple[str, str | None]]:
     """Returns (distribution, its extra or None) of all that rorqual's own metadata names."""
     checks = []
     for line in importlib.metadata.requires("rorqual") or ():
-        word, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
+        word = re.match(r"[\w.-]+", line)
+        extra = re.search(r"extra == ['\"]([\w-]+)", line)
         if word and word[0] != "rorqual" and (extra is None or extra[1] not in BUNDLES):
             checks.append((word[0], extra[1] if extra else None))
     return checks
@@ -252,7 +253,8 @@ def _compiler() -> Check:
 
 
 def _threads() -> Check:
-    cores, threads = runtime.cores(), torch.get_num_threads()
+    cores = runtime.cores()
+    threads = torch.get_num_threads()
     if threads <= cores:
         return Check(name="threads", state="ok", value=f"{threads} for {cores} cores")
     return Check(
@@ -304,7 +306,8 @@ def _arithmetic() -> Check:
     ids = torch.arange(32, device=device)[None]
     try:
         with torch.inference_mode():
-            first, second = model(ids), model(ids)
+            first = model(ids)
+            second = model(ids)
             with _asking(kernels.REFERENCE):
                 plain = model(ids)
     except ValueError as error:

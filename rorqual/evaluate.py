@@ -125,14 +125,16 @@ class Encoded:
         """Yields the ids of each document and which of them are targets."""
         for document in documents:
             if self.chat_encoder is None:
-                ids, size = self.tokenizer.encode(document), len(document.encode())
+                ids = self.tokenizer.encode(document)
+                size = len(document.encode())
                 encoded = ids, [True] * len(ids)
             else:
                 (chat,) = self.chat_encoder.encode_batch([document])
                 if chat is None:
                     self.spelled += 1
                     continue
-                encoded, size = chat, chats.answers_size(document)
+                encoded = chat
+                size = chats.answers_size(document)
             self.documents += 1
             self.bytes += size
             yield encoded
@@ -154,7 +156,8 @@ def pack(
     batch: list[list[tuple[int, int, int]]] = []
     for number, (ids, targets) in enumerate(documents):
         labels = [i if target else IGNORED for i, target in zip(ids, targets, strict=True)]
-        ids, labels = [tokenizer.begin_id, *ids], [*labels, tokenizer.end_id]
+        ids = [tokenizer.begin_id, *ids]
+        labels = [*labels, tokenizer.end_id]
         line += [(token, label, number) for token, label in zip(ids, labels, strict=True)]
         while len(line) >= seq_len:
             batch.append(line[:seq_len])

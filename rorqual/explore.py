@@ -127,7 +127,9 @@ class Explorer:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
+        self.run = run
+        self.model = run.model
+        self.tokenizer = run.tokenizer
         self.engram = run.config.engram
         self.name = run.folder.resolve().name if run.folder is not None else "a model in memory"
         self.editor = Editor(self.model, self.tokenizer) if self.engram is not None else None
@@ -137,7 +139,8 @@ class Explorer:
 
     def describe(self) -> dict[str, Any]:
         """Returns sizes and parts of the model, for the page's head."""
-        config, engram = self.run.config, self.engram
+        config = self.run.config
+        engram = self.engram
         experts = [i for i in range(config.layers) if config.has_experts(i)]
         return {
             "name": self.name,
@@ -220,10 +223,8 @@ class Explorer:
                 f"token: got {body.token}, expected 0..{len(ids) - 1}, a position of the text"
             )
         source = None if body.source is None else self._ids(Read(text=body.source).text)
-        what, target = (
-            self._words(ids, body.token, body.order),
-            self._ngram(ids, body.token, body.order),
-        )
+        what = self._words(ids, body.token, body.order)
+        target = self._ngram(ids, body.token, body.order)
         with self._lock:
             for layer in self.engram.layers:
                 if source is None:
@@ -340,10 +341,8 @@ class Explorer:
     def _untouched(self) -> Iterator[None]:
         """Restores the memory as it was before every edit, for a `with` block."""
         assert self.editor is not None and self.engram is not None
-        tables, rows_before = (
-            dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True)),
-            [],
-        )
+        tables = dict(zip(self.engram.layers, self.model.tables.parameters(), strict=True))
+        rows_before = []
         for edit in reversed(self.editor.edits):
             rows = tables[edit.layer].detach()
             rows_before.append((rows, edit.rows, rows[edit.rows].clone()))

@@ -238,4 +238,5 @@ def write_all_at(file: int, data: bytes | memoryview, offset: int) -> None:
     data = memoryview(data)
     while data:
         done = write_at(file, data, offset)
-        data, offset = data[done:], offset + done
+        data = data[done:]
+        offset = offset + done

@@ -195,10 +195,8 @@ def ids_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram) -> list[int]:
 
     ValueError where they are not 2 to N, or where one is a dead token, which n-grams do not span.
     """
-    ids, config = (
-        tokenizer.encode(ngram) if isinstance(ngram, str) else list(ngram),
-        _parts(model).config,
-    )
+    ids = tokenizer.encode(ngram) if isinstance(ngram, str) else list(ngram)
+    config = _parts(model).config
     parts = " ".join(repr(tokenizer.token(token)) for token in ids[:8])
     if not 2 <= len(ids) <= config.ngram:
         raise ValueError(f"n-gram: got {len(ids)} tokens ({parts}), expected 2 to {config.ngram}")
@@ -214,7 +212,8 @@ def rows_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, layer: int) ->
 
     They are those of its own order at its last token.
     """
-    ids, table_index = ids_of(model, tokenizer, ngram), _place(_parts(model).config, layer)
+    ids = ids_of(model, tokenizer, ngram)
+    table_index = _place(_parts(model).config, layer)
     return _rows_of_many(model, np.array([ids]), table_index)[0].tolist()
 
 
@@ -273,7 +272,8 @@ def difference(
 
     The KL is summed in float64; tokens move by the change of their probability.
     """
-    p, q = before.double(), after.double()
+    p = before.double()
+    q = after.double()
     terms = torch.where(p > 0, p * (p.log() - q.clamp_min(1e-300).log()), 0.0)
     moved = (q - p).abs().topk(min(count, len(p))).indices.tolist()
     return Difference(
@@ -296,7 +296,8 @@ class _Counts:
 
     def add(self, text: str) -> list[int]:
         """Counts the n-grams of a document that contain no dead token, and returns its ids."""
-        ids, dead = _prompt(self.model, self.tokenizer, text), set(self.config.dead_tokens)
+        ids = _prompt(self.model, self.tokenizer, text)
+        dead = set(self.config.dead_tokens)
         for order, counter in self.of.items():
             whole = zip(*(ids[k:] for k in range(order)), strict=False)
             counter.update(ngram for ngram in whole if not dead.intersection(ngram))
@@ -314,7 +315,8 @@ def popular(
     their document. There is a count for each row, and for up to 2^18 n-grams of each order.
     """
     config, addresses, _, _, device = _parts(model)
-    table_index, counts = _place(config, layer), _Counts(model, tokenizer)
+    table_index = _place(config, layer)
+    counts = _Counts(model, tokenizer)
     dead = torch.tensor(config.dead_tokens, dtype=torch.long)
     number = np.zeros(int(addresses.primes[table_index].sum()), dtype=np.int64)
     for text in texts:
@@ -349,7 +351,8 @@ def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], table_index:
 
 def _readers(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], table_index: int):
     """Yields (n-gram in its first form, its rows) for every canonical n-gram of a corpus."""
-    counts, canonical = _Counts(model, tokenizer), _parts(model).addresses.canonical_map.tolist()
+    counts = _Counts(model, tokenizer)
+    canonical = _parts(model).addresses.canonical_map.tolist()
     for text in texts:
         counts.add(text)
     for counter in counts.of.values():
@@ -384,7 +387,8 @@ def sharing(
 
     The values are the numbers of shared rows, most first.
     """
-    mine, ids = set(rows_of(model, tokenizer, ngram, layer)), ids_of(model, tokenizer, ngram)
+    mine = set(rows_of(model, tokenizer, ngram, layer))
+    ids = ids_of(model, tokenizer, ngram)
     canonical = _parts(model).addresses.canonical_map.tolist()
     itself = [canonical[token] for token in ids]
     counts: Counter[str] = Counter()
@@ -399,7 +403,8 @@ class Editor:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         _parts(model)
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.edits: list[Edit] = []
 
     def suppress(self, ngram: Ngram, layer: int) -> Edit:
@@ -512,7 +517,8 @@ class Editor:
         if values.shape != (len(row_ids), weight.shape[1]) or not values.isfinite().all():
             expected = f"expected finite numbers of shape {(len(row_ids), weight.shape[1])}"
             raise ValueError(f"values: got shape {tuple(values.shape)}, {expected}")
-        after, where = values.detach().to(weight), row_ids.to(weight.device)
+        after = values.detach().to(weight)
+        where = row_ids.to(weight.device)
         edit = Edit(
             what=what,
             layer=layer,

@@ -136,7 +136,8 @@ class Block(nn.Module):
         out, indexer_loss, *shared = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
-            mapping, ctx = mapping.last(ctx.lengths), ctx.last()
+            mapping = mapping.last(ctx.lengths)
+            ctx = ctx.last()
         x = self.attention_residual.write(out, mapping)
         h, mapping = self.ffn_residual.read(x)
         h = self.ffn_norm(h)
@@ -185,7 +186,8 @@ class LanguageModel(nn.Module):
     def _build(self, config: ModelConfig, canonical_map, tables) -> None:
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         blocks = [Block(config, index) for index in range(config.layers)]
-        self.blocks, self.rope_dim = nn.ModuleList(blocks), config.rope_dim
+        self.blocks = nn.ModuleList(blocks)
+        self.rope_dim = config.rope_dim
         self.reduction: StreamReduction | GatedReduction | None = None
         if config.hyper is not None:
             kind = GatedReduction if config.gated_residual else StreamReduction
@@ -295,7 +297,8 @@ class LanguageModel(nn.Module):
         if self.addresses is not None:
             ctx = replace(ctx, lookup_mask=self.addresses.lookup_mask(ids, ctx))
         if cache is not None and cache.announced:
-            announced, cache.announced = cache.announced, []
+            announced = cache.announced
+            cache.announced = []
             if torch.equal(torch.cat([one for one, _ in announced], 1), ids):
                 return ctx, _together([fetched for _, fetched in announced])
         return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
@@ -305,7 +308,8 @@ class LanguageModel(nn.Module):
 
         They follow those that were announced before. A call that reads other ids fetches its own.
         """
-        past, tables = cache.past, (cast(Table, table) for table in self.tables)
+        past = cache.past
+        tables = (cast(Table, table) for table in self.tables)
         if past.named or not any(table.is_far(ids) for table in tables):
             return
         before = sum(one.shape[1] for one, _ in cache.announced)
@@ -342,13 +346,16 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[Aux]]:
         """Computes the cached tokens again, together with the new ones, and caches them anew."""
         assert cache.ids is not None and cache.ids.buffer is not None
-        past, time = list(cache.past.lengths), ids.shape[1]
+        past = list(cache.past.lengths)
+        time = ids.shape[1]
         counts = [time] * len(ids) if lengths is None else [int(n) for n in lengths]
-        stored, documents_of_rows = cache.ids.buffer[:, cache.ids.before :], None
+        stored = cache.ids.buffer[:, cache.ids.before :]
+        documents_of_rows = None
         if cache.past.named or document_ids is not None:
             buffer = cache.past.document_ids.buffer
             documents_of_rows = torch.zeros_like(stored) if buffer is None else buffer
-        everything, documents_of_all = [], []
+        everything = []
+        documents_of_all = []
         for row, length in enumerate(past):
             everything.append(torch.cat([stored[row, :length], ids[row]]))
             if documents_of_rows is not None:
@@ -494,14 +501,15 @@ class LanguageModel(nn.Module):
         if self.config.mtp is None:
             return None, []
         document_ids = shared_kwargs["document_ids"]
-        nats, auxes, following, target = [], [], ahead(ids, document_ids, 0), labels
+        nats = []
+        auxes = []
+        following = ahead(ids, document_ids, 0)
+        target = labels
         following[:, -1:] = labels[:, -1:].clamp_min(0)
         for depth, module in enumerate(self.mtp):
             hidden, aux = self.draft(hidden, following, depth=depth, **shared_kwargs)
-            following, target = (
-                ahead(following, document_ids, 0),
-                ahead(target, document_ids, IGNORED),
-            )
+            following = ahead(following, document_ids, 0)
+            target = ahead(target, document_ids, IGNORED)
             nats.append(self._nats(cast(MTP, module).head_input(hidden), target))
             auxes.append(aux)
         return torch.stack(nats).mean(), auxes

@@ -146,13 +146,15 @@ def mean_rows(table: nn.Parameter) -> None:
     if world() == 1:
         return
     grad = table.grad if table.grad is not None else _no_rows(table)
-    rows, values = grad._indices()[0], grad._values()
+    rows = grad._indices()[0]
+    values = grad._values()
     longest = torch.tensor(len(rows), device=rows.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     missing = int(longest) - len(rows)
     rows = torch.cat([rows, rows.new_zeros(missing)])
     values = torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
-    all_rows, all_values = _gathered(rows), _gathered(values) / world()
+    all_rows = _gathered(rows)
+    all_values = _gathered(values) / world()
     table.grad = torch.sparse_coo_tensor(
         all_rows[None], all_values, table.shape, check_invariants=False
     )
@@ -232,7 +234,8 @@ class Exchange:
         sent = counts.view(ranks, -1)  # [W, E / W]
         due = torch.empty_like(sent)
         dist.all_to_all_single(due, sent.contiguous(), group=self.group)
-        out_sizes, in_sizes = sent.sum(1).tolist(), due.sum(1).tolist()
+        out_sizes = sent.sum(1).tolist()
+        in_sizes = due.sum(1).tolist()
         arrived = _AllToAll.apply(rows, in_sizes, out_sizes, self.group, float(ranks))
         expert = (
             torch.arange(due.shape[1], device=rows.device)
@@ -260,7 +263,9 @@ class _AllToAll(torch.autograd.Function):
     def forward(
         ctx, rows: Tensor, in_sizes: list[int], out_sizes: list[int], group, scale: float
     ) -> Tensor:
-        ctx.sizes, ctx.group, ctx.scale = (in_sizes, out_sizes), group, scale
+        ctx.sizes = (in_sizes, out_sizes)
+        ctx.group = group
+        ctx.scale = scale
         received = rows.new_empty(sum(in_sizes), rows.shape[1])
         dist.all_to_all_single(received, rows.contiguous(), in_sizes, out_sizes, group=group)
         return received

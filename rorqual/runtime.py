@@ -70,7 +70,8 @@ def ranks() -> tuple[int, int]:
 
     They are (0, 1) in a process that runs alone.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 <= rank < world:
         raise ValueError(f"got RANK={rank} WORLD_SIZE={world}, expected 0 <= RANK < WORLD_SIZE")
     return rank, world
@@ -139,7 +140,8 @@ class Clock:
 
     def lap(self) -> float:
         now = time.perf_counter()
-        elapsed, self.last = now - self.last, now
+        elapsed = now - self.last
+        self.last = now
         return elapsed
 
 

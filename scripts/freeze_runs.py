@@ -122,7 +122,8 @@ def complete(cls: type, frozen: Mapping[str, Any]) -> Any:
 
 def stream(count: int, vocab_size: int, start: int = 0) -> list[int]:
     """Returns ids of a made-up language: each id is followed by one of three others."""
-    ids, last = [], start % vocab_size
+    ids = []
+    last = start % vocab_size
     for index in range(start, start + count):
         last = (last * 5 + 17 + (index * 2654435761 >> 13) % 3) % vocab_size
         ids.append(last)
@@ -134,10 +135,12 @@ def batch(frozen: Mapping[str, Any], step: int) -> dict[str, Tensor | None]:
 
     At even steps it has packed documents, whose last labels are missing.
     """
-    size, length = frozen["batch_size"], frozen["seq_len"]
+    size = frozen["batch_size"]
+    length = frozen["seq_len"]
     flat = stream(size * (length + 1), frozen["model"]["vocab_size"], 1000 * step + 1)
     whole = torch.tensor(flat).view(size, length + 1)
-    ids, labels = whole[:, :-1].clone(), whole[:, 1:].clone()
+    ids = whole[:, :-1].clone()
+    labels = whole[:, 1:].clone()
     if step % 2:
         return {"ids": ids, "labels": labels, "document_ids": None}
     index = torch.arange(length).expand(size, -1)
@@ -201,7 +204,9 @@ def losses(frozen: Mapping[str, Any]) -> list[str]:
     model = build(frozen).train()
     optimizer = Optimizer(model, complete(OptimConfig, frozen["optim"]))
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
-    dsa, moba, result = model.config.dsa, model.config.moba, []
+    dsa = model.config.dsa
+    moba = model.config.moba
+    result = []
     for step in range(frozen["steps"]):
         if moba is not None:
             switch(model, step + 1 > moba.full_from * frozen["steps"])
@@ -244,7 +249,9 @@ def margins(model: LanguageModel, prompt: Sequence[int], ids: Sequence[int]) -> 
 
 def continuations(frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns greedy ids of the prompts in one batch and alone, with the latter's margins."""
-    model, asked, count = build(frozen).eval(), prompts(frozen), frozen["new_tokens"]
+    model = build(frozen).eval()
+    asked = prompts(frozen)
+    count = frozen["new_tokens"]
     alone = [greedy(model, [prompt], count)[0] for prompt in asked]
     return {
         "batched": greedy(model, asked, count),
@@ -255,10 +262,8 @@ def continuations(frozen: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_text(path: Path) -> None:
     """Writes two hundred short documents, the same everywhere."""
-    animals, places = (
-        ("whale", "otter", "heron", "lynx", "newt"),
-        ("the sea", "a river", "the marsh", "a wood"),
-    )
+    animals = ("whale", "otter", "heron", "lynx", "newt")
+    places = ("the sea", "a river", "the marsh", "a wood")
     documents = [
         f"{number}. A {animals[number % 5]} lives in {places[number // 5 % 4]} with "
         f"{number * 7 % 11} young, and eats "

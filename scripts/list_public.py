@@ -155,7 +155,8 @@ def _wide() -> Iterator[None]:
 
 def _said(words: list[str], *, may_fail: bool = False) -> str:
     """Returns what a command prints on standard output."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
     if code and not may_fail:
@@ -184,7 +185,8 @@ def keys(value: Any, path: str = "") -> list[str]:
 
 def answers(folder: Path) -> dict[str, list[str]]:
     """Returns keys of the output of --json, of metrics.jsonl and of both servers' answers."""
-    text, run = folder / "text.jsonl", folder / "run"
+    text = folder / "text.jsonl"
+    run = folder / "run"
     text.write_text(
         "".join(json.dumps({"text": f"{n}. {PROSE[n % 2]}"}) + "\n" for n in range(60)),
         encoding="utf-8",
@@ -276,7 +278,8 @@ def served(folder: Path) -> dict[str, list[str]]:
 
     from rorqual.serve.server import Service, application
 
-    run, result = load(folder, device="cpu"), {}
+    run = load(folder, device="cpu")
+    result = {}
     body: dict[str, Any] = {"prompt": "The whale", "max_tokens": 2}
     with TestClient(
         application(Service(run, max_batch_size=2, context=64)), base_url="http://127.0.0.1"

@@ -48,7 +48,8 @@ def checked_once(fn: Any = None, **options: Any) -> Any:
     if not inspect.isfunction(fn):
         return jaxtyped(fn, **options)
     # A function inside of another one is made anew whenever that one is called.
-    code, checked = fn.__code__, list[Any]()
+    code = fn.__code__
+    checked = list[Any]()
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -185,10 +186,8 @@ def poisoned() -> Iterator[None]:
 
     A read before a write then changes the result.
     """
-    fills, strict = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        torch.are_deterministic_algorithms_enabled(),
-    )
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    strict = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()

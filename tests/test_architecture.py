@@ -196,7 +196,8 @@ def test_layers_kernels_and_tables_know_no_text() -> None:
 def listed() -> set[str]:
     """The files and folders of the tree in docs/architecture.md, as paths below rorqual/."""
     tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
-    folder, result = "", set()
+    folder = ""
+    result = set()
     for line in tree.splitlines():
         match = re.match(r"( +)([\w.]+(?:/|\.py)(?:, [\w.]+\.py)*)(?= )", line)
         if match is None:

@@ -104,7 +104,9 @@ class Bomb:
 
 
 def test_hostile_pickles_in_the_folder_are_never_executed(tmp_path):
-    marker, folder, tensors = tmp_path / "executed", tmp_path / "run" / "step1", some_tensors()
+    marker = tmp_path / "executed"
+    folder = tmp_path / "run" / "step1"
+    tensors = some_tensors()
     save_state(folder, tensors, {"step": 1})
     bomb = pickle.dumps(Bomb(marker))
     for name in (
@@ -270,7 +272,8 @@ def test_recover_puts_back_what_a_kill_left_between_two_renames(tmp_path):
 def test_a_stop_before_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     """During a replacement the old one or the new one exists, whichever rename did not happen."""
     for renames in itertools.count():
-        folder, stopped = tmp_path / str(renames) / "step1", False
+        folder = tmp_path / str(renames) / "step1"
+        stopped = False
         save_state(folder, {"a": torch.full((3,), 1.0)}, 1)
         with monkeypatch.context() as patch:
             stop_before_rename(renames, patch)

@@ -59,7 +59,8 @@ def test_params_of_deepseek_to_the_digit(name):
 
 
 def test_params_of_v3s_mtp_module_to_the_digit():
-    result, published = costs(preset("deepseek-v3")), ("11.610", "1.615", "2.54")
+    result = costs(preset("deepseek-v3"))
+    published = ("11.610", "1.615", "2.54")
     counts = result.mtp, result.mtp_activated, result.mtp_activated_with_embedding
     assert tuple(map(billions, counts, published)) == published
 
@@ -90,7 +91,10 @@ def test_engrams_four(name, total, memory):
 
 
 def test_the_classroom_model_by_hand():
-    attention, experts, router, norms = 4 * 64 * 64, 4 * 3 * 64 * 8, 4 * 64, 2 * 64
+    attention = 4 * 64 * 64
+    experts = 4 * 3 * 64 * 8
+    router = 4 * 64
+    norms = 2 * 64
     by_hand = 100 * 64 + 2 * (attention + experts + router + norms) + 64
     assert by_hand == 52_288
     assert costs(preset("classroom")).total == by_hand + 2 * 4, "and the router biases"
@@ -129,14 +133,13 @@ def counted(config: ModelConfig) -> Counted:
     looked_up = (
         len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
     )
-    embedding, depth = config.vocab_size * config.dim, len(model.mtp)
+    embedding = config.vocab_size * config.dim
+    depth = len(model.mtp)
     input_embedding = 0 if config.tied else embedding
     activated = total - resting_of_blocks - memory + looked_up
     drafted = of_mtp - depth * resting + (embedding if depth else 0)
-    apart, inside = (
-        ("tables.", "mtp.", "embed.", "reduction."),
-        ("_residual.", ".engram.", ".compress_", ".ape", ".attention.conv"),
-    )
+    apart = ("tables.", "mtp.", "embed.", "reduction.")
+    inside = ("_residual.", ".engram.", ".compress_", ".ape", ".attention.conv")
     matrices = [
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -157,7 +160,8 @@ def counted(config: ModelConfig) -> Counted:
 
 
 def agrees(config: ModelConfig, context: int = 4096) -> None:
-    result, model = costs(config, context), counted(config)
+    result = costs(config, context)
+    model = counted(config)
     assert result[: len(model) - 1] == model[:-1]
     assert result._fields[: len(model) - 1] == model._fields[:-1]
     deltas = sum(map(config.has_delta, range(config.layers)))
@@ -197,7 +201,10 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
     def some(value: Any) -> Any:
         return draw(st.sampled_from([None, value]))
 
-    flag, parts, dim, layers = st.booleans(), dict[str, Any](mla=None), number(1, 33), number(1, 5)
+    flag = st.booleans()
+    parts = dict[str, Any](mla=None)
+    dim = number(1, 33)
+    layers = number(1, 5)
     attention = draw(st.sampled_from(["mla", "dsa", "gqa", "nsa", "moba", "qsa"]))
     if attention in ("mla", "dsa"):
         rope = 2 * number(1, 4)
@@ -215,7 +222,8 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
                 heads=number(1, 5), dim=rope + number(0, 5), top_k=number(1, 9)
             )
     else:
-        kv_heads, plain = number(1, 3), attention == "gqa"
+        kv_heads = number(1, 3)
+        plain = attention == "gqa"
         parts["gqa"] = GQAConfig(
             heads=kv_heads * number(1, 3),
             kv_heads=kv_heads,
@@ -245,7 +253,8 @@ def drawn(draw: Callable[[st.SearchStrategy[Any]], Any]) -> ModelConfig:
             )
     parts["delta"] = some(drawn_delta(number))
     if draw(flag):
-        groups, shared = number(1, 3), number(0, 2)
+        groups = number(1, 3)
+        shared = number(0, 2)
         routed = groups * number(2, 4)
         parts["moe"] = MoEConfig(
             routed=routed,
@@ -425,7 +434,8 @@ def test_nsa_by_hand():
     blocks = range(3, 100, 2)  # the last key of each
     compressing = len(blocks) * 2 * (4 * 4 * 4 + 4 * 4) / 100
     compressed = sum(100 - last for last in blocks) / 100
-    selected, in_window = (12 * 12 / 2 + 88 * 12) / 100, (10 * 10 / 2 + 90 * 10) / 100
+    selected = (12 * 12 / 2 + 88 * 12) / 100
+    in_window = (10 * 10 / 2 + 90 * 10) / 100
     each = compressing + 2 * (4 + 4) * (compressed + selected + in_window) + 3 * 2 * 4
     assert products(nsa) == MATRICES + projections + 3 * int(each)
     assert costs(nsa).cache_bytes_per_token == 3 * 2 * (4 + 4) * 3 + 3 * 2 * (4 + 4) // 2
@@ -463,7 +473,8 @@ def test_hyper_connections_by_hand(hyper, by_hand):
 
 def test_engram_by_hand():
     engram = EngramConfig(layers=(0, 2), rows_per_head=(11, 11), heads=2, head_dim=3, kernel=4)
-    memory, gate = 2 * 2 * 3, 2 * 8
+    memory = 2 * 2 * 3
+    gate = 2 * 8
     one = memory * (8 + 8) + gate + 4 * 8
     assert products(replace(PLAIN, engram=engram)) - products(PLAIN) == 2 * one
     assert products(replace(PLAIN, engram=replace(engram, conv=False))) - products(PLAIN) == 2 * (

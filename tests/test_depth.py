@@ -126,6 +126,7 @@ def chains(call) -> list[tuple[str, ...]]:
 def test_no_call_of_a_block_is_nested_deeper_than_four(kind, what, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, kernels.REFERENCE)
     config: ModelConfig = replace(preset("tiny"), vocab_size=64, **KINDS[kind])
-    model, ids = LanguageModel(config), torch.randint(config.vocab_size, (2, 40))
+    model = LanguageModel(config)
+    ids = torch.randint(config.vocab_size, (2, 40))
     deep = chains(lambda: what(model, ids))
     assert not deep, "\n".join(" > ".join(chain) for chain in deep)

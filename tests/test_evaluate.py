@@ -59,7 +59,8 @@ def production(request, tokenizer):
 @torch.no_grad()
 def by_hand(model, tokenizer, texts) -> tuple[float, int]:
     """Sums the loss of each document alone, its end included."""
-    nats, tokens = 0.0, 0
+    nats = 0.0
+    tokens = 0
     for text in texts:
         ids = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id]])
         nats += float(F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum"))
@@ -94,7 +95,9 @@ def test_production_models_are_scored_document_by_document(production, tokenizer
     batch_size=st.integers(1, 4),
 )
 def test_every_token_is_foretold_once(tokenizer, texts, seq_len, batch_size):
-    given_ids, labels, owners = [], [], []
+    given_ids = []
+    labels = []
+    owners = []
     encoded = evaluate.Encoded(tokenizer).of(texts)
     for ids, targets, document_ids in evaluate.pack(
         encoded, tokenizer, seq_len=seq_len, batch_size=batch_size

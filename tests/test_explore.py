@@ -100,7 +100,8 @@ def test_the_model_is_described(run, client):
 
 def test_tokens_carry_their_canonical_ids_and_what_reads_alike(run, client):
     result = read(client)
-    ids, folded = ids_of(run)[0].tolist(), run.tokenizer.canonical_map()
+    ids = ids_of(run)[0].tolist()
+    folded = run.tokenizer.canonical_map()
     assert [token["id"] for token in result["tokens"]] == ids
     assert [token["canonical"] for token in result["tokens"]] == [int(folded[i]) for i in ids]
     assert "".join(token["text"] for token in result["tokens"][1:]) == TEXT
@@ -158,7 +159,8 @@ def weights(run):
 
 
 def test_suppressed_rows_are_zero_and_come_back(run, client):
-    before, first = weights(run), read(client)
+    before = weights(run)
+    first = read(client)
     position = 3
     edits = client.post("/api/edit", json={"text": TEXT, "token": position, "order": 3}).json()[
         "edits"
@@ -184,7 +186,8 @@ def test_suppressed_rows_are_zero_and_come_back(run, client):
 
 
 def test_overwritten_rows_are_those_of_the_source(run, client):
-    before, source = weights(run), "a river runs"
+    before = weights(run)
+    source = "a river runs"
     rows = torch.tensor(read(client)["rows"])[:, 4, :2]
     arguments = torch.tensor(read(client, source)["rows"])[:, -1, :2]
     change = {"text": TEXT, "token": 4, "order": 2, "source": source}
@@ -323,7 +326,9 @@ def test_a_memory_with_fewer_gates_is_read(run, gating):
 
 def test_edits_from_many_threads_are_each_whole(run):
     """Two threads edit, read and undo at once; afterwards the memory is as before."""
-    explorer, before, failed = explore.Explorer(run), weights(run), []
+    explorer = explore.Explorer(run)
+    before = weights(run)
+    failed = []
 
     def tab(token):
         try:
@@ -368,7 +373,8 @@ def test_the_page_loads_nothing_from_elsewhere(client):
 def test_models_without_a_part_are_read(parts):
     plain = new_run(**parts)
     client = TestClient(app(plain), base_url="http://127.0.0.1")
-    result, body = read(client), client.get("/api/model").json()
+    result = read(client)
+    body = client.get("/api/model").json()
     assert (body["memory"] is None) == ("engram" in parts) and (body["experts"] is None) == (
         "moe" in parts
     )
@@ -388,7 +394,8 @@ def test_production_models_are_read(name):
     unlike |= {field: getattr(config, field) for field in config.parts}
     other = new_run(**unlike, layers=config.layers, rope=config.rope, eps=config.eps)
     client = TestClient(app(other), base_url="http://127.0.0.1")
-    result, body = read(client), client.get("/api/model").json()
+    result = read(client)
+    body = client.get("/api/model").json()
     assert body["parts"] == config.parts
     assert len(result["experts"]) == config.layers
     assert bool(result["gates"]) == (config.engram is not None)
@@ -448,7 +455,8 @@ def shown(run):
 
 
 def test_main_answers_on_this_machine_and_opens_the_browser(small_run, monkeypatch):
-    stop, opened = [], []
+    stop = []
+    opened = []
     monkeypatch.setattr(explore.webbrowser, "open", opened.append)
 
     def serve(self, sockets):

@@ -151,7 +151,8 @@ def test_gradients_are_those_that_were_frozen(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_ids_are_those_that_were_frozen(name: str) -> None:
     arguments, before = frozen(name)
-    now, was = freeze_runs.continuations(arguments), before["greedy"]
+    now = freeze_runs.continuations(arguments)
+    was = before["greedy"]
     for kind in ("batched", "alone"):
         same_ids(now[kind], was[kind], was["margins"])
 

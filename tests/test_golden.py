@@ -293,7 +293,8 @@ def test_what_counts_as_nothing(check):
 
     A small gradient that differs by less than the threshold is still another gradient.
     """
-    close, small = check.close, torch.tensor([1e-8, -1e-8])
+    close = check.close
+    small = torch.tensor([1e-8, -1e-8])
     assert close("", small, -small, nothing=2e-8).error == 0
     assert close("", small, -small, nothing=5e-9).error == 2
     assert close("", 3 * small, 4 * small, nothing=2e-8).error == pytest.approx(0.25)
@@ -381,7 +382,8 @@ def local_rows(
     """Computes rows [T, heads of all orders] before offsets, one number at a time."""
     rows = []
     for t in range(len(expected)):
-        mix, row = expected[t] * multipliers[0], []
+        mix = expected[t] * multipliers[0]
+        row = []
         for back, heads in enumerate(primes, start=1):
             mix ^= (expected[t - back] if t >= back else pad) * multipliers[back]
             row += [mix % prime for prime in heads]
@@ -391,7 +393,9 @@ def local_rows(
 
 def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
     """Draws the multipliers and primes of each layer."""
-    half, taken, primes = max(1, ((2**63 - 1) // canonical) // 2), set(), {}
+    half = max(1, ((2**63 - 1) // canonical) // 2)
+    taken = set()
+    primes = {}
     multipliers = {
         layer: (
             2 * np.random.default_rng(seed + 10007 * layer).integers(0, half, len(rows) + 1) + 1
@@ -401,7 +405,8 @@ def drawn(layers, rows, heads, seed, canonical) -> tuple[dict, dict]:
     for layer in layers:
         primes[layer] = []
         for least in rows:
-            results, number = [], least
+            results = []
+            number = least
             while len(results) < heads:
                 if number not in taken and all(number % n for n in range(2, int(number**0.5) + 1)):
                     results.append(number)
@@ -463,7 +468,8 @@ def spoil(case: dict, name: str) -> None:
     if isinstance(of[name], dict):
         of, name = of[name], next(iter(of[name]))
     while isinstance(of[name], list):
-        of, name = of[name], -1
+        of = of[name]
+        name = -1
     of[name] = of[name][:-1] + "x" if isinstance(of[name], str) else of[name] + 1
 
 
@@ -521,7 +527,8 @@ class Demo(nn.Module):
         self.norm1, self.norm2 = (
             nn.ModuleList(nn.RMSNorm(dim) for _ in range(streams)) for _ in range(2)
         )
-        left, wider = (kernel - 1) * dilation, streams * dim
+        left = (kernel - 1) * dilation
+        wider = streams * dim
         conv = nn.Conv1d(
             wider, wider, kernel, groups=wider, bias=False, padding=left, dilation=dilation
         )
@@ -532,7 +539,8 @@ class Demo(nn.Module):
                 nn.init.uniform_(parameter, 0.5, 1.5)
 
     def forward(self, hidden, rows):
-        looked_up, gates = self.multi_head_embedding["embedding"](rows).flatten(-2), []
+        looked_up = self.multi_head_embedding["embedding"](rows).flatten(-2)
+        gates = []
         for s, projection in enumerate(self.key_projs):
             score = (self.norm1[s](projection(looked_up)) * self.norm2[s](hidden[:, :, s])).sum(-1)
             score = score / hidden.shape[-1] ** 0.5
@@ -564,7 +572,8 @@ def write_forward(
             sum(flat), (width, width * len(flat)), dim, streams, kernel, len(rows) + 1, bias
         )
         hidden = results["input.hidden"].clone().requires_grad_()
-        out, weight = demo(hidden, read), torch.randn(hidden.shape)
+        out = demo(hidden, read)
+        weight = torch.randn(hidden.shape)
         (out * weight).sum().backward()
         tensors = dict(demo.named_parameters()) | {
             "out": out, "grad_out": weight, "grad_hidden": hidden.grad,

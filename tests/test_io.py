@@ -106,7 +106,8 @@ def test_tensors_are_as_open_as_any_file_made_here(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path) -> None:
     import resource
 
-    path, limits = tmp_path / "w.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "w.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:

@@ -75,7 +75,8 @@ def test_rows_of_an_ngram_are_those_read_wherever_it_stands(model, tokenizer):
 
 
 def test_folded_spellings_read_alike(model, tokenizer):
-    small, large = tokenizer.encode("a")[0], tokenizer.encode("A")[0]
+    small = tokenizer.encode("a")[0]
+    large = tokenizer.encode("A")[0]
     assert small != large
     assert memory.rows_of(model, tokenizer, [small, small], 0) == memory.rows_of(
         model, tokenizer, [large, large], 0
@@ -109,7 +110,8 @@ def test_edits_change_only_what_reads_them_and_undo_is_exact(editor, model, toke
 
 
 def test_a_transplant_makes_one_ngram_lookup_as_another(editor, tokenizer):
-    source, target = tokenizer.encode(TEXTS[0])[-2:], tokenizer.encode(TEXTS[1])[-2:]
+    source = tokenizer.encode(TEXTS[0])[-2:]
+    target = tokenizer.encode(TEXTS[1])[-2:]
     editor.transplant(source, target, 0)
     assert torch.equal(editor.lookup(source, 0), editor.lookup(target, 0))
     with pytest.raises(ValueError, match="n-grams of 2 and 3 tokens"):
@@ -285,10 +287,8 @@ def test_a_row_written_by_hand_changes_exactly_the_tokens_that_read_it(model, to
 
 
 def test_edits_are_undone_by_another_process(editor, model, tokenizer, tmp_path):
-    ngram, start = (
-        tokenizer.encode(TEXTS[0])[-2:],
-        [table.weight.detach().clone() for table in model.tables],
-    )
+    ngram = tokenizer.encode(TEXTS[0])[-2:]
+    start = [table.weight.detach().clone() for table in model.tables]
     editor.suppress(ngram, 0)
     editor.overwrite(ngram, 2, torch.full((2, 8), 0.1))
     editor.save(tmp_path / "edits")

@@ -79,7 +79,8 @@ def precise(request):
 
 @torch.no_grad()
 def test_token_by_token_equals_one_forward(precise):
-    model, ids = precise, _ids(2, 13)
+    model = precise
+    ids = _ids(2, 13)
     cache = model.new_cache(2, capacity=4)
     steps = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(13)], dim=1)
     assert torch.allclose(steps, model(ids), atol=2e-6)
@@ -88,7 +89,8 @@ def test_token_by_token_equals_one_forward(precise):
 
 @torch.no_grad()
 def test_chunks_crop_and_reorder_equal_one_forward(precise):
-    model, ids = precise, _ids(3, 15)
+    model = precise
+    ids = _ids(3, 15)
     cache = model.new_cache(3)
     model(ids[:, :5], cache=cache)
     model(_ids(3, 4, seed=9), cache=cache)
@@ -102,7 +104,8 @@ def test_chunks_crop_and_reorder_equal_one_forward(precise):
 
 @torch.no_grad()
 def test_padding_is_invisible(precise):
-    model, ids = precise, _ids(1, 9)
+    model = precise
+    ids = _ids(1, 9)
     padded = torch.cat([ids[:, :5], torch.zeros(1, 4, dtype=torch.long)], 1)
     assert torch.allclose(model(padded, lengths=[5])[:, :5], model(ids[:, :5]), atol=2e-6)
     cache = model.new_cache(1)
@@ -121,7 +124,9 @@ def test_lengths_that_are_none_are_refused(lengths):
 @torch.no_grad()
 def test_the_last_position_alone_is_that_of_all(precise):
     model = precise
-    ids, cache, whole = _ids(2, 11), model.new_cache(2), model.new_cache(2)
+    ids = _ids(2, 11)
+    cache = model.new_cache(2)
+    whole = model.new_cache(2)
     for lengths in (None, [8, 11]):
         cache.reset()
         whole.reset()
@@ -138,7 +143,8 @@ def test_the_last_position_alone_is_that_of_all(precise):
 @torch.no_grad()
 def test_packed_documents_never_see_each_other(precise):
     model = precise
-    first, second = _ids(1, 6), _ids(1, 8, seed=1)
+    first = _ids(1, 6)
+    second = _ids(1, 8, seed=1)
     packed = torch.cat([first, second], 1)
     document_ids = torch.tensor([[4] * 6 + [5] * 8])
     together = model(packed, document_ids=document_ids)
@@ -215,7 +221,8 @@ def test_mtp_targets_stay_within_the_document():
     Depth k of a token is trained only where the token k ahead is in its document.
     """
     model = LanguageModel(replace(VARIANTS["plain"], mtp=MTPConfig(depth=1)), seed=3)
-    ids, document_ids = _ids(1, 9), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    ids = _ids(1, 9)
+    document_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
     base = model.loss(ids[:, :-1], ids[:, 1:], document_ids=document_ids).mtp
     counted = []
     for t in range(8):
@@ -240,7 +247,8 @@ def _foretold(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> 
 
     At depth k it uses only the first T - k positions.
     """
-    hidden, result = model.hidden(ids[None])[0][0], []
+    hidden = model.hidden(ids[None])[0][0]
+    result = []
     for k, module in enumerate(model.mtp, 1):
         hidden = hidden[: max(len(ids) - k, 0)]
         if len(hidden):
@@ -303,7 +311,8 @@ def test_mtp_of_packed_documents_is_that_of_each_alone(lengths, depth, seed, mis
 
 
 def test_every_depth_of_mtp_learns_and_teaches_the_model():
-    model, ids = _model("everything"), _ids(2, 11)
+    model = _model("everything")
+    ids = _ids(2, 11)
     model.loss(ids[:, :-1], ids[:, 1:]).mtp.backward()
     still = {
         name
@@ -330,7 +339,8 @@ def _everything() -> LanguageModel:
 
 
 def test_bfloat16_is_close_to_float32():
-    model, ids = _model("plain"), _ids(2, 9)
+    model = _model("plain")
+    ids = _ids(2, 9)
     with torch.no_grad():
         exact = model(ids).log_softmax(-1)
         rough = model.to(torch.bfloat16)(ids).log_softmax(-1)
@@ -410,10 +420,8 @@ def state_model(name: str, experts: bool = True) -> LanguageModel:
         mtp=MTPConfig(depth=1),
         init_std=0.3,
     )
-    model, generator = (
-        LanguageModel(config, torch.arange(WORDS) // 2, seed=2).eval(),
-        torch.Generator().manual_seed(3),
-    )
+    model = LanguageModel(config, torch.arange(WORDS) // 2, seed=2).eval()
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for piece, parameter in model.named_parameters():
             if piece.endswith(".conv") or piece.startswith("tables"):
@@ -547,7 +555,8 @@ def test_state_of_many_scripts_gives_the_logits_of_one_forward() -> None:
 @pytest.mark.engram
 @torch.no_grad()
 def test_state_goes_back_as_far_as_it_was_asked_to_hold() -> None:
-    model, ids = state_model("usual"), torch.randint(0, WORDS, (2, 170))
+    model = state_model("usual")
+    ids = torch.randint(0, WORDS, (2, 170))
     cache = model.new_cache(2)
     model(ids, cache=cache)
     with pytest.raises(
@@ -580,11 +589,10 @@ def test_state_of_packed_documents_is_sealed_to_the_bit(name: str) -> None:
     This holds in a whole forward and in cached pieces.
     """
     model = state_model(name, experts=False)
-    ids, document_ids = (
-        torch.randint(0, WORDS, (2, 24)),
-        torch.tensor([[0] * 7 + [1] * 2 + [2] * 8 + [3] * 7] * 2),
-    )
-    other, within = ids.clone(), document_ids == 2
+    ids = torch.randint(0, WORDS, (2, 24))
+    document_ids = torch.tensor([[0] * 7 + [1] * 2 + [2] * 8 + [3] * 7] * 2)
+    other = ids.clone()
+    within = document_ids == 2
     other[within] = (ids[within] + 1 + torch.randint(0, WORDS - 1, (int(within.sum()),))) % WORDS
     for sizes in ([24], [5, 1, 9, 9]):
         results = []
@@ -608,7 +616,8 @@ def test_the_obvious_loop_trains_memory():
     model = LanguageModel(replace(BASE, init_std=0.02)).train()
     before = [table.weight.detach().clone() for table in model.tables]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    ids, losses = torch.randint(BASE.vocab_size, (2, 9)), []
+    ids = torch.randint(BASE.vocab_size, (2, 9))
+    losses = []
     for _ in range(4):
         loss = model.loss(ids[:, :-1], ids[:, 1:]).total
         optimizer.zero_grad()

@@ -76,7 +76,9 @@ MODELS = {
 # The first site's streams are all equal, so that the gradient of their mixer is only rounding
 # error, while Adam's step is not.
 ROUNDING = "blocks.0.attention_residual.mixer"
-STEPS, ROWS, LENGTH = 3, 4, 10
+STEPS = 3
+ROWS = 4
+LENGTH = 10
 CASES = {
     "whole": ("V3.2 and more", "adamw", False),
     "experts": ("V3.2 and more", "adamw", True),
@@ -102,7 +104,8 @@ def steps(
     # themselves, so that only a large eps makes its step as exact as they are.
     eps = 1e-8 if model.config is CONFIG else 1e-3
     optimizer = Optimizer(model, OptimConfig(kind=kind, lr=1e-2, clip=0.5, eps=eps))
-    norms, share = [], ROWS // parallel.world()
+    norms = []
+    share = ROWS // parallel.world()
     for step in range(STEPS):
         ids = torch.randint(
             0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step)
@@ -315,7 +318,8 @@ def test_exchange_carries_rows_and_gradients(folder):
 @pytest.mark.parametrize(("name", "close"), [("", 1e-4), ("_bfloat16", 1e-2)])
 def test_training_on_two_ranks_is_training_on_one(folder, name, close):
     train(config_of(folder, f"one{name}"))
-    one, two = folder / f"one{name}", folder / f"two{name}"
+    one = folder / f"one{name}"
+    two = folder / f"two{name}"
     assert losses(two) == pytest.approx(losses(one), rel=close)
     stored = found_in(one)
     assert stored
@@ -427,7 +431,8 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
 
 def test_alone_nothing_is_exchanged():
     assert (parallel.rank(), parallel.world()) == (0, 1)
-    tensor, parameter = torch.ones(3), torch.nn.Parameter(torch.ones(2, 2))
+    tensor = torch.ones(3)
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
     assert parallel.total(tensor) is tensor
     assert parallel.first(lambda: 5) == 5
     parallel.mean_rows(parameter)

@@ -52,7 +52,8 @@ def test_the_memory_of_qwen_is_the_published_one():
 
     It stores multipliers, rows (padded to a multiple of 128), and its config's end of text.
     """
-    config, shape = preset("qwen3.8-flash-next"), memory("qwen3.8-flash-next")
+    config = preset("qwen3.8-flash-next")
+    shape = memory("qwen3.8-flash-next")
     (rows,) = row_totals(shape)
     assert rows == 320_001_536 and rows % shape.shards == 0
     assert sum(map(sum, head_primes(shape)[0])) == 320_001_446
@@ -79,7 +80,8 @@ def test_parameters_of_the_papers_memories(name, billions):
 
 @pytest.mark.engram
 def test_the_demo_and_v41_are_what_their_authors_wrote():
-    demo, flash = memory("engram-demo"), memory("deepseek-v4.1-flash")
+    demo = memory("engram-demo")
+    flash = memory("deepseek-v4.1-flash")
     assert (demo.rows_per_head, demo.heads, demo.memory_width, demo.layers) == (
         (646_400, 646_400),
         8,

@@ -49,7 +49,8 @@ def test_what_users_may_call_or_read_is_what_is_committed() -> None:
     ],
 )
 def test_what_went_is_a_line(path: tuple, line: str) -> None:
-    before, after = committed(), committed()
+    before = committed()
+    after = committed()
     piece = after
     for name in path[:-1]:
         piece = piece[name]

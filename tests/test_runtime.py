@@ -92,7 +92,9 @@ def test_one_thread_ends_also_where_something_fails() -> None:
 
 
 def test_one_thread_is_given_back_by_whoever_leaves_last() -> None:
-    before, started, ended = torch.get_num_threads(), threading.Event(), threading.Event()
+    before = torch.get_num_threads()
+    started = threading.Event()
+    ended = threading.Event()
 
     def other() -> None:
         with runtime.one_thread():

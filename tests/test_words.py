@@ -140,7 +140,8 @@ def allowed(word: str, path: str) -> bool:
 
 
 def wrong_names(path: str, tree: ast.AST) -> Iterator[str]:
-    words, parts = by_word(WORDS), by_word(PARTS)
+    words = by_word(WORDS)
+    parts = by_word(PARTS)
     here = {
         word: instead
         for listed, (files, instead) in WORDS_IN.items()

@@ -76,8 +76,10 @@ def curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
         for name, records in runs:
             arm = _arm(name)
             turn, shade = divmod(arms.index(arm), len(COLOURS))
-            colour, dash = COLOURS[shade], DASHES[turn % len(DASHES)]
-            steps, checks = _points(records, "loss"), _points(records, "validation_loss")
+            colour = COLOURS[shade]
+            dash = DASHES[turn % len(DASHES)]
+            steps = _points(records, "loss")
+            checks = _points(records, "validation_loss")
             if steps:
                 tokens, losses = np.array(steps).T
                 (line,) = axes.plot(tokens, smooth(losses), color=colour, lw=1, ls=dash, alpha=0.8)
@@ -138,7 +140,8 @@ def gate_map(gates: Gates, title: str = "") -> Figure:
     """
     with style():
         layers, time, streams = gates.values.shape
-        lines, width = -(-time // ACROSS), min(time, ACROSS)
+        lines = -(-time // ACROSS)
+        width = min(time, ACROSS)
         figure = _figure(
             max(5.0, 0.3 * width + 1.6), 0.25 + lines * (1.0 + 0.24 * layers * streams)
         )

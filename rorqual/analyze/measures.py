@@ -115,13 +115,14 @@ def expert_load(model: nn.Module, batches: Iterable[Int[Tensor, "B T"]]) -> Load
 
     ValueError for a model without experts, and for no batch.
     """
-    layers, by_token = tuple[int, ...](), torch.zeros(0, 0, 0, dtype=torch.long)
+    layers = tuple[int, ...]()
+    by_token = torch.zeros(0, 0, 0, dtype=torch.long)
     for ids in batches:
         choices = expert_choices(model, ids)
         if not by_token.numel():
-            layers, by_token = (
-                choices.layers,
-                torch.zeros(len(choices.layers), choices.experts, _words(model), dtype=torch.long),
+            layers = choices.layers
+            by_token = torch.zeros(
+                len(choices.layers), choices.experts, _words(model), dtype=torch.long
             )
         for table, slots in zip(by_token, choices.slots, strict=True):
             _add(table, slots, ids)
@@ -224,7 +225,8 @@ def similarity(
             for model in (a, b)
         )
         across = across + left @ right.T
-        own_a, own_b = own_a + left.square().sum(1), own_b + right.square().sum(1)
+        own_a = own_a + left.square().sum(1)
+        own_b = own_b + right.square().sum(1)
     if not across.dim():
         raise ValueError("similarity: got no batches, expected at least one")
     return (across / (own_a[:, None] * own_b).clamp_min(1e-300).sqrt()).float()

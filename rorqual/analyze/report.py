@@ -101,7 +101,8 @@ def read_run(
             f"report: got {folder}, expected a run folder with config.json; "
             "train one with `rorqual train`"
         )
-    model, before = load_model(weights), trained(folder)
+    model = load_model(weights)
+    before = trained(folder)
     context = CONTEXT if before is None else before.seq_len
     reading = Reading(
         name=folder.resolve().name,
@@ -110,10 +111,12 @@ def read_run(
         records=_records(folder),
         placements=_placements(folder),
     )
-    has_moe, has_memory = model.config.moe is not None, model.config.engram is not None
+    has_moe = model.config.moe is not None
+    has_memory = model.config.engram is not None
     if not (folder / "tokenizer.json").is_file() or not (has_moe or has_memory):
         return reading
-    tokenizer, texts = Tokenizer.load(folder), texts or draw(before)
+    tokenizer = Tokenizer.load(folder)
+    texts = texts or draw(before)
     load = _load(model, tokenizer, texts, context) if has_moe else None
     return replace(
         reading,
@@ -146,7 +149,9 @@ def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
 
     The end of a document is scored too where it is reached; every token counts alike.
     """
-    device, sums, tokens = model.embed.weight.device, [0.0, 0.0], 0
+    device = model.embed.weight.device
+    sums = [0.0, 0.0]
+    tokens = 0
     for ids in tokenizer.encode_batch(list(texts)):
         before, following = (
             torch.tensor([of[:context]], device=device)
@@ -410,10 +415,8 @@ def _placements_part(reading: Reading) -> str:
 
 def _load_part(reading: Reading) -> str:
     assert reading.load is not None
-    load, rows = (
-        reading.load,
-        [(str(layer), str(expert), words) for layer, expert, words in reading.favourites],
-    )
+    load = reading.load
+    rows = [(str(layer), str(expert), words) for layer, expert, words in reading.favourites]
     listed = ", ".join(f"{nats:.2f}" for nats in load.specialisation.tolist())
     largest = math.log(load.counts.shape[1])
     taken = table(("block", "expert", "tokens it takes most above their frequency"), rows)

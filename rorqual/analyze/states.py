@@ -166,7 +166,8 @@ def expert_choices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
             "experts: got a model without experts, or one whose modules do not show which experts "
             "a token takes, expected a mixture of experts"
         )
-    blocks, seen = block_names(model), dict[str, Tensor]()
+    blocks = block_names(model)
+    seen = dict[str, Tensor]()
     handles = [_listen(module, name, seen) for name, module in mixtures.items()]
     try:
         with quiet(model):

@@ -64,7 +64,8 @@ def bench_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
     verb, rest = split_first(argv, "serve", EXAMPLE)
     if verb in ("-h", "--help"):
-        verb, rest = "serve", ["--help"]
+        verb = "serve"
+        rest = ["--help"]
     try:
         choose("verb of bench", verb, ("serve",))
     except ValueError as error:

@@ -70,7 +70,8 @@ def generate_command(argv: list[str]) -> int:
     text = sys.stdin.read() if options.text == "-" else options.text
     sampling = Sampling(**{name: getattr(options, name) for name in _SAMPLED})
     run = load(options.run, device=options.device, dtype=options.dtype, **_table_options(options))
-    largest, stop = options.max_new_tokens, options.stop
+    largest = options.max_new_tokens
+    stop = options.stop
     if as_json:
         drafts = options.speculative
         done = run.complete(
@@ -406,7 +407,8 @@ def explore_command(argv: list[str]) -> int:
     from rorqual import explore
 
     if name in ("-h", "--help"):
-        name, flags = "RUN", ["--help"]
+        name = "RUN"
+        flags = ["--help"]
     explore.main(parse(explore.ExploreConfig(run=name), flags, "explore RUN"))
     return 0
 
@@ -484,7 +486,8 @@ def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
     """Makes and undoes edits, and returns them with the change of the next token."""
     from rorqual import memory
 
-    arguments, journal = (run.model, run.tokenizer, options.text), _journal(run, options)
+    arguments = (run.model, run.tokenizer, options.text)
+    journal = _journal(run, options)
     if journal is not None and journal.exists():
         editor.load(journal)
     before = memory.distribution(*arguments) if options.text else None

@@ -29,7 +29,8 @@ def data_command(argv: list[str]) -> int:
     sample: list[str] = []
     documents = size = validation = 0
     for side, document in corpus.sided():
-        documents, size = documents + 1, size + len(document.encode())
+        documents = documents + 1
+        size = size + len(document.encode())
         validation += side == "validation"
         if len(sample) < options.sample:
             sample.append(document)

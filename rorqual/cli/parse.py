@@ -292,10 +292,8 @@ def _spelled(
             yield word
             continue
         if names[name] in bools and not equals:
-            equals, value = (
-                "=",
-                words.pop(0) if words and words[0].lower() in ("true", "false") else "true",
-            )
+            equals = "="
+            value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
         yield f"--{name.replace('_', '-')}{equals}{value}"
 
 

@@ -272,7 +272,8 @@ def _about(path: Path, name: str) -> dict[str, Any]:
     starts = [sum(shard.rows for shard in shards[:n]) for n in range(len(shards))]
     for shard in shards:
         shard.close()
-    rows, first = sum(shard.rows for shard in shards), shards[0]
+    rows = sum(shard.rows for shard in shards)
+    first = shards[0]
     stored_dtype = str(first.dtype).removeprefix("torch.")
     return {
         "path": str(path),
@@ -400,7 +401,8 @@ def bench(options: Bench, as_json: bool) -> int:
             f"{line.step_p50 * 1e6:,.0f} us",
             f"{line.step_p99 * 1e6:,.0f} us",
         )
-        speed, share = line.tokens_per_second, line.tokens_per_second / lines[0].tokens_per_second
+        speed = line.tokens_per_second
+        share = line.tokens_per_second / lines[0].tokens_per_second
         shown.add_row(line.name, *times, f"{line.hit_rate:.0%}", f"{speed:,.1f}", f"{share:.1%}")
     Console().print(shown)
     return 0

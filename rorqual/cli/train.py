@@ -192,7 +192,8 @@ def scored(folder: Path) -> dict[str, Any]:
     """
     from rorqual.experiments.runs import last
 
-    answers, made = last(folder, "accuracy"), last(folder)
+    answers = last(folder, "accuracy")
+    made = last(folder)
     results = {"steps": made.get("step"), "loss": made.get("loss")}
     if answers:
         return results | {"accuracy": answers["accuracy"]}
@@ -212,7 +213,8 @@ def refuse_too_large(options: "TrainConfig") -> None:
 
     from rorqual import doctor, runtime
 
-    counted, device = costs(options.model), runtime.device(options.device)
+    counted = costs(options.model)
+    device = runtime.device(options.device)
     rows = 4 * counted.memory
     dense = 12 * (counted.total + counted.mtp - counted.memory)
     ranks = runtime.ranks()[1]
@@ -233,7 +235,8 @@ def refuse_too_large(options: "TrainConfig") -> None:
     if (folder / "checkpoints").is_dir():
         return
     directory = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free, written = shutil.disk_usage(directory).free, dense + 3 * rows
+    free = shutil.disk_usage(directory).free
+    written = dense + 3 * rows
     if written > free:
         got = f"{size(free)} free for {folder}"
         raise ValueError(
@@ -248,7 +251,8 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
     """
     from rorqual import runtime
 
-    clock, last_shown = runtime.Clock(), [-every]
+    clock = runtime.Clock()
+    last_shown = [-every]
 
     def show(record: dict[str, Any]) -> None:
         if "validation_loss" in record:
@@ -269,7 +273,8 @@ def progress(steps: int, every: float = 5.0) -> Callable[[dict[str, Any]], None]
             clock.seconds - last_shown[0] >= every or record["step"] == steps
         ):
             last_shown[0] = clock.seconds
-            speed, left = record.get("tokens_per_second", 0.0), record.get("seconds_left", 0.0)
+            speed = record.get("tokens_per_second", 0.0)
+            left = record.get("seconds_left", 0.0)
             where = f"step {record['step']:,}/{steps:,}  loss {record['loss']:.4f}"
             runtime.log(f"{where}  {speed:,.0f} tokens/s  {left:.0f} s left")
 
@@ -524,7 +529,9 @@ def differing(base: Any, other: Any, name: str = "model") -> list[str]:
     """
     words: list[str] = []
     for each in fields(other):
-        path, was, now = f"{name}.{each.name}", getattr(base, each.name), getattr(other, each.name)
+        path = f"{name}.{each.name}"
+        was = getattr(base, each.name)
+        now = getattr(other, each.name)
         if was == now:
             continue
         if is_dataclass(now):
@@ -553,11 +560,10 @@ def sweep_command(argv: list[str]) -> int:
     from rorqual.experiments import allocation, needle
 
     if name in ("-h", "--help"):
-        name, flags = allocation.KINDS[0], ["--help"]
-    kind, console = (
-        usual("kind of sweep", name, (*allocation.KINDS, "needle")),
-        Console(stderr=as_json),
-    )
+        name = allocation.KINDS[0]
+        flags = ["--help"]
+    kind = usual("kind of sweep", name, (*allocation.KINDS, "needle"))
+    console = Console(stderr=as_json)
     if kind == "needle":
         folder = needle.main(parse(needle.NeedleSweep(), flags, "sweep needle"), console=console)
     else:

@@ -101,7 +101,8 @@ class ChatEncoder:
         # A copy, in which the text of a special token is the token.
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False
-        self.begin_id, self.end_id = tokenizer.begin_id, tokenizer.end_id
+        self.begin_id = tokenizer.begin_id
+        self.end_id = tokenizer.end_id
         self.begin_token = str(self.backend.id_to_token(self.begin_id))
         self.end_token = str(self.backend.id_to_token(self.end_id))
         added = self.backend.get_added_tokens_decoder().items()
@@ -136,7 +137,8 @@ class ChatEncoder:
 
     def _text(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """Returns the text of a chat, and where its targets begin and end in it."""
-        text, spans = self.begin_token, []
+        text = self.begin_token
+        spans = []
         for message in messages:
             content = message["content"].strip()
             header = f"{message['role']}\n"
@@ -154,7 +156,8 @@ class ChatEncoder:
         if special != [self.begin_id, *[self.end_id] * messages]:
             return None
         # Offsets may leave white space out of a token; where it ends is where its text does.
-        targets, span = [], 0
+        targets = []
+        span = 0
         for _, stop in encoding.offsets:
             while span < len(spans) and stop > spans[span][1]:
                 span += 1

@@ -141,11 +141,16 @@ class Corpus:
         longest: int,
         duplicate_threshold: float | None,
     ) -> None:
-        self.name, self.license, self.bytes = source.name, source.license, source.bytes
+        self.name = source.name
+        self.license = source.license
+        self.bytes = source.bytes
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.chats = column == chats.COLUMN
-        self._source, self._column, self._limit, self._longest = source, column, limit, longest
+        self._source = source
+        self._column = column
+        self._limit = limit
+        self._longest = longest
         self._duplicate_threshold = None if self.chats else duplicate_threshold
         # The reason why a text is a copy, by the text's number; None until a whole pass is done.
         self._copies: dict[int, str] | None = None
@@ -208,8 +213,10 @@ class Corpus:
 
     def _kept(self) -> Iterator[tuple[str, float]]:
         """Yields (document, place of the text that it is part of)."""
-        self.skipped, self.examples = Counter(), {}
-        count, copies = 0, {} if self._copies is None else self._copies
+        self.skipped = Counter()
+        self.examples = {}
+        count = 0
+        copies = {} if self._copies is None else self._copies
         for text, position in islice(self._unlike(copies), self._limit):
             count += 1
             yield text, position
@@ -291,9 +298,11 @@ class Corpus:
 
 def _span(places: Iterable[float]) -> tuple[float, float]:
     """Returns the smallest and the largest place, or stops as soon as the two lie on both sides."""
-    lowest, highest = 1.0, 0.0
+    lowest = 1.0
+    highest = 0.0
     for position in places:
-        lowest, highest = min(lowest, position), max(highest, position)
+        lowest = min(lowest, position)
+        highest = max(highest, position)
         if lowest < VALIDATION <= highest:
             break
     return lowest, highest

@@ -129,7 +129,9 @@ def cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Raw:
 
 
 def _cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Iterator[bytes]:
-    rest, half, lost = b"", longest // 2, False
+    rest = b""
+    half = longest // 2
+    lost = False
     while block := file.read(longest):
         if lost:
             block, lost = _behind(block)

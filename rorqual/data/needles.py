@@ -72,7 +72,8 @@ def write(
     if task == "multi-value":
         places[:, : config.asked].sort(axis=1)
     first = 1 + config.filler
-    keys, values = keys + first, values + first + config.keys
+    keys = keys + first
+    values = values + first + config.keys
     ids = generator.integers(1, first, (batch_size, seq_len + 1))
     np.put_along_axis(ids, places, keys, 1)
     np.put_along_axis(ids, places + 1, values, 1)
@@ -169,14 +170,12 @@ class NeedleStream:
                 f"needles.shortest: got {shortest}, "
                 f"expected at least {config.least_tokens} for the needles"
             )
-        self.config, self.batch_size, self.seq_len, self.seed, self.rank, self.world = (
-            config,
-            batch_size,
-            seq_len,
-            seed,
-            rank,
-            world,
-        )
+        self.config = config
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.seed = seed
+        self.rank = rank
+        self.world = world
         self.number = 0
 
     def __iter__(self) -> "NeedleStream":

@@ -195,7 +195,8 @@ def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
 
 
 def _gcide(folder: Path) -> Source:
-    index, packed = folder / "gcide.index", folder / "gcide.dict.dz"
+    index = folder / "gcide.index"
+    packed = folder / "gcide.dict.dz"
     if not (index.is_file() and packed.is_file()):
         raise ValueError(
             "got data 'gcide', which is not installed here, "

@@ -263,7 +263,8 @@ def _batches(texts: Iterable[tuple[Side, str]]) -> Iterator[list[tuple[Side, str
         size += len(text)
         if size >= _BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
@@ -272,7 +273,9 @@ class _Writer:
     """Appends documents to one side's file."""
 
     def __init__(self, path: Path, dtype: np.dtype, begin_id: int) -> None:
-        self.path, self.dtype, self.begin_id = path, dtype, begin_id
+        self.path = path
+        self.dtype = dtype
+        self.begin_id = begin_id
         self.digest = hashlib.blake2b(digest_size=16)
         self.lengths: list[np.ndarray] = []
         self.sizes: list[np.ndarray] = []
@@ -405,14 +408,12 @@ class Stream:
         self._windows = _windows_of(tokens, batch_size, seq_len, rank, world)
         if not 0 <= seed < 2**63:
             raise ValueError(f"got seed {seed}, expected 0 <= seed < 2**63")
-        self.tokens, self.batch_size, self.seq_len, self.seed, self.rank, self.world = (
-            tokens,
-            batch_size,
-            seq_len,
-            seed,
-            rank,
-            world,
-        )
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.seed = seed
+        self.rank = rank
+        self.world = world
         self._row = 0
         self._orders: dict[int, _Order] = {}
         self._drawn: dict[int, np.ndarray] = {}
@@ -476,7 +477,8 @@ class Stream:
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the places in the file, and the documents, of places in the endless text."""
         epochs = positions // len(self.tokens)
-        files, document_ids = np.empty_like(positions), np.empty_like(positions)
+        files = np.empty_like(positions)
+        document_ids = np.empty_like(positions)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             mine = epochs == epoch
             if mine.any():

@@ -137,7 +137,8 @@ def _allocation(config: SweepConfig, base: ModelConfig) -> list[Point]:
     The pure model's shared expert is widened by the FLOPs of a memory's projections, since it would
     be cheaper than the others otherwise.
     """
-    memory, alone = base.engram or default_memory(base), replace(base, engram=None)
+    memory = base.engram or default_memory(base)
+    alone = replace(base, engram=None)
     small = replace(base, engram=with_rows(memory, FEWEST_ROWS))
     more = (
         costs(small, config.seq_len).flops_per_token - costs(alone, config.seq_len).flops_per_token
@@ -180,7 +181,8 @@ def _ablations(memory: EngramConfig, streams: int) -> dict[str, EngramConfig]:
     are more heads.
     """
     rows = sum(memory.rows_per_head) // len(memory.rows_per_head)
-    reads, spread = memory.rows_per_token, memory.dilation or memory.ngram
+    reads = memory.rows_per_token
+    spread = memory.dilation or memory.ngram
     orders = {"bigrams-only": 1, "to-trigrams": 2, "to-5-grams": 4}
     return {
         "whole": memory,
@@ -288,9 +290,12 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
     points of which runs diverged, and at which rate.
     """
     best = at_best(rows)
-    axis, controls = [r for r in best if not r.point.control], [r for r in best if r.point.control]
+    axis = [r for r in best if not r.point.control]
+    controls = [r for r in best if r.point.control]
     low, *others = sorted(axis, key=_rank)
-    first, rates, seeds = axis[0], list(dict.fromkeys(row.rate for row in rows)), len(low.losses)
+    first = axis[0]
+    rates = list(dict.fromkeys(row.rate for row in rows))
+    seeds = len(low.losses)
     several = rates if len(rates) > 1 else []
     where = f" at a rate of {low.rate:g}" if several else ""
     conclusions = [
@@ -384,8 +389,10 @@ def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], verdict: str)
 
 def _csv(rows: Sequence[Row], seeds: int) -> str:
     """Formats one line per point and rate; the last columns are the losses, one per seed."""
-    best, file = {(row.point.name, row.rate) for row in at_best(rows)}, io.StringIO()
-    writer, numbers = csv.writer(file), ("mean", "standard_error", "difference", "difference_error")
+    best = {(row.point.name, row.rate) for row in at_best(rows)}
+    file = io.StringIO()
+    writer = csv.writer(file)
+    numbers = ("mean", "standard_error", "difference", "difference_error")
     writer.writerow(
         ["point", "x", "control", "rate", "best_rate", *numbers, *map(str, range(seeds))]
     )
@@ -431,7 +438,8 @@ def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
         if kind in ("layers", "ablation")
         else ()
     )
-    y, log = "validation loss, nats a token", kind in ("slots", "experts")
+    y = "validation loss, nats a token"
+    log = kind in ("slots", "experts")
     return figures.sweep(lines, x=AXES[kind], y=y, log=log, levels=levels, names=names)
 
 

@@ -109,7 +109,8 @@ def _fitted(base: ModelConfig, want: Wanted, context: int) -> ModelConfig:
         best = min(best or (error, widths), (error, widths), key=lambda pair: pair[0])
         if error <= FINE:
             break
-        base, have = widths, after
+        base = widths
+        have = after
     assert best is not None
     if best[0] > 1:
         raise ValueError(
@@ -122,7 +123,8 @@ def _fitted(base: ModelConfig, want: Wanted, context: int) -> ModelConfig:
 
 def _errors(have: Costs, want: Wanted) -> float:
     """Returns the larger of the two relative errors, each divided by its tolerance."""
-    total, second = have.total / want.total - 1, getattr(have, want.axis) / want.activated - 1
+    total = have.total / want.total - 1
+    second = getattr(have, want.axis) / want.activated - 1
     return max(abs(total) / TOTAL_TOLERANCE, abs(second) / FLOP_TOLERANCE)
 
 
@@ -152,7 +154,8 @@ def step_of(moe: MoEConfig) -> int:
 
 def least_experts(moe: MoEConfig) -> int:
     """Returns the fewest experts with which the selected groups have enough for a token."""
-    router, step = moe.router, step_of(moe)
+    router = moe.router
+    step = step_of(moe)
     size = math.ceil(moe.active / router.groups_kept)
     if router.groups_kept < router.groups and router.group_score == "top2":
         size = max(2, size)
@@ -180,7 +183,9 @@ def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
 
     Of the possible numbers of experts it takes the one that keeps their width closest to `base`'s.
     """
-    moe, unit, router = base.moe, _unit(base), _router(base)
+    moe = base.moe
+    unit = _unit(base)
+    router = _router(base)
     assert moe is not None
     # A weight costs two FLOPs.
     second = 2 if want.axis == "flops_per_token" else 1
@@ -226,11 +231,13 @@ def _numbers(moe: MoEConfig, capacity: float) -> Iterator[int]:
 
     Their widths lie between half and twice the present one.
     """
-    step, least = step_of(moe), least_experts(moe)
+    step = step_of(moe)
+    least = least_experts(moe)
     if capacity <= 0:
         return
     low, high = (moe.active + capacity / (moe.width * factor) for factor in (2.0, 0.5))
-    first, last = math.floor(low / step), math.ceil(high / step)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
     for n in range(first, last + 1, max(1, (last - first) // 2000)):
         if n * step >= max(least, moe.active + 1):
             yield n * step
@@ -242,7 +249,8 @@ def _backbone(like: ModelConfig, want: Wanted, context: int) -> ModelConfig:
     The mixture of experts keeps its share of that cost. ValueError where no scale comes close
     enough.
     """
-    factor, candidate = 1.0, like
+    factor = 1.0
+    candidate = like
     for _ in range(6):
         ratio = want.activated / getattr(costs(candidate, context), want.axis)
         if abs(ratio - 1) <= SAME:

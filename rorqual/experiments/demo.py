@@ -74,7 +74,8 @@ def main(config: DemoConfig, *, console: Console | None = None) -> Result:
 
     Finished runs of the same config are not repeated, and interrupted ones resume.
     """
-    console, began = console or Console(), time.monotonic()
+    console = console or Console()
+    began = time.monotonic()
     base = replace(preset(config.preset), engram=None)
     data = DataConfig(source=config.data, vocab_size=base.vocab_size, cache=config.cache)
     console.print(
@@ -136,11 +137,13 @@ def _train(
     """Trains both arms one seed after the other, while the next pair is likely to end in time."""
     done: dict[str, list[Job]] = {"moe": [], "engram": []}
     for seed in range(config.seeds):
-        jobs, start = _jobs(config, data, plan, seed), time.monotonic()
+        jobs = _jobs(config, data, plan, seed)
+        start = time.monotonic()
         run(list(jobs.values()), workers=2, console=console)
         for arm, job in jobs.items():
             done[arm].append(job)
-        took, spent = time.monotonic() - start, time.monotonic() - began
+        took = time.monotonic() - start
+        spent = time.monotonic() - began
         if seed + 1 < config.seeds and spent + took > 60 * config.minutes:
             console.print(
                 f"   {seed + 1} of {config.seeds} seeds: "
@@ -196,7 +199,8 @@ def _show(config: DemoConfig, jobs: dict[str, list[Job]], verdict: str, console:
 def gate_line(gates: Gates) -> Text:
     """Formats the sentence with each token on a background as bright as its gate."""
     means = gates.values.mean((0, 2)).tolist()
-    low, high = min(means), max(means)
+    low = min(means)
+    high = max(means)
     line = Text("  ")
     for word, value in zip(gates.tokens, means, strict=True):
         level = round(40 + 190 * (value - low) / max(high - low, 1e-6))
@@ -216,7 +220,8 @@ def _plan_table(plan: Plan) -> Table:
         box=None,
     )
     for arm in (plan.moe, plan.engram):
-        c, moe = arm.costs, arm.config.moe
+        c = arm.costs
+        moe = arm.config.moe
         experts = str(moe.routed) if moe is not None else ""
         table.add_row(
             arm.name,

@@ -89,7 +89,8 @@ def this_machine() -> Device:
         return min(spans)
 
     size = 512
-    left, right = torch.randn(size, size), torch.randn(size, size)
+    left = torch.randn(size, size)
+    right = torch.randn(size, size)
     # The copied tensor is larger than the caches.
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)
@@ -162,7 +163,8 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
 
     The utilisation is assumed, not measured.
     """
-    device, count = device_of(machine.device), machine.devices
+    device = device_of(machine.device)
+    count = machine.devices
     sizes, tensors, products = _sizes(config)
     state_bytes = _bytes(config, machine, sizes, tensors)
     rows = state_bytes.get("rows", Bytes(0, 0, 0, 0))
@@ -204,7 +206,10 @@ def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
     """Counts parameters and tensors by role, and the FLOPs of Muon's products over all matrices."""
     with torch.device("meta"), _Unfilled():
         model = LanguageModel(config, seed=None)
-    role, sizes, tensors, products = roles(model), Counter[Role](), Counter[Role](), 0.0
+    role = roles(model)
+    sizes = Counter[Role]()
+    tensors = Counter[Role]()
+    products = 0.0
     for name, parameter in model.named_parameters():
         sizes[role[name]] += parameter.numel()
         tensors[role[name]] += 1
@@ -288,7 +293,8 @@ def _row_seconds(config: ModelConfig, machine: Machine) -> float:
     """
     if config.engram is None:
         return 0.0
-    device, width = device_of(machine.device), config.engram.head_dim
+    device = device_of(machine.device)
+    width = config.engram.head_dim
     read = (
         machine.step_tokens
         * config.engram.rows_per_token

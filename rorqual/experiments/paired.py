@@ -34,7 +34,8 @@ def t_factor(seeds: int) -> float:
     freedom v on it is z + (z^3 + z) / 4v + (5z^5 + 16z^3 + 3z) / 96v^2 + .., to 2e-4, with z = 1.96
     of the normal distribution (Abramowitz and Stegun 26.7.5).
     """
-    v, z = seeds - 1, statistics.NormalDist().inv_cdf(0.975)
+    v = seeds - 1
+    z = statistics.NormalDist().inv_cdf(0.975)
     terms = (
         z,
         (z**3 + z) / 4,

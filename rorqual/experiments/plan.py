@@ -220,7 +220,8 @@ def _solve_rows(
     def total_rows(rows: int) -> int:
         return sum(row_totals(with_rows(template, rows))) * template.head_dim
 
-    low, high = 2, free // (len(template.layers) * template.rows_per_token * template.head_dim) + 1
+    low = 2
+    high = free // (len(template.layers) * template.rows_per_token * template.head_dim) + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if total_rows(middle) <= free else (low, middle)
@@ -245,5 +246,6 @@ def agreement(plan: Plan) -> tuple[float, float]:
 
     These are the relative differences of total parameters and of FLOPs per token.
     """
-    a, b = plan.moe.costs, plan.engram.costs
+    a = plan.moe.costs
+    b = plan.engram.costs
     return b.total / a.total - 1, b.flops_per_token / a.flops_per_token - 1

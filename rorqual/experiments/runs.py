@@ -238,7 +238,8 @@ def _line(job: Job) -> str:
 def _table(jobs: Sequence[Job]) -> Table:
     table = Table("run", "step", "loss", "validation", "tokens/s", "left", box=None)
     for job in jobs:
-        now, scored = last(job.folder), last(job.folder, "validation_loss")
+        now = last(job.folder)
+        scored = last(job.folder, "validation_loss")
         validation = f"{scored['validation_loss']:.4f}" if scored else ""
         if job.finished():
             table.add_row(
@@ -247,7 +248,8 @@ def _table(jobs: Sequence[Job]) -> Table:
         elif job.diverged():
             table.add_row(job.name, "diverged", "", "", "", "")
         elif now:
-            step, left = f"{now['step']:.0f}/{job.config.steps}", f"{now['seconds_left']:.0f} s"
+            step = f"{now['step']:.0f}/{job.config.steps}"
+            left = f"{now['seconds_left']:.0f} s"
             table.add_row(
                 job.name,
                 step,

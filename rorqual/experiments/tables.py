@@ -212,7 +212,8 @@ def _walked(
 
     The time to drop the page cache is not included.
     """
-    generated, seconds = [next(steps)], list[float]()
+    generated = [next(steps)]
+    seconds = list[float]()
     while True:
         for table in cold:
             _drop_page_cache(table)

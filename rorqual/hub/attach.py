@@ -60,7 +60,9 @@ class Memory(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        self.config, self.width, self.vocab_size = config, width, vocab_size
+        self.config = config
+        self.width = width
+        self.vocab_size = vocab_size
         self.streams = streams
         self.addresses = Addresses(
             config, tokenizer.canonical_map() if config.canonical else None, vocab_size
@@ -174,7 +176,11 @@ class Memory(nn.Module):
             if (cache := reference()) is not None:
                 cache.restore()
         delattr(host, NAME)
-        self._hooks, self._frozen, self._caches, self._host, self._now = [], [], [], (), None
+        self._hooks = []
+        self._frozen = []
+        self._caches = []
+        self._host = ()
+        self._now = None
         return host
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +201,8 @@ class Memory(nn.Module):
         modules or parameters are listed next, for example by an optimizer. It acts once: later
         freezing is intended.
         """
-        before, self._adapters = self._adapters, _adapters(self._host[0]) if self._host else ()
+        before = self._adapters
+        self._adapters = _adapters(self._host[0]) if self._host else ()
         parameters = [parameter for child in self.children() for parameter in child.parameters()]
         if any(parameter.requires_grad for parameter in parameters):
             self._trained = [(parameter, parameter.requires_grad) for parameter in parameters]
@@ -289,7 +296,8 @@ class Memory(nn.Module):
             ]
             state = self.new_state(len(kwargs["input_ids"]))
             cache.rorqual_state, cache.rorqual_memory = state, weakref.ref(self)
-        length, reference = int(cache.get_seq_length()), cache.rorqual_state.columns.count
+        length = int(cache.get_seq_length())
+        reference = cache.rorqual_state.columns.count
         if length != reference or cache.rorqual_memory() is not self:
             seen = reference if cache.rorqual_memory() is self else 0
             got = f"a cache of {length} tokens, {seen} of which it has seen"
@@ -488,7 +496,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
         )
     try:
         about = json.loads(header["memory"])
-        config, width = about["config"], int(about["width"])
+        config = about["config"]
+        width = int(about["width"])
         least = sum(config["rows_per_head"]) * config["heads"]
         for table_index in range(len(config["layers"])):
             if len(tensors[f"tables.{table_index}.weight"]) < least:
@@ -539,7 +548,9 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
         raise _Reached(list((args[0] if args else kwargs["hidden_states"]).shape))
 
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    shape, width, streams = None, _width_of(model), streams_of(model)
+    shape = None
+    width = _width_of(model)
+    streams = streams_of(model)
     try:
         # A host in training mode draws random numbers for its dropout.
         with torch.no_grad(), torch.random.fork_rng():
@@ -600,7 +611,8 @@ def _valid(kwargs: dict[str, Any], ids: Tensor, past: int) -> Tensor | None:
 
     A valid token attends to itself.
     """
-    mask, time = kwargs.get("attention_mask"), ids.shape[1]
+    mask = kwargs.get("attention_mask")
+    time = ids.shape[1]
     if isinstance(mask, dict):  # one for each kind of attention; in all a token attends to itself
         masks = (mask.get("full_attention"), *mask.values())
         mask = next((each for each in masks if each is not None), None)

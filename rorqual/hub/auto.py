@@ -55,12 +55,11 @@ class RorqualConfig(PreTrainedConfig):
     ) -> None:
         config_fields = {field.name for field in dataclasses.fields(ModelConfig)} & fields.keys()
         of_run = {name: fields.pop(name) for name in config_fields}
-        self.shape, self.use_cache = of_run if shape is None and of_run else shape, use_cache
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
-            bos_token_id,
-            eos_token_id,
-            pad_token_id,
-        )
+        self.shape = of_run if shape is None and of_run else shape
+        self.use_cache = use_cache
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings or bool((self.shape or {}).get("tied"))
         super().__init__(**fields)
 

@@ -63,7 +63,10 @@ class Files:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.where, self.shapes, self.dtypes = folder, {}, {}, {}
+        self.folder = folder
+        self.where = {}
+        self.shapes = {}
+        self.dtypes = {}
         self._stored: dict[str, str] = {}  # name in the file of each tensor that is renamed
         self._open: tuple[Path, Any] | None = None
         self._read = 0
@@ -75,10 +78,8 @@ class Files:
                 self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def _paths(self) -> list[Path]:
-        whole, index = (
-            self.folder / "model.safetensors",
-            self.folder / "model.safetensors.index.json",
-        )
+        whole = self.folder / "model.safetensors"
+        index = self.folder / "model.safetensors.index.json"
         if whole.is_file():
             return [whole]
         if not index.is_file():
@@ -124,7 +125,8 @@ class Files:
             table.update(values)
 
     def close(self) -> None:
-        self._open, self._read = None, 0
+        self._open = None
+        self._read = 0
 
     def source(self, name: str, first_row: int) -> Source:
         """Returns where a tensor of rows is stored; it begins with row `first_row` of its table."""
@@ -196,7 +198,8 @@ def load(
     missing, unknown or of the wrong shape.
     """
     folder = Path(folder)
-    description, files = _json(folder / "config.json"), Files(folder)
+    description = _json(folder / "config.json")
+    files = Files(folder)
     family = family_of(description)
     files.rename(family.canonical)
     config = family.config_of(description, files.where)
@@ -316,7 +319,8 @@ def open_published(
             shard = tensor_place.slices[0] if tensor_place.slices else slice(None)
             assert isinstance(shard, slice)
             by_table.setdefault(tensor_place.name, []).append((shard.start or 0, name))
-    thread, opened = BackgroundThread(), []
+    thread = BackgroundThread()
+    opened = []
     hot = hot_rows(Path(tables.hot)) if tables.hot is not None else {}
     fetching: dict[str, Any] = {"prefetch": tables.prefetch, "thread": thread}
     for n, rows in enumerate(row_totals(config.engram)):
@@ -513,7 +517,8 @@ def export(
     max_position_embeddings ...). ValueError where the model has a part that the format cannot
     express, with its name, or where the folder already contains a model.
     """
-    folder, config = Path(folder), model.config
+    folder = Path(folder)
+    config = model.config
     family = family_for(config)
     if model.addresses is not None and model.addresses.config.canonical:
         fields.setdefault("canonical_ids", int(model.addresses.canonical_map.max()) + 1)
@@ -573,7 +578,8 @@ def _shards(
         more = _bytes(tensor_place.of(state))
         if names and size + more > limit:
             yield names
-            names, size = [], 0
+            names = []
+            size = 0
         names.append(name)
         size += more
     yield names

@@ -247,7 +247,8 @@ def _dense_blocks(d: Mapping[str, Any], kind: str) -> tuple[int, tuple[int, ...]
                 f"config.json: mlp_layer_types: got {len(kinds)} kinds, "
                 f"expected one for each of {layers} layers"
             )
-        first, dense = 0, [index for index in range(layers) if kinds[index] == "dense"]
+        first = 0
+        dense = [index for index in range(layers) if kinds[index] == "dense"]
     while first in dense:
         first += 1
     return first, tuple(index for index in dense if index > first)
@@ -309,7 +310,8 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
         if (value := description.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
-    heads, keys = description["num_attention_heads"], description.get("num_key_value_heads")
+    heads = description["num_attention_heads"]
+    keys = description.get("num_key_value_heads")
     # transformers asks for one key head a query head, and divides rounding down.
     if keys is not None and heads // max(1, whole(description, "num_key_value_heads")) != 1:
         raise ValueError(
@@ -379,7 +381,8 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     """
     if lacking := foreign(config):
         raise ValueError(f"a DeepSeek folder cannot hold {', '.join(lacking)}")
-    mla, kind = config.mla, kind_of(config)
+    mla = config.mla
+    kind = kind_of(config)
     assert mla is not None
     description = {
         "architectures": [CLASSES[kind]],
@@ -422,7 +425,8 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _mistral4_rope(description: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    scale, mla = config.rope.query_scale, config.mla
+    scale = config.rope.query_scale
+    mla = config.mla
     assert scale is not None and mla is not None
     rope = {"rope_theta": config.rope.base} | (description["rope_scaling"] or {})
     rope |= {
@@ -457,7 +461,8 @@ def foreign(config: ModelConfig) -> list[str]:
     ]
     if config.mla is None:
         return differences
-    kind, lora = kind_of(config), config.mla.q_lora_rank is not None
+    kind = kind_of(config)
+    lora = config.mla.q_lora_rank is not None
     if config.mla.eps != 1e-6:
         differences.append(f"latent norms with eps {config.mla.eps} (1e-6 only)")
     unlike = {
@@ -484,10 +489,13 @@ def _other_length(config: ModelConfig) -> bool:
 
 
 def _foreign_moe(config: ModelConfig) -> list[str]:
-    moe, kind, mla = config.moe, kind_of(config), config.mla
+    moe = config.moe
+    kind = kind_of(config)
+    mla = config.mla
     if moe is None or mla is None:
         return []
-    router, v2 = moe.router, kind == "deepseek_v2"
+    router = moe.router
+    v2 = kind == "deepseek_v2"
     softmax = kind in SOFTMAX
     unlike = {
         f"score {router.score} in {kind}": router.score != ("softmax" if softmax else "sigmoid"),
@@ -513,7 +521,8 @@ def _foreign_moe(config: ModelConfig) -> list[str]:
 
 
 def _published_moe(config: ModelConfig, kind: str) -> dict[str, Any]:
-    moe, every = config.moe, range(config.layers)
+    moe = config.moe
+    every = range(config.layers)
     listed: dict[str, Any] = {}
     if kind in LISTED:
         kinds = ["sparse" if config.has_experts(index) else "dense" for index in every]
@@ -551,7 +560,8 @@ def places(config: ModelConfig) -> dict[str, Place]:
     for index in range(config.layers):
         table |= _block(f"model.layers.{index}", f"blocks.{index}", config, index)
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
-        theirs, ours = f"model.layers.{config.layers + depth}", f"mtp.{depth}"
+        theirs = f"model.layers.{config.layers + depth}"
+        ours = f"mtp.{depth}"
         table |= _block(theirs, f"{ours}.block", config, config.layers + depth)
         for name, our_name in (
             ("enorm", "enorm"),
@@ -568,7 +578,8 @@ def copies(config: ModelConfig) -> dict[str, Place]:
 
     These are MTP's embedding and head, and a tied head.
     """
-    embed, head = Place("embed.weight"), Place("embed.weight" if config.tied else "head.weight")
+    embed = Place("embed.weight")
+    head = Place("embed.weight" if config.tied else "head.weight")
     table = {"lm_head.weight": head} if config.tied else {}
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
         theirs = f"model.layers.{config.layers + depth}"

@@ -105,7 +105,8 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
 
 
 def _moe_of(d: Mapping[str, Any], first: int, layers: int) -> MoEConfig:
-    period, alpha = max(1, whole(d, "moe_layer_freq")), d.get("aux_loss_alpha")
+    period = max(1, whole(d, "moe_layer_freq"))
+    alpha = d.get("aux_loss_alpha")
     dense = [i for i in range(first, min(layers, MANY)) if i % period] if period > 1 else []
     while first in dense:
         first += 1
@@ -134,7 +135,8 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     """
     if lacking := foreign(config):
         raise ValueError(f"a DeepSeekMoE folder cannot hold {', '.join(lacking)}")
-    gqa, moe = config.gqa, config.moe
+    gqa = config.gqa
+    moe = config.moe
     assert gqa is not None
     description: dict[str, Any] = {
         "architectures": ["DeepseekForCausalLM"],
@@ -184,7 +186,9 @@ def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeekMoE does not have."""
     names = ("mla", "csa", "nsa", "moba", "dsa", "qsa", "delta", "engram", "hyper", "mtp")
     differences = [name for name in names if getattr(config, name) is not None]
-    rope, gqa, moe = config.rope, config.gqa, config.moe
+    rope = config.rope
+    gqa = config.gqa
+    moe = config.moe
     if gqa is None:
         return differences
     unlike = {
@@ -227,7 +231,8 @@ def places(config: ModelConfig) -> dict[str, Place]:
     if not config.tied:
         table["lm_head.weight"] = Place("head.weight")
     for index in range(config.layers):
-        theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+        theirs = f"model.layers.{index}"
+        ours = f"blocks.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             for kind in (
                 ("weight", "bias") if config.gqa is not None and config.gqa.bias else ("weight",)

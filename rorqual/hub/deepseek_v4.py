@@ -122,7 +122,8 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     if (dtype := quantisation(d).get("expert_dtype")) not in allowed:
         expected = " or ".join(str(x) for x in allowed if x is not None)
         raise ValueError(f"quantization_config.expert_dtype: got {dtype!r}, expected {expected}")
-    layers, head_dim = whole(d, "num_hidden_layers"), whole(d, "head_dim")
+    layers = whole(d, "num_hidden_layers")
+    head_dim = whole(d, "head_dim")
     depth = _mtp_depth(d, names)
     main, compress, rope_dim = _ropes(d, head_dim)
     rates = d.get("compress_rates") or {}
@@ -324,7 +325,9 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     """
     if lacking := foreign(config):
         raise ValueError(f"a DeepSeek-V4 folder cannot hold {', '.join(lacking)}")
-    csa, moe, hyper = config.csa, config.moe, config.hyper
+    csa = config.csa
+    moe = config.moe
+    hyper = config.hyper
     assert csa is not None and moe is not None and hyper is not None
     depth = config.mtp.depth if config.mtp is not None else 0
     named = {kind: name for name, kind in KINDS.items()}
@@ -411,13 +414,16 @@ def foreign(config: ModelConfig) -> list[str]:
         for name in ("mla", "gqa", "csa2", "nsa", "moba", "dsa", "qsa", "delta", "engram")
         if getattr(config, name) is not None
     ]
-    csa, moe, hyper = config.csa, config.moe, config.hyper
+    csa = config.csa
+    moe = config.moe
+    hyper = config.hyper
     for name, value in (("csa", csa), ("moe", moe), ("hyper", hyper)):
         if value is None:
             differences.append(f"a model without {name}")
     if csa is None or moe is None or hyper is None:
         return differences
-    router, mtp = moe.router, config.mtp
+    router = moe.router
+    mtp = config.mtp
     unlike = {
         "MTP on one stream": mtp is not None and not mtp.streams,
         "MTP with experts by token id": mtp is not None
@@ -468,7 +474,8 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
-    csa, moe = config.csa, config.moe
+    csa = config.csa
+    moe = config.moe
     assert csa is not None and moe is not None
     table = {
         f"{theirs}.attn_norm.weight": Place(f"{ours}.attention_norm.weight"),

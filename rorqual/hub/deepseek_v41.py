@@ -131,7 +131,8 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     d = DEFAULTS | dict(text)
     _refuse_unknown(d, description)
     layers = _whole(d, "num_hidden_layers")
-    ratios, candidate = _list(d, "compress_ratios"), _whole(d, "candidate_source_layer_id", -1)
+    ratios = _list(d, "compress_ratios")
+    candidate = _whole(d, "candidate_source_layer_id", -1)
     if len(ratios) < layers:
         raise ValueError(
             f"config.json: compress_ratios: got {len(ratios)}, expected one for each of the "
@@ -285,7 +286,8 @@ def _image_id(description: Mapping[str, Any]) -> int:
 def _engram_of(
     d: Mapping[str, Any], description: Mapping[str, Any], layers: int
 ) -> EngramConfig | None:
-    every, rows = _list(d, "engram_layer_ids"), d.get("engram_num_embeddings")
+    every = _list(d, "engram_layer_ids")
+    rows = d.get("engram_num_embeddings")
     if not every:
         return None
     if rows is None:
@@ -327,7 +329,10 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     """
     if lacking := foreign(config):
         raise ValueError(f"a DeepSeek-V4.1 folder cannot hold {', '.join(lacking)}")
-    csa, csa2, moe, hyper = config.csa, config.csa2, config.moe, config.hyper
+    csa = config.csa
+    csa2 = config.csa2
+    moe = config.moe
+    hyper = config.hyper
     assert csa is not None and csa2 is not None and moe is not None and hyper is not None
     canonical_ids = fields.pop("canonical_ids", None)
     yarn = csa.compress_rope.yarn
@@ -428,8 +433,11 @@ def foreign(config: ModelConfig) -> list[str]:
     ]
     if config.csa is None or config.moe is None or config.hyper is None:
         return differences
-    rope, moe, hyper = config.csa.compress_rope, config.moe, config.hyper
-    router, yarn = moe.router, rope.yarn
+    rope = config.csa.compress_rope
+    moe = config.moe
+    hyper = config.hyper
+    router = moe.router
+    yarn = rope.yarn
     unlike = {
         "a tied head": config.tied,
         "half-split rope": not (config.rope.interleaved and rope.interleaved),
@@ -487,7 +495,8 @@ def places(config: ModelConfig) -> dict[str, AnyPlace]:
 
 
 def _block(config: ModelConfig, index: int) -> dict[str, AnyPlace]:
-    theirs, ours = f"layers.{index}", f"blocks.{index}"
+    theirs = f"layers.{index}"
+    ours = f"blocks.{index}"
     table: dict[str, AnyPlace] = {
         f"{theirs}.attn_norm.weight": Place(f"{ours}.attention_norm.weight"),
         f"{theirs}.ffn_norm.weight": Place(f"{ours}.ffn_norm.weight"),

@@ -81,7 +81,8 @@ def decode(
     The last block of an axis may be incomplete. block None: one scale for all. ValueError for
     scales of another shape.
     """
-    rows, columns = weight.shape[0], weight.shape[1] * (2 if is_packed(weight) else 1)
+    rows = weight.shape[0]
+    columns = weight.shape[1] * (2 if is_packed(weight) else 1)
     block = block or (rows, columns)
     if scale.numel() == 1:
         scale = scale.reshape(1, 1)

@@ -73,7 +73,8 @@ class Columns:
 
     def reset(self) -> None:
         """Removes all columns."""
-        self.count, self._valid = 0, None
+        self.count = 0
+        self._valid = None
 
     def _known(self, batch: int, device: torch.device) -> Bool[Tensor, "B L"]:
         valid = torch.ones(batch, self.count, dtype=torch.bool, device=device)

@@ -81,7 +81,8 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
         if (value := d.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
             raise ValueError(f"config.json: {key}: got {value!r}, expected {expected}")
-    eps, layers = number(d, "rms_norm_eps"), whole(d, "num_hidden_layers")
+    eps = number(d, "rms_norm_eps")
+    layers = whole(d, "num_hidden_layers")
     types = _layer_types(d, layers)
     return ModelConfig(
         vocab_size=whole(d, "vocab_size"),
@@ -108,7 +109,8 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
 
 def _text_of(description: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the text model's fields with the defaults of those that are missing."""
-    kind, fields = description.get("model_type"), dict(description)
+    kind = description.get("model_type")
+    fields = dict(description)
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type: got {kind!r}, expected {' or '.join(MODEL_TYPES)}")
     if kind == "qwen4_exp":
@@ -271,7 +273,8 @@ def _engram_of(d: Mapping[str, Any], types: list[str], eps: float) -> EngramConf
         )
     eos = d["eos_token_id"]
     eos = eos[0] if isinstance(eos, list) and eos else eos
-    orders, heads = whole(d, "ngram_size") - 1, whole(d, "heads_per_ngram")
+    orders = whole(d, "ngram_size") - 1
+    heads = whole(d, "heads_per_ngram")
     width = whole(d, "hidden_size" if d["ple_embed_dim"] is None else "ple_embed_dim")
     if orders < 1 or heads < 1 or width % (orders * heads):
         raise ValueError(
@@ -305,7 +308,10 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
     """
     if lacking := foreign(config):
         raise ValueError(f"a Qwen4-Exp folder cannot hold {', '.join(lacking)}")
-    gqa, delta, moe, hyper = config.gqa, config.delta, config.moe, config.hyper
+    gqa = config.gqa
+    delta = config.delta
+    moe = config.moe
+    hyper = config.hyper
     assert gqa is not None and delta is not None and moe is not None and hyper is not None
     description = {
         "architectures": ["Qwen4ExpForCausalLM"],
@@ -450,7 +456,8 @@ def places(config: ModelConfig) -> dict[str, Place]:
         table["lm_head.weight"] = Place("head.weight")
     table |= _mixer("model.hyper_connection_mixer", "reduction")
     for index in range(config.layers):
-        theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+        theirs = f"model.layers.{index}"
+        ours = f"blocks.{index}"
         for name, site in (("attn", "attention_residual"), ("mlp", "ffn_residual")):
             connection = f"{theirs}.{name}_hyper_connection"
             table |= _mixer(connection, f"{ours}.{site}.mixer")
@@ -516,9 +523,11 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
-    engram, width = config.engram, config.streams * config.dim
+    engram = config.engram
+    width = config.streams * config.dim
     assert engram is not None
-    table_index, ours = engram.layers.index(index), f"blocks.{index}.engram"
+    table_index = engram.layers.index(index)
+    ours = f"blocks.{index}.engram"
     table = {
         f"{theirs}.key_proj.weight": Place(f"{ours}.key_proj.weight"),
         f"{theirs}.value_proj.weight": Place(f"{ours}.value_proj.weight"),

@@ -89,7 +89,8 @@ def rope_of(
 def tables_alone(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Returns rotary fields for a family whose YaRN scales cos and sin, and the softmax never."""
     fields = {key: value for key, value in rope.items() if key not in ("mscale", "mscale_all_dim")}
-    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    above = rope.get("mscale")
+    below = rope.get("mscale_all_dim")
     if above and below and fields.get("attention_factor") is None:
         factor = number(rope, "factor")
         stretch = 0.1 * math.log(factor) if factor > 1 else 0.0

@@ -137,7 +137,9 @@ class Kernel:
     """One implementation, "module:function", which is imported when it first runs."""
 
     def __init__(self, kind: str, target: str, missing: str = "") -> None:
-        self.kind, self.target, self.refuses = kind, target, _REFUSES[kind]
+        self.kind = kind
+        self.target = target
+        self.refuses = _REFUSES[kind]
         self.missing = missing or ("" if _installed(kind) else f"{kind} is not installed")
 
     @functools.cached_property
@@ -157,7 +159,9 @@ class Choice:
         reference: Callable[..., Any] | None = None,
         missing: str = "",
     ) -> None:
-        self.name, self.module, self.reference = name, module, reference
+        self.name = name
+        self.module = module
+        self.reference = reference
         self.kernels = tuple(Kernel(kind, target, missing) for kind, target in targets.items())
 
     def select(
@@ -243,7 +247,8 @@ def kernel(*, missing: str = "", **targets: str) -> Callable[[Callable[P, R]], O
     def register(reference: Callable[P, R]) -> Operation[P, R]:
         made = Choice(reference.__name__, reference.__module__, targets, reference, missing)
         _register(made)
-        signature, select = inspect.signature(reference), made.select
+        signature = inspect.signature(reference)
+        select = made.select
         floats, others = _tensors(signature)
 
         @functools.wraps(reference)
@@ -262,7 +267,9 @@ def kernel(*, missing: str = "", **targets: str) -> Callable[[Callable[P, R]], O
             return kernel.function(*args, **kwargs)
 
         operation = cast(Operation[P, R], run)
-        operation.reference, operation.choice, operation.choose = reference, made, made.choose
+        operation.reference = reference
+        operation.choice = made
+        operation.choose = made.choose
         return operation
 
     return register
@@ -298,7 +305,8 @@ def choice(name: str, module: str, **targets: str) -> Choice:
 
 
 def _register(made: Choice) -> None:
-    name, module = made.name, made.module
+    name = made.name
+    module = made.module
     assert module in MODULES or not module.startswith("rorqual."), (
         f"{name}: list {module} in rorqual.kernels.MODULES"
     )

@@ -30,11 +30,13 @@ def _ordered(products, weights, start, end, ordered):  # pragma: no cover
 
     `products` is overwritten.
     """
-    totals, count = products[0], end - start
+    totals = products[0]
+    count = end - start
     for l in range(count):
         totals[l] = weights[0] * max(totals[l], ZERO)
     for j in range(1, weights.shape[0]):
-        products_of_head, share = products[j], weights[j]
+        products_of_head = products[j]
+        share = weights[j]
         for l in range(count):
             totals[l] += share * max(products_of_head[l], ZERO)
     bits = totals.view(np.int32)
@@ -51,7 +53,10 @@ def _choose(ordered, end, topk_indices):  # pragma: no cover
 
     Of equal values the last ones are selected. Returns whether there are more than are selected.
     """
-    prefix, mask, left, equal = np.uint32(0), np.uint32(0), topk_indices.shape[0], 0
+    prefix = np.uint32(0)
+    mask = np.uint32(0)
+    left = topk_indices.shape[0]
+    equal = 0
     for shift in (21, 10, 0):
         counts = np.zeros(2048, np.int64)
         for l in range(end):
@@ -61,9 +66,11 @@ def _choose(ordered, end, topk_indices):  # pragma: no cover
         while counts[digit] < left:
             left -= counts[digit]
             digit -= 1
-        prefix, equal = np.uint32(prefix | np.uint32(digit << shift)), counts[digit]
+        prefix = np.uint32(prefix | np.uint32(digit << shift))
+        equal = counts[digit]
         mask = np.uint32(mask | np.uint32((2047 << shift) & 0xFFFFFFFF))
-    n, tied = topk_indices.shape[0], equal > left
+    n = topk_indices.shape[0]
+    tied = equal > left
     for l in range(end - 1, -1, -1):
         if ordered[l] > prefix or (ordered[l] == prefix and left > 0):
             left -= ordered[l] == prefix
@@ -83,7 +90,8 @@ def _fetch(base, step, topk_indices, n, width):  # pragma: no cover
 def _four(base, step, topk_indices, n):  # pragma: no cover
     """Returns the addresses of the selected latents n .. n + 3; past the end, the last one's."""
     last = topk_indices.shape[0] - 1
-    a, b = base + topk_indices[min(n, last)] * step, base + topk_indices[min(n + 1, last)] * step
+    a = base + topk_indices[min(n, last)] * step
+    b = base + topk_indices[min(n + 1, last)] * step
     return (
         a,
         b,
@@ -118,7 +126,8 @@ def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no c
     three more columns, which are set to 0.
     """
     (heads, width), last = query.shape, topk_indices.shape[0]
-    best, total = np.full((heads, 1), -np.inf, np.float32), np.zeros((heads, 1), np.float32)
+    best = np.full((heads, 1), -np.inf, np.float32)
+    total = np.zeros((heads, 1), np.float32)
     for h in range(heads):
         fill(out[h], ZERO)
     for start in range(0, last, _TILE):
@@ -150,11 +159,15 @@ def _tokens(
     True where of several equal keys only some were selected.
     """
     (_, time, heads, width), (index_heads, narrow) = query.shape, index_query.shape[2:]
-    products, ordered = np.empty((index_heads, _TILE), np.float32), np.empty(length, np.uint32)
-    scores, bits = np.empty((heads, _TILE), np.float32), np.empty(_TILE, np.int32)
-    scaled, topk_indices = np.zeros((heads, width), np.float32), np.empty(top_k, np.int64)
+    products = np.empty((index_heads, _TILE), np.float32)
+    ordered = np.empty(length, np.uint32)
+    scores = np.empty((heads, _TILE), np.float32)
+    bits = np.empty(_TILE, np.int32)
+    scaled = np.zeros((heads, width), np.float32)
+    topk_indices = np.empty(top_k, np.int64)
     for n in range(first, last):
-        b, t = n // time, n % time
+        b = n // time
+        t = n % time
         end = ends[b, t]
         keys = matrix_at(places[0, 0] + b * places[0, 1], end, narrow)
         for start in range(0, end, _TILE):

@@ -46,11 +46,17 @@ def _look_up(
     `ids_before` ids precede the tokens of each sequence.
     """
     # Any bit that is set in `unknown`, or the sign in `unmapped`: an id that has no canonical id.
-    unknown, unmapped, top = np.uint64(0), np.int64(0), np.uint64(len(canonical))
-    done, row, t = 0, start // time, start % time
+    unknown = np.uint64(0)
+    unmapped = np.int64(0)
+    top = np.uint64(len(canonical))
+    done = 0
+    row = start // time
+    t = start % time
     while done < count:
-        run, column = min(count - done, time - t), row * stride + ids_before + t
-        raw_ids, values = ids[column : column + run], canonical_ids[0, done : done + run]
+        run = min(count - done, time - t)
+        column = row * stride + ids_before + t
+        raw_ids = ids[column : column + run]
+        values = canonical_ids[0, done : done + run]
         for j in range(run):
             raw = np.uint64(raw_ids[j])
             # Unsigned, so that a negative id is a large one, and one comparison is enough.
@@ -68,7 +74,9 @@ def _look_up(
                 unmapped |= canonical_ids[k, done]
             for j in range(done + 1, done + run):
                 canonical_ids[k, j] = canonical_ids[k - 1, j - 1]
-        done, row, t = done + run, row + 1, 0
+        done = done + run
+        row = row + 1
+        t = 0
     if len(reach):
         for k in range(1, len(canonical_ids)):
             for j in range(count):
@@ -106,7 +114,8 @@ def _mix(
             mix[j] ^= canonical[order + 1, j] * multipliers[order + 1]
             width[j] = np.float64(mix[j])
         for head in range(heads):
-            prime, index = primes[order, head], order * heads + head
+            prime = primes[order, head]
+            index = order * heads + head
             offset = offsets[index]
             if len(inverse):
                 factor = inverse[order, head]
@@ -129,7 +138,8 @@ def _hash(
     The ids `new` are written to the cache first.
     """
     canonical, multipliers, primes, offsets, layers, orders, heads, top = asked
-    width, memory = orders * heads, numba.carray(pointer(ids), batch * stride, np.int64)
+    width = orders * heads
+    memory = numba.carray(pointer(ids), batch * stride, np.int64)
     if new:
         source = numba.carray(pointer(new), batch * new_stride, np.int64)
         for row in range(batch):
@@ -142,11 +152,11 @@ def _hash(
     starts = numba.carray(pointer(offsets), (layers, width), np.int64)
     rows = numba.carray(pointer(out), (layers, batch * time, width), np.int64)
     inverse = _invert(moduli)
-    canonical_ids, block = (
-        np.empty((orders + 1, _BLOCK), np.int64),
-        np.empty((width, _BLOCK), np.int64),
-    )
-    mix, wider, sums = np.empty(_BLOCK, np.int64), np.empty(_BLOCK), np.empty(_BLOCK)
+    canonical_ids = np.empty((orders + 1, _BLOCK), np.int64)
+    block = np.empty((width, _BLOCK), np.int64)
+    mix = np.empty(_BLOCK, np.int64)
+    wider = np.empty(_BLOCK)
+    sums = np.empty(_BLOCK)
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
         if not _look_up(

@@ -27,7 +27,9 @@ _posix_fadvise = types.ExternalFunction(
 def _read(files, starts, first_rows, ids, into, flags):  # pragma: no cover
     """Computes read_rows; `flags` of 0 wait for the disk."""
     vector = np.empty(2, np.uint64)
-    base, size, count = into.ctypes.data, into.shape[1], ids.shape[0]
+    base = into.ctypes.data
+    size = into.shape[1]
+    count = ids.shape[0]
     first_missing = count
     start = 0
     while start < count:

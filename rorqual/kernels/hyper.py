@@ -27,7 +27,8 @@ _loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vec
 @_loop
 def _normalise(comb, steps, eps):  # pragma: no cover
     """Divides comb [S, S, N] by its sums along axis 0, then axis 1, and so on, in place."""
-    streams, tokens = comb.shape[0], comb.shape[2]
+    streams = comb.shape[0]
+    tokens = comb.shape[2]
     sums = np.empty((streams, _TILE), np.float32)
     for start in range(0, tokens, _TILE):
         count = min(_TILE, tokens - start)
@@ -35,12 +36,14 @@ def _normalise(comb, steps, eps):  # pragma: no cover
             sums[:] = eps
             for j in range(streams):
                 for k in range(streams):
-                    total, values = sums[j if step % 2 else k], comb[j, k, start : start + count]
+                    total = sums[j if step % 2 else k]
+                    values = comb[j, k, start : start + count]
                     for n in range(count):
                         total[n] += values[n]
             for j in range(streams):
                 for k in range(streams):
-                    total, values = sums[j if step % 2 else k], comb[j, k, start : start + count]
+                    total = sums[j if step % 2 else k]
+                    values = comb[j, k, start : start + count]
                     for n in range(count):
                         # np.divide does not check for 0.
                         values[n] = np.divide(values[n], total[n])
@@ -56,7 +59,9 @@ def _coefficients(m, scale, base, pre, post, comb, eps, least):  # pragma: no co
             pre[i, n] = np.float32(1.0 / (1.0 + math.exp(-(m[i, n] * scale[0] + base[i])))) + eps
             post[i, n] = np.float32(2.0 / (1.0 + math.exp(-(m[j, n] * scale[1] + base[j]))))
         for j in range(streams):
-            first, best, total = (2 + j) * streams, -np.inf, 0.0
+            first = (2 + j) * streams
+            best = -np.inf
+            total = 0.0
             for k in range(streams):
                 logit = m[first + k, n] * scale[2] + base[first + k]
                 comb[j, k, n] = logit
@@ -75,7 +80,8 @@ def _read(streams, pre, out):  # pragma: no cover
         row = out[n]
         row[:] = 0.0
         for i in range(streams.shape[1]):
-            share, values = pre[i, n], streams[n, i]
+            share = pre[i, n]
+            values = streams[n, i]
             for d in range(row.shape[0]):
                 row[d] += share * values[d]
 
@@ -85,11 +91,14 @@ def _write(streams, out, post, comb, mixed):  # pragma: no cover
     """Writes mixed[n, k] = post[k, n] out[n] + sum_j comb[j, k, n] streams[n, j]."""
     for n in range(streams.shape[0]):
         for k in range(streams.shape[1]):
-            row, share, values = mixed[n, k], post[k, n], out[n]
+            row = mixed[n, k]
+            share = post[k, n]
+            values = out[n]
             for d in range(row.shape[0]):
                 row[d] = share * values[d]
             for j in range(streams.shape[1]):
-                share, values = comb[j, k, n], streams[n, j]
+                share = comb[j, k, n]
+                values = streams[n, j]
                 for d in range(row.shape[0]):
                     row[d] += share * values[d]
 

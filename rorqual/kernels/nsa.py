@@ -33,12 +33,14 @@ def _importance(weights, seen, each, per, importance):  # pragma: no cover
         for i in range(seen):
             summed[i] += weights[h, i]
     for n in range(each):
-        j, left = n // per, per - n % per
+        j = n // per
+        left = per - n % per
         for i in range(seen):
             importance[j] += summed[i]
             left -= 1
             if left == 0:
-                j, left = j + 1, per
+                j = j + 1
+                left = per
 
 
 @_loop
@@ -55,10 +57,12 @@ def _choose(importance, own_block, index):  # pragma: no cover
         index[n] = 0 if n == 2 else own_block - n
         importance[index[n]] = np.float32(-1)
     for n in range(count, index.shape[0]):
-        best, most_seen = -1, ZERO
+        best = -1
+        most_seen = ZERO
         for j in range(own_block):
             if importance[j] >= most_seen:
-                best, most_seen = j, importance[j]
+                best = j
+                most_seen = importance[j]
         index[n] = best
         if best < 0:
             break
@@ -77,17 +81,20 @@ def _attend(
     """
     block, stride, size, top_k, window = sizes
     time, (groups, selected_count) = out.shape[1], selected.shape[2:]
-    share, limit = out.shape[3] // groups, selected_count if selected_count else top_k
+    share = out.shape[3] // groups
+    limit = selected_count if selected_count else top_k
     longest = max(block_count, limit * size, window)
-    queries, scores = (
-        np.empty((share, query.shape[3]), np.float32),
-        np.empty((share, longest), np.float32),
-    )
-    bits, index = np.empty(longest, np.int32), np.empty(limit, np.int64)
-    none, addresses = np.zeros(1, np.int64), np.empty(6, np.int64)
+    queries = np.empty((share, query.shape[3]), np.float32)
+    scores = np.empty((share, longest), np.float32)
+    bits = np.empty(longest, np.int32)
+    index = np.empty(limit, np.int64)
+    none = np.zeros(1, np.int64)
+    addresses = np.empty(6, np.int64)
     importance = np.empty(length // size + 2, np.float32)
     for n in range(first, last):
-        b, t, g = n // (time * groups), n // groups % time, n % groups
+        b = n // (time * groups)
+        t = n // groups % time
+        g = n % groups
         position = positions[b, t]
         scaled(query[b, t, g * share :], scale, queries)
         for x in range(6):
@@ -164,10 +171,12 @@ def attend_small_batch(
     pairs = compressed_key, compressed_value, key, value, window_key, window_value
     # Referenced as long as their addresses are used.
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]
-    places, sizes = np.array([where(x) for x in dense]), _sizes(config)
+    places = np.array([where(x) for x in dense])
+    sizes = _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
     arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
-    items, block_count = batch * time * groups, compressed_key.shape[1]
+    items = batch * time * groups
+    block_count = compressed_key.shape[1]
     work = items * (heads // groups) * (block_count + sizes[3] * sizes[2] + sizes[4]) * width
     parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)
     rest = places, block_count, key.shape[1], sizes, np.float32(scale), out.numpy()

@@ -49,8 +49,10 @@ def _update(
 
     `rates`: float64 [lr, b1, b2, eps]. `corrections`: float32 [2, n], see `_corrections`.
     """
-    b1, b2 = np.float32(rates[1]), np.float32(rates[2])
-    c1, c2 = np.float32(1.0 - rates[1]), np.float32(1.0 - rates[2])
+    b1 = np.float32(rates[1])
+    b2 = np.float32(rates[2])
+    c1 = np.float32(1.0 - rates[1])
+    c2 = np.float32(1.0 - rates[2])
     for k in range(start, end):
         if k + _AHEAD < end:
             soon = touched[k + _AHEAD]
@@ -62,14 +64,16 @@ def _update(
         updates[row] += 1
         n = updates[row]
         if n < corrections.shape[1]:
-            size, eps = corrections[0, n], corrections[1, n]
+            size = corrections[0, n]
+            eps = corrections[1, n]
         else:
             root = np.sqrt(1.0 - rates[2] ** n)
-            size, eps = (
-                np.float32(rates[0] * root / (1.0 - rates[1] ** n)),
-                np.float32(rates[3] * root),
-            )
-        p, m, v, g = rows[row], first[row], second[row], gradient[k]
+            size = np.float32(rates[0] * root / (1.0 - rates[1] ** n))
+            eps = np.float32(rates[3] * root)
+        p = rows[row]
+        m = first[row]
+        v = second[row]
+        g = gradient[k]
         for i in range(p.shape[0]):
             m[i] = b1 * m[i] + c1 * g[i]
             v[i] = b2 * v[i] + c2 * g[i] * g[i]
@@ -107,7 +111,8 @@ def sum_rows(
     keys.sort()
     ids, order = np.divmod(keys, max(count, 1))
     starts = np.append(np.flatnonzero(np.diff(ids, prepend=-1)), count)
-    first, several = starts[:-1], np.flatnonzero(np.diff(starts) > 1)
+    first = starts[:-1]
+    several = np.flatnonzero(np.diff(starts) > 1)
     sums = values.detach().index_select(0, torch.from_numpy(order[first]))
     arrays = (order, starts, values.detach().contiguous().numpy(), sums.numpy())
     _split(lambda start, end: _sum(several, *arrays, start, end), len(several))
@@ -130,5 +135,6 @@ def row_adam(
         tensor.detach().numpy()
         for tensor in (rows, first, second, updates, touched, gradient.contiguous())
     ]
-    corrections, rates = _corrections(lr, betas, eps), np.array([lr, *betas, eps])
+    corrections = _corrections(lr, betas, eps)
+    rates = np.array([lr, *betas, eps])
     _split(lambda start, end: _update(*arrays, corrections, rates, start, end), len(touched))

@@ -55,7 +55,8 @@ def _fetch(rows, step, count, following, l, width):  # pragma: no cover
 @_loop
 def _score(queries, keys, step, count, following, scores):  # pragma: no cover
     """Writes scores[h, l] = queries[h] . the key at address keys + l step."""
-    width, l = queries.shape[1], 0
+    width = queries.shape[1]
+    l = 0
     while l + 4 <= count:
         _fetch(keys, step, count, following, l, width)
         a = keys + l * step
@@ -64,7 +65,8 @@ def _score(queries, keys, step, count, following, scores):  # pragma: no cover
     for k in range(l, count):
         a = _line(keys + k * step, width)
         for h in range(queries.shape[0]):
-            x, p = queries[h], ZERO
+            x = queries[h]
+            p = ZERO
             for i in range(width):
                 p += x[i] * a[i]
             scores[h, k] = p
@@ -76,7 +78,9 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
 
     `weights` is not modified: callers compare them.
     """
-    width, l, small = out.shape[1], 0, np.empty((out.shape[0], 4), np.float32)
+    width = out.shape[1]
+    l = 0
+    small = np.empty((out.shape[0], 4), np.float32)
     while l + 4 <= count:
         _fetch(values, step, count, following, l, width)
         for h in range(out.shape[0]):
@@ -88,7 +92,8 @@ def _sum(weights, values, step, count, following, out):  # pragma: no cover
     for k in range(l, count):
         a = _line(values + k * step, width)
         for h in range(out.shape[0]):
-            out_row, p = out[h], shown(weights[h, k])
+            out_row = out[h]
+            p = shown(weights[h, k])
             for i in range(width):
                 out_row[i] += p * a[i]
 
@@ -101,7 +106,8 @@ def over_blocks(
 
     Keys and values lie at the addresses key + l key_step and value + l value_step.
     """
-    blocks, seen = index.shape[0], 0
+    blocks = index.shape[0]
+    seen = 0
     for n in range(blocks):
         count = min(block, end - index[n] * block)
         if index[n] >= 0 and count > 0:
@@ -152,10 +158,14 @@ def _attend(
     (_, time, heads, width), (choices, top_k), groups = query.shape, index.shape[2:], length[1]
     share = heads // choices
     queries = np.empty((share, width), np.float32)
-    scores, bits = np.empty((share, top_k * block), np.float32), np.empty(top_k * block, np.int32)
+    scores = np.empty((share, top_k * block), np.float32)
+    bits = np.empty(top_k * block, np.int32)
     for n in range(first, last):
-        b, t, j = n // (time * choices), n // choices % time, n % choices
-        group, end = j * groups // choices, min(positions[b, t] + 1, length[0])
+        b = n // (time * choices)
+        t = n // choices % time
+        j = n % choices
+        group = j * groups // choices
+        end = min(positions[b, t] + 1, length[0])
         scaled(query[b, t, j * share :], scale, queries)
         keys = key[0] + b * key[1] + group * key[3]
         values = value[0] + b * value[1] + group * value[3]
@@ -193,8 +203,10 @@ def selected_attention(
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
-    length, made = np.array(key.shape[1:3], np.int64), out.numpy()
-    items, work = index[..., 0].numel(), index.numel() * block * (query.shape[2] // index.shape[2])
+    length = np.array(key.shape[1:3], np.int64)
+    made = out.numpy()
+    items = index[..., 0].numel()
+    work = index.numel() * block * (query.shape[2] // index.shape[2])
     parts = min(torch.get_num_threads(), max(1, work * query.shape[3] // _WORTH_A_THREAD), items)
     rest = where(key), where(value), length, block, np.float32(scale), made
     compiled.spread(lambda _, *span: _attend(*arguments, *rest, *span), items, parts)

@@ -212,9 +212,11 @@ def _inverse_rms(x, eps):  # pragma: no cover
 @compiled
 def _sinkhorn(comb, sizes):  # pragma: no cover
     """Normalises the logits comb[j, k] in place, as layers.streams.sinkhorn does."""
-    size, eps = sizes.streams, np.float32(sizes.hyper_eps)
+    size = sizes.streams
+    eps = np.float32(sizes.hyper_eps)
     for j in range(size):
-        best, total = comb[j, 0], ZERO
+        best = comb[j, 0]
+        total = ZERO
         for k in range(size):
             best = max(best, comb[j, k])
         for k in range(size):
@@ -238,7 +240,8 @@ def _sinkhorn(comb, sizes):  # pragma: no cover
 @compiled
 def _coefficients(mapping, x, base, scale, sizes, out):  # pragma: no cover
     """Computes pre, post and comb of one token from the products with its streams x [S D]."""
-    size, inverse = sizes.streams, _inverse_rms(x, sizes.hyper_norm_eps)
+    size = sizes.streams
+    inverse = _inverse_rms(x, sizes.hyper_norm_eps)
     for k in range(size):
         pre = mapping[k] * inverse * scale[0] + base[k]
         post = mapping[size + k] * inverse * scale[1] + base[size + k]
@@ -261,15 +264,19 @@ def _reduce(x, pre, out):  # pragma: no cover
 @compiled
 def _read(fn, base, scale, weight, sizes, tokens, work, clocks, me, phase):  # pragma: no cover
     """Writes the normalised input of a sublayer to work.hidden. Two barriers."""
-    threads, count, size = clocks.shape[0], tokens.x.shape[0], sizes.streams
-    flat_dim, rows = size * sizes.dim, size * (2 + size)
+    threads = clocks.shape[0]
+    count = tokens.x.shape[0]
+    size = sizes.streams
+    flat_dim = size * sizes.dim
+    rows = size * (2 + size)
     if size > 1:
         start, end = _share(rows, me, threads)
         streams = matrix_at(tokens.x.ctypes.data, count, flat_dim)
         score_tile(streams, matrix_at(fn, rows, flat_dim), work.mapping, start, end)
         _meet(clocks, me, phase)
     start, end = _share(count, me, threads)
-    weights, read = _vector(weight, sizes.dim), np.empty(sizes.dim, np.float32)
+    weights = _vector(weight, sizes.dim)
+    read = np.empty(sizes.dim, np.float32)
     for n in range(start, end):
         if size == 1:
             norm(tokens.x[n, 0], weights, sizes.eps, work.hidden[n])
@@ -290,20 +297,25 @@ def _read(fn, base, scale, weight, sizes, tokens, work, clocks, me, phase):  # p
 @compiled
 def _write(sizes, tokens, work, start, end):  # pragma: no cover
     """Adds the columns from `start` to `end` of work.delta to the streams, which it mixes."""
-    size, width = sizes.streams, end - start
+    size = sizes.streams
+    width = end - start
     mixed = np.empty((size, width), np.float32)
     for n in range(tokens.x.shape[0]):
-        x, delta, ours = tokens.x[n], work.delta[n, start:end], work.coefficients[n]
+        x = tokens.x[n]
+        delta = work.delta[n, start:end]
+        ours = work.coefficients[n]
         if size == 1:
             for i in range(width):
                 x[0, start + i] += delta[i]
             continue
         for k in range(size):
-            row, post = mixed[k], ours[size + k]
+            row = mixed[k]
+            post = ours[size + k]
             for i in range(width):
                 row[i] = post * delta[i]
             for j in range(size):
-                share, stream = ours[2 * size + j * size + k], x[j, start:end]
+                share = ours[2 * size + j * size + k]
+                stream = x[j, start:end]
                 for i in range(width):
                     row[i] += share * stream[i]
         for k in range(size):
@@ -318,8 +330,11 @@ def _attend(queries, latents, pages, length, width, summed):  # pragma: no cover
     Only the first summed.shape[1] of a key's `width` values are summed. `latents` is the address
     of a layer's cache, in which page p of the sequence begins at token pages[p].
     """
-    heads, step, whole = queries.shape[0], 4 * width, length // 4 * 4
-    scores, bits = np.empty((heads, length), np.float32), np.empty(length, np.int32)
+    heads = queries.shape[0]
+    step = 4 * width
+    whole = length // 4 * 4
+    scores = np.empty((heads, length), np.float32)
+    bits = np.empty(length, np.int32)
     for l in range(0, whole, 4):
         a = latents + (pages[l // PAGE] + l % PAGE) * step
         dots(queries, a, a + step, a + 2 * step, a + 3 * step, scores, l)
@@ -346,8 +361,11 @@ def _attend(queries, latents, pages, length, width, summed):  # pragma: no cover
 @compiled
 def _queries(pointer, sizes, low, tokens, start, end, queries):  # pragma: no cover
     """Writes queries[n, h] of the heads from `start` to `end`, in the space of the latents."""
-    count, ours, width = low.shape[0], end - start, sizes.nope + sizes.rope
-    up, scale = sizes.nope + sizes.value, np.float32(sizes.scale)
+    count = low.shape[0]
+    ours = end - start
+    width = sizes.nope + sizes.rope
+    up = sizes.nope + sizes.value
+    scale = np.float32(sizes.scale)
     raw = np.empty((count, ours * width), np.float32)
     first = pointer[Q_B] + 4 * start * width * low.shape[1]
     score_tile(low, matrix_at(first, ours * width, low.shape[1]), raw, 0, ours * width)
@@ -355,7 +373,8 @@ def _queries(pointer, sizes, low, tokens, start, end, queries):  # pragma: no co
     absorbed = np.empty((count, sizes.rank), np.float32)
     for h in range(ours):
         for n in range(count):
-            item, query = raw[n, h * width : (h + 1) * width], queries[n, h]
+            item = raw[n, h * width : (h + 1) * width]
+            query = queries[n, h]
             for i in range(sizes.nope):
                 nope[n, i] = item[i] * scale
             for i in range(sizes.rope):
@@ -376,7 +395,9 @@ def _heads(pointer, sizes, low, tokens, out, me, threads):  # pragma: no cover
     `low` are the queries' normalised latents, or the normalised hidden states without latents.
     """
     start, end = _share(sizes.heads, me, threads)
-    count, ours, down = low.shape[0], end - start, sizes.rank + sizes.rope
+    count = low.shape[0]
+    ours = end - start
+    down = sizes.rank + sizes.rope
     if not ours:
         return
     queries = np.empty((count, ours, down), np.float32)
@@ -385,10 +406,8 @@ def _heads(pointer, sizes, low, tokens, out, me, threads):  # pragma: no cover
     for n in range(count):
         length = tokens.positions[n] + 1
         _attend(queries[n], pointer[LATENT], tokens.pages[n], length, down, summed[n])
-    of_head, values = (
-        np.empty((count, sizes.rank), np.float32),
-        np.empty((count, sizes.value), np.float32),
-    )
+    of_head = np.empty((count, sizes.rank), np.float32)
+    values = np.empty((count, sizes.value), np.float32)
     for h in range(ours):
         for n in range(count):
             for i in range(sizes.rank):
@@ -407,12 +426,14 @@ def _attention(pointer, sizes, tokens, work, clocks, me, phase):  # pragma: no c
 
     Where the caller runs the attention, only its input is written, to work.hidden.
     """
-    threads, down = clocks.shape[0], sizes.rank + sizes.rope
+    threads = clocks.shape[0]
+    down = sizes.rank + sizes.rope
     site = pointer[ATTENTION_FN], pointer[ATTENTION_BASE], pointer[ATTENTION_SCALE]
     _read(*site, pointer[ATTENTION_NORM], sizes, tokens, work, clocks, me, phase)
     if not pointer[O]:
         return
-    hidden, low = work.hidden, work.low
+    hidden = work.hidden
+    low = work.low
     start, end = _share(sizes.query_rank, me, threads)
     score_tile(hidden, matrix_at(pointer[Q_A], sizes.query_rank, sizes.dim), low, start, end)
     start, end = _share(down, me, threads)
@@ -420,7 +441,8 @@ def _attention(pointer, sizes, tokens, work, clocks, me, phase):  # pragma: no c
     _meet(clocks, me, phase + 2)
     start, end = _share(tokens.x.shape[0], me, threads)
     for n in range(start, end):
-        position, new = tokens.positions[n], work.latent[n]
+        position = tokens.positions[n]
+        new = work.latent[n]
         page = tokens.pages[n, position // PAGE]
         latent = _vector(pointer[LATENT] + 4 * down * (page + position % PAGE), down)
         norm(new[: sizes.rank], _vector(pointer[KV_NORM], sizes.rank), sizes.latent_eps, latent)
@@ -448,10 +470,12 @@ def _best_groups(biased, sizes):  # pragma: no cover
 
     Of equal groups the lower is kept.
     """
-    size, least = sizes.experts // sizes.groups, np.float32(-np.inf)
+    size = sizes.experts // sizes.groups
+    least = np.float32(-np.inf)
     worth = np.empty(sizes.groups, np.float32)
     for g in range(sizes.groups):
-        first, second = least, least
+        first = least
+        second = least
         for e in range(g * size, (g + 1) * size):
             if biased[e] > first:
                 first, second = biased[e], first
@@ -471,7 +495,8 @@ def _best_groups(biased, sizes):  # pragma: no cover
 @compiled
 def _score(logits, kind):  # pragma: no cover
     """Applies the router's score function in place."""
-    best, total = logits[0], ZERO
+    best = logits[0]
+    total = ZERO
     for e in range(logits.shape[0]):
         best = max(best, logits[e])
     for e in range(logits.shape[0]):
@@ -494,7 +519,8 @@ def _route(pointer, sizes, hidden, token_id, expert_ids, weights):  # pragma: no
 
     Of equal scores the lower expert is selected.
     """
-    logits, biased = np.empty((1, sizes.experts), np.float32), np.empty(sizes.experts, np.float32)
+    logits = np.empty((1, sizes.experts), np.float32)
+    biased = np.empty(sizes.experts, np.float32)
     score_tile(
         hidden, matrix_at(pointer[ROUTER], sizes.experts, sizes.dim), logits, 0, sizes.experts
     )
@@ -526,7 +552,8 @@ def _route(pointer, sizes, hidden, token_id, expert_ids, weights):  # pragma: no
 @compiled
 def _slots_of(expert_ids, expert, slots):  # pragma: no cover
     """Writes the slots n * active + k of one expert; returns their number."""
-    count, active = 0, expert_ids.shape[1]
+    count = 0
+    active = expert_ids.shape[1]
     for slot in range(expert_ids.shape[0] * active):
         if expert_ids[slot // active, slot % active] == expert:
             slots[count] = slot
@@ -538,7 +565,8 @@ def _slots_of(expert_ids, expert, slots):  # pragma: no cover
 def _gated(gate, up, limit, out, factor):  # pragma: no cover
     """Writes out = factor silu(gate) up, with both clipped as layers.basics.gated does."""
     for i in range(gate.shape[0]):
-        g, u = gate[i], up[i]
+        g = gate[i]
+        u = up[i]
         if g > limit:
             g = limit
         if abs(u) > limit:
@@ -549,8 +577,11 @@ def _gated(gate, up, limit, out, factor):  # pragma: no cover
 @compiled
 def _experts_in(pointer, sizes, work, start, end):  # pragma: no cover
     """Writes work.inner[slot, start:end] = weight silu(gate) up of every slot."""
-    dim, width, active = sizes.dim, sizes.width, sizes.active
-    slots, limit = np.empty(work.inner.shape[0], np.int64), np.float32(sizes.limit)
+    dim = sizes.dim
+    width = sizes.width
+    active = sizes.active
+    slots = np.empty(work.inner.shape[0], np.int64)
+    limit = np.float32(sizes.limit)
     if start == end:
         return
     for expert in range(sizes.experts):
@@ -558,10 +589,8 @@ def _experts_in(pointer, sizes, work, start, end):  # pragma: no cover
         if not count:
             continue
         hidden = np.empty((count, dim), np.float32)
-        gate, up = (
-            np.zeros((count, end - start), np.float32),
-            np.zeros((count, end - start), np.float32),
-        )
+        gate = np.zeros((count, end - start), np.float32)
+        up = np.zeros((count, end - start), np.float32)
         for c in range(count):
             for i in range(dim):
                 hidden[c, i] = work.hidden[slots[c] // active, i]
@@ -576,7 +605,9 @@ def _experts_in(pointer, sizes, work, start, end):  # pragma: no cover
 @compiled
 def _experts_out(pointer, sizes, work, start, end):  # pragma: no cover
     """Adds the experts' outputs to the columns from `start` to `end` of work.delta."""
-    dim, width, active = sizes.dim, sizes.width, sizes.active
+    dim = sizes.dim
+    width = sizes.width
+    active = sizes.active
     slots = np.empty(work.inner.shape[0], np.int64)
     if start == end:
         return
@@ -584,10 +615,8 @@ def _experts_out(pointer, sizes, work, start, end):  # pragma: no cover
         count = _slots_of(work.expert_ids, expert, slots)
         if not count:
             continue
-        inner, out = (
-            np.empty((count, width), np.float32),
-            np.zeros((count, end - start), np.float32),
-        )
+        inner = np.empty((count, width), np.float32)
+        out = np.zeros((count, end - start), np.float32)
         for c in range(count):
             for i in range(width):
                 inner[c, i] = work.inner[slots[c], i]
@@ -605,7 +634,8 @@ def _feed_forward(pointer, sizes, tokens, work, width, clocks, me, phase):  # pr
 
     Where the caller ran the attention, its output is added first.
     """
-    threads, count = clocks.shape[0], tokens.x.shape[0]
+    threads = clocks.shape[0]
+    count = tokens.x.shape[0]
     if not pointer[O]:
         start, end = _share(sizes.dim, me, threads)
         _write(sizes, tokens, work, start, end)
@@ -616,12 +646,14 @@ def _feed_forward(pointer, sizes, tokens, work, width, clocks, me, phase):  # pr
         start, end = _share(count, me, threads)
         for n in range(start, end):
             hidden = work.hidden[n : n + 1]
-            ids, weights = work.expert_ids[n], work.expert_weights[n]
+            ids = work.expert_ids[n]
+            weights = work.expert_weights[n]
             _route(pointer, sizes, hidden, tokens.ids[n], ids, weights)
         _meet(clocks, me, phase + 3)
     plain = matrix_at(work.plain.ctypes.data, count, width)
     start, end = _share(width, me, threads)
-    gate, up = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
+    gate = np.empty((count, width), np.float32)
+    up = np.empty((count, width), np.float32)
     score_tile(work.hidden, matrix_at(pointer[GATE], width, sizes.dim), gate, start, end)
     score_tile(work.hidden, matrix_at(pointer[UP], width, sizes.dim), up, start, end)
     limit = np.float32(sizes.limit if pointer[ROUTER] else np.inf)
@@ -642,9 +674,12 @@ def _feed_forward(pointer, sizes, tokens, work, width, clocks, me, phase):  # pr
 @compiled
 def _logits(ends, sizes, tokens, work, logits, clocks, me, phase):  # pragma: no cover
     """Reduces the streams and writes the logits [N, V]. One barrier."""
-    threads, size, flat_dim = clocks.shape[0], sizes.streams, sizes.streams * sizes.dim
+    threads = clocks.shape[0]
+    size = sizes.streams
+    flat_dim = sizes.streams * sizes.dim
     start, end = _share(tokens.x.shape[0], me, threads)
-    weight, read = _vector(ends[0], sizes.dim), np.empty(sizes.dim, np.float32)
+    weight = _vector(ends[0], sizes.dim)
+    read = np.empty(sizes.dim, np.float32)
     mapping = np.empty((1, size), np.float32)
     for n in range(start, end):
         if size == 1:
@@ -655,7 +690,8 @@ def _logits(ends, sizes, tokens, work, logits, clocks, me, phase):  # pragma: no
             x = matrix_at(tokens.x.ctypes.data + 4 * n * flat_dim, 1, flat_dim)
             score_tile(x, matrix_at(ends[2], size, flat_dim), mapping, 0, size)
             inverse = _inverse_rms(x[0], sizes.hyper_norm_eps)
-            base, scale = _vector(ends[3], size), _vector(ends[4], 1)
+            base = _vector(ends[3], size)
+            scale = _vector(ends[4], 1)
             for s in range(size):
                 logit = mapping[0, s] * inverse * scale[0] + base[s]
                 share[s] = _sigmoid(logit) + np.float32(sizes.hyper_eps)
@@ -677,7 +713,8 @@ def _step(
     of each SwiGLU; `phase` is greater than that of every barrier so far.
     """
     for half in range(first, last):
-        layer, barrier = half // 2, phase + BARRIERS * (half - first)
+        layer = half // 2
+        barrier = phase + BARRIERS * (half - first)
         pointer = places[layer]
         if half % 2:
             _feed_forward(pointer, sizes, tokens, work, widths[layer], clocks, me, barrier)
@@ -697,7 +734,8 @@ def _types() -> tuple:
     sizes = Sizes(*(kind() for kind in Sizes.__annotations__.values()))
     step = Step(np.zeros((1, len(PLACES)), np.int64), whole, whole, sizes, 1)
     none = np.empty((0, 0), np.float32)
-    streams, pages = np.empty((1, 1, 1), np.float32), np.zeros((1, 1), np.int64)
+    streams = np.empty((1, 1, 1), np.float32)
+    pages = np.zeros((1, 1), np.int64)
     tokens = Tokens(whole, streams, none, whole, pages, none, none)
     arguments = step.arguments(tokens, 0, 0, none)
     return tuple(numba.typeof(value) for value in (*arguments, 0, 0))
@@ -710,8 +748,11 @@ class Step:
     """
 
     # For the caller, which does not import this module.
-    PLACES, ENDS, PAGE = PLACES, ENDS, PAGE
-    SIZES, TOKENS = Sizes, Tokens
+    PLACES = PLACES
+    ENDS = ENDS
+    PAGE = PAGE
+    SIZES = Sizes
+    TOKENS = Tokens
 
     def __init__(
         self, places: np.ndarray, widths: np.ndarray, ends: np.ndarray, sizes: Sizes, threads: int
@@ -720,7 +761,10 @@ class Step:
 
         `places` [layers, PLACES] may be changed between calls: a cache that grows moves.
         """
-        self.places, self.widths, self.ends, self.sizes = places, widths, ends, sizes
+        self.places = places
+        self.widths = widths
+        self.ends = ends
+        self.sizes = sizes
         self.clocks = np.zeros((threads, LINE), np.int64)
         self.work = scratch(sizes, 1, int(widths.max()))
         self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None

@@ -60,7 +60,8 @@ def _forward(
     tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first, stream = tl.program_id(0) * span, tl.program_id(1)
+    first = tl.program_id(0) * span
+    stream = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
     of_query = _row(query_norm, stream * dim + columns, inside)
@@ -90,12 +91,14 @@ def _backward(
     tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, stream = tl.program_id(0), tl.program_id(1)
+    run = tl.program_id(0)
+    stream = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
     of_query = _row(query_norm, stream * dim + columns, inside)
     of_key = _row(key_norm, stream * dim + columns, inside)
-    for_gate, for_conv = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for_gate = tl.zeros([BLOCK], tl.float32)
+    for_conv = tl.zeros([BLOCK], tl.float32)
     for token in range(run * span, tl.minimum(run * span + span, tokens)):
         flat = tl.full([], token, tl.int64)
         offset = (flat * STREAMS + stream) * dim + columns
@@ -105,9 +108,11 @@ def _backward(
         gate, slope = _gate(score, COPYSIGN)
         if lookup_mask is not None:
             alive = tl.load(lookup_mask + flat) != 0
-            gate, slope = tl.where(alive, gate, 0.0), tl.where(alive, slope, 0.0)
+            gate = tl.where(alive, gate, 0.0)
+            slope = tl.where(alive, slope, 0.0)
         gate = gate.to(d_gated.dtype.element_ty).to(tl.float32)
-        valued, change = _row(value, flat * dim + columns, inside), _row(d_gated, offset, inside)
+        valued = _row(value, flat * dim + columns, inside)
+        change = _row(d_gated, offset, inside)
         if conv_norm is not None:
             v, v_r = _normed(
                 (gate * valued).to(d_gated.dtype.element_ty).to(tl.float32), dim, conv_eps
@@ -119,7 +124,8 @@ def _backward(
         tl.store(d_value + offset, gate * change, mask=inside)
         d_score = tl.sum(change * valued, axis=0) * slope
         for_gate += (d_score * scale) * h * k
-        both, back = (d_score * scale) * of_query * of_key, d_score * score / dim
+        both = (d_score * scale) * of_query * of_key
+        back = d_score * score / dim
         tl.store(
             d_hidden + offset,
             (h_r * (both * k - back * h)).to(d_hidden.dtype.element_ty),
@@ -156,7 +162,8 @@ class _Fuse(torch.autograd.Function):
             x if x is None else x.contiguous()
             for x in (hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask)
         )
-        tokens, streams = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+        tokens = hidden.shape[0] * hidden.shape[1]
+        streams = hidden.shape[2]
         ctx.span = max(_LEAST, triton.cdiv(tokens, max(1, _PROGRAMS // streams)))
         ctx.rest = (sign, eps, conv_eps)
         ctx.save_for_backward(*arguments)
@@ -172,7 +179,8 @@ class _Fuse(torch.autograd.Function):
         saved = ctx.saved_tensors
         hidden, key, value, query_norm, key_norm, conv_norm, _ = saved
         runs = triton.cdiv(hidden.shape[0] * hidden.shape[1], ctx.span)
-        d_hidden, d_key = torch.empty_like(hidden), torch.empty_like(key)
+        d_hidden = torch.empty_like(hidden)
+        d_key = torch.empty_like(key)
         d_value = torch.empty(hidden.shape, dtype=torch.float32, device=value.device)
         d_gate = torch.empty(runs, *query_norm.shape, dtype=torch.float32, device=value.device)
         d_conv = None if conv_norm is None else torch.empty_like(d_gate)
@@ -181,10 +189,8 @@ class _Fuse(torch.autograd.Function):
             made = (d_hidden, d_key, d_value, d_gate, d_conv)
             _launch(_backward, (*saved, *changes, *made), hidden.shape, ctx.span, *ctx.rest)
         of_gate = d_gate.sum(0)
-        of_query, of_key = (
-            (of_gate * key_norm).to(query_norm.dtype),
-            (of_gate * query_norm).to(key_norm.dtype),
-        )
+        of_query = (of_gate * key_norm).to(query_norm.dtype)
+        of_key = (of_gate * query_norm).to(key_norm.dtype)
         of_conv = None if d_conv is None or conv_norm is None else d_conv.sum(0).to(conv_norm.dtype)
         return (
             d_hidden,

@@ -70,7 +70,8 @@ def hash_rows(
 ) -> Int[Tensor, "Lm B T R"]:
     """Computes layers.addresses.hash_rows, bit for bit."""
     layers, orders, heads = primes.shape
-    batch, time = ids.shape[0], ids.shape[1] - orders
+    batch = ids.shape[0]
+    time = ids.shape[1] - orders
     if out is None:
         out = torch.empty(layers, batch, time, orders * heads, dtype=torch.int64, device=ids.device)
     if not out.numel():

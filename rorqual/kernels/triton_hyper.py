@@ -29,8 +29,10 @@ _TINY = 1.1754943508222875e-38  # float32's smallest normal number
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _start(m, scale, base, n, tokens, eps, floor, S: tl.constexpr, P: tl.constexpr):
     """Returns the softmax over the last axis [n, j, k] and Sinkhorn's first matrix; 0 outside."""
-    j, k = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
-    inside, row = (j < S) & (k < S), (2 + j) * S + k
+    j = tl.arange(0, P)[None, :, None]
+    k = tl.arange(0, P)[None, None, :]
+    inside = (j < S) & (k < S)
+    row = (2 + j) * S + k
     in_range = inside & (n < tokens)[:, None, None]
     logits = tl.load(m + row * tokens + n[:, None, None], mask=in_range, other=0.0) * tl.load(
         scale + 2
@@ -68,7 +70,8 @@ def _pre_mapping(
     tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    s = tl.arange(0, P)
     in_range = (s < S)[None, :] & (n < tokens)[:, None]
     offset = s[None, :] * tokens + n[:, None]
     weights = _sigmoids(m, scale, base, n, tokens, 0, S, P) + eps
@@ -114,16 +117,19 @@ def _unwind(
     STEPS: tl.constexpr,
 ):
     """Returns the gradient of the logits of comb, [n, j, k]."""
-    s, t = tl.arange(0, P), tl.arange(0, STEPS)[None, None, :]
+    s = tl.arange(0, P)
+    t = tl.arange(0, STEPS)[None, None, :]
     start, c = _start(m, scale, base, n, tokens, eps, floor, S, P)
     total = _divisor(c, eps, 1, S, P)
     start_sum = tl.where(t == 0, total[:, :, None], 0.0)
     c = c / total[:, None, :]
     for i in range(iterations - 1):
         total = _divisor(c, eps, 2, S, P)
-        start_sum, c = tl.where(t == 2 * i + 1, total[:, :, None], start_sum), c / total[:, :, None]
+        start_sum = tl.where(t == 2 * i + 1, total[:, :, None], start_sum)
+        c = c / total[:, :, None]
         total = _divisor(c, eps, 1, S, P)
-        start_sum, c = tl.where(t == 2 * i + 2, total[:, :, None], start_sum), c / total[:, None, :]
+        start_sum = tl.where(t == 2 * i + 2, total[:, :, None], start_sum)
+        c = c / total[:, None, :]
     offsets = (s[None, :, None] * S + s[None, None, :]) * tokens + n[:, None, None]
     in_range = (s < S)[None, :, None] & (s < S)[None, None, :] & (n < tokens)[:, None, None]
     flow = c * tl.load(d_comb + offsets, mask=in_range, other=0.0)
@@ -146,14 +152,16 @@ def _pre_mapping_backward(
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    s = tl.arange(0, P)
     in_range = (s < S)[None, :] & (n < tokens)[:, None]
     offset = s[None, :] * tokens + n[:, None]
     opened = _sigmoids(m, scale, base, n, tokens, 0, S, P)
     weights = opened + eps
     if handed_on is not None:
         weights = tl.load(handed_on + offset, mask=in_range, other=0.0)
-    flat, back = n.to(tl.int64), tl.zeros([ROWS, P], tl.float32)
+    flat = n.to(tl.int64)
+    back = tl.zeros([ROWS, P], tl.float32)
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
         inside = in_range[:, :, None] & (d < dim)[None, None, :]
@@ -189,8 +197,10 @@ def _post_mapping(
     streams, out, post, comb, made,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    here, flat = n < tokens, n.to(tl.int64)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    s = tl.arange(0, P)
+    here = n < tokens
+    flat = n.to(tl.int64)
     in_range = (s < S)[None, :] & here[:, None]
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
@@ -222,10 +232,13 @@ def _post_mapping_backward(
     streams, out, post, comb, d_made, d_streams, d_out, d_post, d_comb,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    n, s = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, P)
-    here, flat = n < tokens, n.to(tl.int64)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    s = tl.arange(0, P)
+    here = n < tokens
+    flat = n.to(tl.int64)
     in_range = (s < S)[None, :] & here[:, None]
-    of_post, of_comb = tl.zeros([ROWS, P], tl.float32), tl.zeros([ROWS, P, P], tl.float32)
+    of_post = tl.zeros([ROWS, P], tl.float32)
+    of_comb = tl.zeros([ROWS, P, P], tl.float32)
     for first in range(0, dim, WIDTH):
         d = first + tl.arange(0, WIDTH)
         mask = here[:, None] & (d < dim)[None, :]
@@ -233,7 +246,8 @@ def _post_mapping_backward(
         where = (flat[:, None, None] * S + s[None, :, None]) * dim + d[None, None, :]
         added = tl.load(out + flat[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(streams + where, mask=inside, other=0.0).to(tl.float32)
-        of_x, of_out = tl.zeros([ROWS, P, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+        of_x = tl.zeros([ROWS, P, WIDTH], tl.float32)
+        of_out = tl.zeros([ROWS, WIDTH], tl.float32)
         for k in tl.static_range(S):
             change = tl.load(
                 d_made + (flat[:, None] * S + k) * dim + d[None, :], mask=mask, other=0.0
@@ -266,7 +280,8 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: in
     if not tensors[0].numel():
         return
     side = triton.next_power_of_2(streams)
-    rows, width = max(1, _TILE // side), min(_TILE, triton.next_power_of_2(dim))
+    rows = max(1, _TILE // side)
+    width = min(_TILE, triton.next_power_of_2(dim))
     with torch.cuda.device_of(tensors[0]):
         kernel[(triton.cdiv(tokens, rows),)](
             *tensors, tokens, dim, *rest, S=streams, P=side, ROWS=rows, WIDTH=width, **constants
@@ -284,8 +299,10 @@ class _PreMapping(torch.autograd.Function):
         ctx.save_for_backward(*arguments)
         ctx.rest = (eps, 0.0 if eps else _TINY, iterations)
         tokens, count, dim = streams.shape
-        u, pre = streams.new_empty(tokens, dim), m.new_empty(count, tokens)
-        post, comb = torch.empty_like(pre), m.new_empty(count, count, tokens)
+        u = streams.new_empty(tokens, dim)
+        pre = m.new_empty(count, tokens)
+        post = torch.empty_like(pre)
+        comb = m.new_empty(count, count, tokens)
         _launch(_pre_mapping, (*arguments, u, pre, post, comb), *ctx.rest)
         return u, pre, post, comb
 

@@ -25,7 +25,8 @@ _SHARE = tl.constexpr(32)  # values that share a scale
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _e4m3(byte):
-    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    exponent = (byte >> 3) & 15
+    mantissa = byte & 7
     large = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
     size = tl.where(exponent == 0, mantissa.to(tl.float32) / 512, large)
     size = tl.where((byte & 127) == 127, float("nan"), size)

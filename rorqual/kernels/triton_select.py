@@ -89,16 +89,17 @@ def _forward(
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
-    token, group, r = (
-        batch * time + tl.program_id(0),
-        choice * groups // choices,
-        tl.arange(0, ROWS),
-    )
-    row, in_range = (token * choices + choice) * HEADS + r, r < HEADS
+    batch = (tl.program_id(1) // choices).to(tl.int64)
+    choice = tl.program_id(1) % choices
+    token = batch * time + tl.program_id(0)
+    group = choice * groups // choices
+    r = tl.arange(0, ROWS)
+    row = (token * choices + choice) * HEADS + r
+    in_range = r < HEADS
     q = _rows(query, row, in_range, width, WIDE)
     limit = tl.minimum(tl.load(positions + token) + 1, length)
-    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     summed = tl.zeros([ROWS, DEEP], tl.float32)
     for n in range(top_k):
         which = tl.load(index + (token * choices + choice) * top_k + n)
@@ -110,8 +111,10 @@ def _forward(
                 logits = _dot(q, tl.trans(k), EXACT) * scale
                 logits = tl.where(seen[None, :], logits, float("-inf"))
                 higher = tl.maximum(top, tl.max(logits, axis=1))
-                weights, rescale = tl.exp(logits - higher[:, None]), tl.exp(top - higher)
-                total, top = total * rescale + tl.sum(weights, axis=1), higher
+                weights = tl.exp(logits - higher[:, None])
+                rescale = tl.exp(top - higher)
+                total = total * rescale + tl.sum(weights, axis=1)
+                top = higher
                 summed = summed * rescale[:, None] + _dot(weights.to(v.dtype), v, EXACT)
     some = total > 0
     summed = summed / tl.where(some, total, 1.0)[:, None]
@@ -135,17 +138,15 @@ def _backward_queries(
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    batch, choice = (tl.program_id(1) // choices).to(tl.int64), tl.program_id(1) % choices
-    token, group, r = (
-        batch * time + tl.program_id(0),
-        choice * groups // choices,
-        tl.arange(0, ROWS),
-    )
-    row, in_range = (token * choices + choice) * HEADS + r, r < HEADS
-    q, change = (
-        _rows(query, row, in_range, width, WIDE),
-        _rows(d_out, row, in_range, deep, DEEP),
-    )
+    batch = (tl.program_id(1) // choices).to(tl.int64)
+    choice = tl.program_id(1) % choices
+    token = batch * time + tl.program_id(0)
+    group = choice * groups // choices
+    r = tl.arange(0, ROWS)
+    row = (token * choices + choice) * HEADS + r
+    in_range = r < HEADS
+    q = _rows(query, row, in_range, width, WIDE)
+    change = _rows(d_out, row, in_range, deep, DEEP)
     product = tl.sum(
         change.to(tl.float32) * _rows(out, row, in_range, deep, DEEP).to(tl.float32), axis=1
     )
@@ -183,23 +184,25 @@ def _backward_keys(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     pieces = tl.cdiv(block, PIECE)
-    which, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * PIECE
-    batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    which = tl.program_id(0) // pieces
+    first = tl.program_id(0) % pieces * PIECE
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    group = tl.program_id(1) % groups
     columns, real = _columns(which, first, block, length, PIECE)
     k = _keys(key, batch, columns, group, real, width, key_b, key_l, key_g, WIDE)
     v = _keys(value, batch, columns, group, real, deep, value_b, value_l, value_g, DEEP)
-    of_key, of_value = tl.zeros([PIECE, WIDE], tl.float32), tl.zeros([PIECE, DEEP], tl.float32)
-    bucket, r = tl.program_id(1) * blocks + which, tl.arange(0, ROWS)
+    of_key = tl.zeros([PIECE, WIDE], tl.float32)
+    of_value = tl.zeros([PIECE, DEEP], tl.float32)
+    bucket = tl.program_id(1) * blocks + which
+    r = tl.arange(0, ROWS)
     end = tl.load(starts + bucket + 1)
     for entry in range(tl.load(starts + bucket), end, ROWS // EACH):
         offset = entry + r // EACH
         in_range = (offset < end) & (r % EACH < HEADS)
         pair = tl.load(order + offset, mask=in_range, other=0)  # a token and a choice
         row = pair * HEADS + r % EACH
-        q, change = (
-            _rows(query, row, in_range, width, WIDE),
-            _rows(d_out, row, in_range, deep, DEEP),
-        )
+        q = _rows(query, row, in_range, width, WIDE)
+        change = _rows(d_out, row, in_range, deep, DEEP)
         seen = in_range[:, None] & (
             columns[None, :]
             <= tl.load(positions + pair // choices, mask=in_range, other=-1)[:, None]
@@ -227,7 +230,8 @@ def _padded(size: int) -> int:
 
 
 def _constants(query: Tensor, value: Tensor, choices: int, block: int) -> dict[str, int]:
-    piece, heads = min(_PIECE, _padded(block)), query.shape[2] // choices
+    piece = min(_PIECE, _padded(block))
+    heads = query.shape[2] // choices
     return {
         "HEADS": heads,
         "WIDE": _padded(query.shape[3]),
@@ -259,11 +263,14 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, index, positions, block, scale):
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-        query, index, positions = query.contiguous(), index.contiguous(), positions.contiguous()
+        query = query.contiguous()
+        index = index.contiguous()
+        positions = positions.contiguous()
         out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype, device=value.device)
         sums = torch.empty(query.shape[:3], dtype=torch.float32, device=value.device)
         ctx.save_for_backward(query, key, value, index, positions, out, sums)
-        ctx.block, ctx.scale = block, scale
+        ctx.block = block
+        ctx.scale = scale
         if out.numel():
             _by_token(_forward, (query, key, value, index, positions, out, sums), ctx)
         return out
@@ -272,7 +279,8 @@ class _Selected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         query, key, value, index, positions, out, sums = ctx.saved_tensors
-        d_out, products = d_out.contiguous(), torch.empty_like(sums)
+        d_out = d_out.contiguous()
+        products = torch.empty_like(sums)
         d_query = torch.empty_like(query)
         d_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         d_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
@@ -320,5 +328,6 @@ def selected_attention(
 ) -> Float[Tensor, "B T H Q"]:
     """Computes layers.sparse.selected_attention and all its gradients, within rounding."""
     both = torch.promote_types(query.dtype, key.dtype)
-    query, key = query.to(both), key.to(both)
+    query = query.to(both)
+    key = key.to(both)
     return _Selected.apply(query, key, value, index, positions, block, scale)

@@ -14,7 +14,8 @@ from numba.extending import intrinsic
 
 from rorqual.kernels.compiled import compiled, pointer
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO = np.float32(0)
+ONE = np.float32(1)
 
 
 @compiled
@@ -42,7 +43,8 @@ def rotate(x, cos, sin, interleaved):  # pragma: no cover
     half = cos.shape[0]
     for i in range(half):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
-        first, second = x[a], x[b]
+        first = x[a]
+        second = x[b]
         x[a] = first * cos[i] - second * sin[i]
         x[b] = first * sin[i] + second * cos[i]
 
@@ -78,7 +80,8 @@ def powers(scores, bits, best):  # pragma: no cover
         )
         scores[l] = ((p * f + np.float32(2.4022651e-1)) * f + np.float32(6.9314718e-1)) * f + ONE
         bits[l] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    scales, total = bits.view(np.float32), ZERO
+    scales = bits.view(np.float32)
+    total = ZERO
     for l in range(scores.shape[0]):
         scores[l] *= scales[l]
         total += scores[l]
@@ -97,8 +100,10 @@ def softmax(scores, bits):  # pragma: no cover
 # not fit into the registers are written to memory and read back for every product: AVX-512 has 32
 # registers of 16 numbers, AVX2 16 of 8 and NEON 32 of 4.
 LANES, ROWS = (16, 4) if get_host_cpu_features().get("avx512f") else (8, 2)
-_FLOAT, _WHOLE = ir.FloatType(), ir.IntType(64)
-_VECTOR, _FOUR = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
+_FLOAT = ir.FloatType()
+_WHOLE = ir.IntType(64)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_FOUR = ir.VectorType(_FLOAT, 4)
 _FUSED = ("contract",)  # a product and its sum may be rounded once
 _NINE = types.void(*[types.int64] * 9)
 
@@ -165,7 +170,8 @@ def _dots(heads):
     def typed(context, queries, apart, a, b, c, d, chunks, out, out_apart):
         def generate(context, builder, signature, arguments):
             queries, apart, a, b, c, d, chunks, out, out_apart = arguments
-            zero, more = ir.Constant(_VECTOR, [0.0] * LANES), _step(builder, apart, heads)
+            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+            more = _step(builder, apart, heads)
             totals = [cgutils.alloca_once_value(builder, zero) for _ in range(4 * heads)]
             with cgutils.for_range(builder, chunks) as loop:
                 pointer = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
@@ -196,7 +202,8 @@ def _sums(heads):
     def typed(context, weights, apart, a, b, c, d, chunks, out, out_apart):
         def generate(context, builder, signature, arguments):
             weights, apart, a, b, c, d, chunks, out, out_apart = arguments
-            stride, more = _step(builder, apart, heads), _step(builder, out_apart, heads)
+            stride = _step(builder, apart, heads)
+            more = _step(builder, out_apart, heads)
             fours = [_load(builder, weights, at_h, _FOUR) for at_h in stride]
             lanes = [ir.Constant(ir.IntType(32), k) for k in range(4)]
             shares = [
@@ -221,7 +228,10 @@ def _sums(heads):
     return intrinsic(typed)
 
 
-_dots_rows, _dots_1, _sums_rows, _sums_1 = _dots(ROWS), _dots(1), _sums(ROWS), _sums(1)
+_dots_rows = _dots(ROWS)
+_dots_1 = _dots(1)
+_sums_rows = _sums(ROWS)
+_sums_1 = _sums(1)
 
 
 @_any_order
@@ -231,8 +241,11 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
     It processes ROWS queries at a time: each number that is loaded is used several times.
     """
     (heads, width), h = queries.shape, 0
-    arguments, apart, chunks = queries.ctypes.data, queries.strides[0], width // LANES
-    out, out_apart = scores.ctypes.data + 4 * l, scores.strides[0]
+    arguments = queries.ctypes.data
+    apart = queries.strides[0]
+    chunks = width // LANES
+    out = scores.ctypes.data + 4 * l
+    out_apart = scores.strides[0]
     while h + ROWS <= heads:
         _dots_rows(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
         h += ROWS
@@ -240,12 +253,10 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
         _dots_1(arguments + h * apart, apart, a, b, c, d, chunks, out + h * out_apart, out_apart)
         h += 1
     if width % LANES:
-        p, q, s, t = (
-            matrix_at(a, 1, width)[0],
-            matrix_at(b, 1, width)[0],
-            matrix_at(c, 1, width)[0],
-            matrix_at(d, 1, width)[0],
-        )
+        p = matrix_at(a, 1, width)[0]
+        q = matrix_at(b, 1, width)[0]
+        s = matrix_at(c, 1, width)[0]
+        t = matrix_at(d, 1, width)[0]
         for h in range(heads):
             for i in range(chunks * LANES, width):
                 x = queries[h, i]
@@ -263,8 +274,11 @@ def dots(queries, a, b, c, d, scores, l):  # pragma: no cover
 def sums(weights, l, a, b, c, d, out):  # pragma: no cover
     """Adds weights[h, l .. l + 3] times the rows at addresses a, b, c, d to out[h]."""
     (heads, width), h = out.shape, 0
-    arguments, apart, chunks = weights.ctypes.data + 4 * l, weights.strides[0], width // LANES
-    made, out_apart = out.ctypes.data, out.strides[0]
+    arguments = weights.ctypes.data + 4 * l
+    apart = weights.strides[0]
+    chunks = width // LANES
+    made = out.ctypes.data
+    out_apart = out.strides[0]
     while h + ROWS <= heads:
         _sums_rows(
             arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart
@@ -274,14 +288,15 @@ def sums(weights, l, a, b, c, d, out):  # pragma: no cover
         _sums_1(arguments + h * apart, apart, a, b, c, d, chunks, made + h * out_apart, out_apart)
         h += 1
     if width % LANES:
-        p, q, s, t = (
-            matrix_at(a, 1, width)[0],
-            matrix_at(b, 1, width)[0],
-            matrix_at(c, 1, width)[0],
-            matrix_at(d, 1, width)[0],
-        )
+        p = matrix_at(a, 1, width)[0]
+        q = matrix_at(b, 1, width)[0]
+        s = matrix_at(c, 1, width)[0]
+        t = matrix_at(d, 1, width)[0]
         for h in range(heads):
-            x, y, z, w = weights[h, l], weights[h, l + 1], weights[h, l + 2], weights[h, l + 3]
+            x = weights[h, l]
+            y = weights[h, l + 1]
+            z = weights[h, l + 2]
+            w = weights[h, l + 3]
             for i in range(chunks * LANES, width):
                 out[h, i] += x * p[i] + y * q[i] + z * s[i] + w * t[i]
 
@@ -289,7 +304,9 @@ def sums(weights, l, a, b, c, d, out):  # pragma: no cover
 @_any_order
 def score_tile(queries, keys, scores, start, end):  # pragma: no cover
     """Writes scores[h, l] = queries[h] . keys[l] for l from `start` to `end`."""
-    l, first, step = start, keys.ctypes.data, keys.strides[0]
+    l = start
+    first = keys.ctypes.data
+    step = keys.strides[0]
     while l + 4 <= end:
         a = first + l * step
         dots(queries, a, a + step, a + 2 * step, a + 3 * step, scores, l)

@@ -93,7 +93,8 @@ def hash_rows(
     `scratch` is a dict in which a kernel stores what it derived from these tensors. IndexError if
     an id has no canonical id (-1 in the map, or outside it).
     """
-    orders, time = primes.shape[1], ids.shape[1] - primes.shape[1]
+    orders = primes.shape[1]
+    time = ids.shape[1] - primes.shape[1]
     strange = _strange(ids, canonical_map).any()
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         # This does not wait for the device.
@@ -130,7 +131,8 @@ def follow_rows(
     The columns left of `column` hold the ids before them. Without `window_ids` the raw id `pad_id`
     precedes them.
     """
-    before, time = primes.shape[1], ids.shape[1]
+    before = primes.shape[1]
+    time = ids.shape[1]
     if window_ids is None:
         window = F.pad(ids, (before, 0), value=pad_id)
     else:
@@ -295,7 +297,8 @@ class Addresses(nn.Module):
 
         ValueError for an id that the tokenizer does not have, unless it is padding.
         """
-        ids, missing = ids.long(), self.config.missing_id
+        ids = ids.long()
+        missing = self.config.missing_id
         if ctx.valid is not None:
             ids = torch.where(ctx.valid, ids, missing)
         # A look into this dictionary is faster than an attribute of a module.
@@ -323,10 +326,8 @@ class Addresses(nn.Module):
                 if history is None or history.buffer is None
                 else torch.cat([ids.flatten(), history.buffer.flatten()])
             )
-            got, canonical = (
-                window_ids[_strange(window_ids, self.canonical_map)][0].item(),
-                (self.canonical_map >= 0).sum().item(),
-            )
+            got = window_ids[_strange(window_ids, self.canonical_map)][0].item()
+            canonical = (self.canonical_map >= 0).sum().item()
             raise ValueError(
                 f"Engram: got id {got}, expected one of the {canonical} that the tokenizer has"
             ) from None
@@ -364,7 +365,8 @@ class Addresses(nn.Module):
         Returns None if nothing limits any look-back.
         """
         stops = []  # [B, W], True where the look-back of the tokens after it must end
-        width, before = window.shape[1], self.config.ngram - 1
+        width = window.shape[1]
+        before = self.config.ngram - 1
         document_ids = ctx.documents_before(before) if self.config.end_of_document else None
         if self.config.dead_tokens:
             stops.append(

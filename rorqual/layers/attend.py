@@ -33,18 +33,18 @@ def attend(
     if query.shape[1] == 1 and query.shape[2] != key.shape[2]:
         folded = query[:, 0].unflatten(1, (key.shape[2], -1)).transpose(1, 2)
         return attend(folded, key, value, scale, mask).transpose(1, 2).flatten(1, 2)[:, None]
-    dtype, key_width, value_width = query.dtype, key.shape[-1], value.shape[-1]
+    dtype = query.dtype
+    key_width = key.shape[-1]
+    value_width = value.shape[-1]
     if (
         query.device.type == "cpu"
         and query.requires_grad
         and dtype in (torch.bfloat16, torch.float16)
     ):
         # The backward pass is faster in float32 on a CPU.
-        query, key, value = (
-            query.float(),
-            key.float(),
-            value.float(),
-        )
+        query = query.float()
+        key = key.float()
+        value = value.float()
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if causal and _blocks_are_faster(query, key):
         return _by_blocks(query, key, value, scale)

@@ -71,8 +71,10 @@ class MLA(nn.Module):
 
     def __init__(self, config: MLAConfig, dim: int, rope: RopeConfig):
         super().__init__()
-        self.config, self.interleaved = config, rope.interleaved
-        self.rope_dim, self.query_scale = config.rope_dim, rope.query_scale
+        self.config = config
+        self.interleaved = rope.interleaved
+        self.rope_dim = config.rope_dim
+        self.query_scale = rope.query_scale
         self.scale = (config.nope_dim + config.rope_dim) ** -0.5 * softmax_factor(rope)
         query = config.heads * (config.nope_dim + config.rope_dim)
         if config.q_lora_rank is None:
@@ -112,7 +114,8 @@ class MLA(nn.Module):
         """
         latent = self.latents(hidden, ctx)
         if ctx.last_only:
-            hidden, ctx = ctx.last_of(hidden), ctx.last()
+            hidden = ctx.last_of(hidden)
+            ctx = ctx.last()
         nope, rope = self.queries(self.query_latent(hidden), ctx)
         form = self.absorbed if self.absorbs(ctx) else self.expanded
         return self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)), None
@@ -142,7 +145,8 @@ class MLA(nn.Module):
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         query = query.unflatten(-1, (c.heads, -1))
         if self.query_scale is not None:
-            beta, length = self.query_scale.beta, self.query_scale.original_length
+            beta = self.query_scale.beta
+            length = self.query_scale.original_length
             scale = 1 + beta * (1 + ctx.positions // length).float().log()
             query = query * scale[..., None, None].to(query.dtype)
         nope, rope = query.split([c.nope_dim, c.rope_dim], dim=-1)
@@ -216,8 +220,10 @@ class GQA(nn.Module):
 
     def __init__(self, config: GQAConfig, dim: int, rope: RopeConfig):
         super().__init__()
-        self.config, self.interleaved = config, rope.interleaved
-        self.rope_dim, self.value_dim = config.rotated, config.value_dim or config.head_dim
+        self.config = config
+        self.interleaved = rope.interleaved
+        self.rope_dim = config.rotated
+        self.value_dim = config.value_dim or config.head_dim
         self.scale = config.head_dim**-0.5 * softmax_factor(rope)
         self.gate_dim = self.value_dim if config.output_gate else 0
         widths = config.head_dim + self.gate_dim
@@ -251,7 +257,8 @@ class GQA(nn.Module):
         """
         query, key, value, gate = self.project(hidden, ctx)
         if ctx.last_only:
-            query, gate = ctx.last_of(query), None if gate is None else ctx.last_of(gate)
+            query = ctx.last_of(query)
+            gate = None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
         return self.finish(self._attend(query, key, value, ctx), gate), None
 
@@ -282,12 +289,14 @@ class GQA(nn.Module):
         if self.gate_dim:
             query, gate = query.split([c.head_dim, self.gate_dim], dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         both = torch.cat([query, key], dim=2)
         turned = ctx.rotate(both[..., : self.rope_dim], self.interleaved)
         if self.rope_dim < c.head_dim:
             turned = torch.cat([turned, both[..., self.rope_dim :]], dim=-1)
-        query, key = turned[:, :, : c.heads], turned[:, :, c.heads :]
+        query = turned[:, :, : c.heads]
+        key = turned[:, :, c.heads :]
         value = self.v_proj(hidden).unflatten(-1, (c.kv_heads, -1))
         if ctx.cache is not None:
             cache = ctx.cache.attention
@@ -296,15 +305,19 @@ class GQA(nn.Module):
         return query, key, value, gate
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
-        window, time = self.config.window, query.shape[1]
+        window = self.config.window
+        time = query.shape[1]
         if window is None or key.shape[1] <= window:
             mask, causal = visibility(ctx)
         else:
-            mask, causal = ctx.visible() & ctx.within(window), False
+            mask = ctx.visible() & ctx.within(window)
+            causal = False
             # With one length for all, the keys before `span` are outside every query's window.
             if ctx.starts is None:
                 span = window + time - 1
-                key, value, mask = key[:, -span:], value[:, -span:], mask[..., -span:]
+                key = key[:, -span:]
+                value = value[:, -span:]
+                mask = mask[..., -span:]
         if self.sink_bias is not None:
             return self._attend_with_sink(query, key, value, ctx.visible() if causal else mask)
         return attend(query, key, value, self.scale, mask, causal)

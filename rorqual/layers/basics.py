@@ -83,7 +83,8 @@ class RMSNorm(nn.Module):
 def gated(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
     """Computes silu(gate) * up; with a limit gate is at most that, and up within plus and minus."""
     if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        gate = gate.clamp(max=limit)
+        up = up.clamp(-limit, limit)
     return F.silu(gate) * up
 
 
@@ -97,7 +98,8 @@ class CentredRMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6, group: int | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))
-        self.eps, self.group = eps, dim if group is None else group
+        self.eps = eps
+        self.group = dim if group is None else group
 
     def reset_parameters(self) -> None:
         """Resets the weight to zero."""
@@ -137,7 +139,8 @@ def convolve(
     weight[..., taps-1-j] multiplies the value j dilations before. halo is (taps - 1) dilations, the
     number of tokens before the first one. A value of another document counts as 0.
     """
-    time, taps = window.shape[1] - halo, weight.shape[-1]
+    time = window.shape[1] - halo
+    taps = weight.shape[-1]
     out = window[:, halo:] * weight[..., -1]
     for j in range(1, taps):
         start = halo - j * (halo // (taps - 1))
@@ -160,10 +163,13 @@ def _ramp_ends(yarn: YarnConfig, base: float, dim: int) -> tuple[float, float]:
     def pair(turns: float) -> float:
         return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    low = pair(yarn.beta_fast)
+    high = pair(yarn.beta_slow)
     if yarn.truncate:
-        low, high = float(math.floor(low)), float(math.ceil(high))
-    low, high = max(low, 0.0), min(high, dim - 1.0)
+        low = float(math.floor(low))
+        high = float(math.ceil(high))
+    low = max(low, 0.0)
+    high = min(high, dim - 1.0)
     return low, high + 0.001 if low == high else high
 
 
@@ -267,7 +273,8 @@ def rotate(
     Heads may lie between T and P.
     """
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
-    cos, sin = cos.view(shape), sin.view(shape)
+    cos = cos.view(shape)
+    sin = sin.view(shape)
     # The gradient of a single vector may start at an odd storage offset.
     alone = x.requires_grad and x.numel() == x.shape[-1]
     # Interleaved pairs are rotated as complex numbers, which must start at an even storage offset.
@@ -301,18 +308,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, graded: bool
     ) -> Tensor:
         total = _wide(hidden.new_zeros(()))
-        wants_hidden, wants_weight = (
-            graded and ctx.needs_input_grad[0],
-            graded and ctx.needs_input_grad[1],
-        )
+        wants_hidden = graded and ctx.needs_input_grad[0]
+        wants_weight = graded and ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = _wide(torch.zeros_like(weight)) if wants_weight else None
         for start in range(0, hidden.shape[0], chunk):
-            rows, targets = hidden[start : start + chunk], labels[start : start + chunk]
+            rows = hidden[start : start + chunk]
+            targets = labels[start : start + chunk]
             log = _wide(rows @ weight.T).log_softmax(-1)
             total += F.nll_loss(log, targets, ignore_index=-100, reduction="sum")
             if wants_hidden or wants_weight:
-                has_target, places = (targets != -100)[:, None], targets.clamp_min(0)[:, None]
+                has_target = (targets != -100)[:, None]
+                places = targets.clamp_min(0)[:, None]
                 # softmax - onehot; tokens without a target are masked by `has_target` below
                 error = log.exp_()
                 error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(

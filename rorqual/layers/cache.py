@@ -85,13 +85,15 @@ class Rows:
         self.buffer = self._memory = None
 
     def _store_in(self, memory: Tensor, rows: int) -> Tensor:
-        self._memory, self.buffer = memory, memory[:rows]
+        self._memory = memory
+        self.buffer = memory[:rows]
         return self.buffer
 
     def _more_rows(self, count: int) -> Tensor:
         """Appends `count` rows of zeros to the batch; returns all."""
         assert self.buffer is not None and self._memory is not None
-        batch, memory = len(self.buffer), self._memory
+        batch = len(self.buffer)
+        memory = self._memory
         if batch + count > len(memory):
             size = max(batch + count, 2 * len(memory))
             memory = memory.new_zeros(size, *memory.shape[1:])
@@ -104,7 +106,8 @@ class Rows:
     def _keep_rows(self, index: Int[Tensor, " B"]) -> None:
         """Keeps these rows, in this order; a row that stays where it is isn't copied."""
         assert self.buffer is not None and self._memory is not None
-        index, memory = index.to(self.buffer.device), self._memory
+        index = index.to(self.buffer.device)
+        memory = self._memory
         if len(index) > len(memory):
             self._store_in(self.buffer.index_select(0, index), len(index))
             return
@@ -122,7 +125,9 @@ class Appended(Rows):
     """
 
     def __init__(self, capacity: int = 0, before: int = 0, fill: int = 0):
-        self.capacity, self.before, self.fill = capacity, before, fill
+        self.capacity = capacity
+        self.before = before
+        self.fill = fill
 
     def append(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
         """Stores `new` behind the tokens of each sequence; returns all as a view, L = past + T.
@@ -143,7 +148,8 @@ class Appended(Rows):
 
         Token t is at column `before` + t.
         """
-        size, buffer = self.before + length, self.buffer
+        size = self.before + length
+        buffer = self.buffer
         if buffer is None or len(buffer) != len(like):
             columns = max(size, self.before + self.capacity, 16)
             buffer = like.new_zeros(len(like), columns, *like.shape[2:])
@@ -173,7 +179,8 @@ class Appended(Rows):
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
-        batch, second = len(self.buffer), self.before + max(lengths[1])
+        batch = len(self.buffer)
+        second = self.before + max(lengths[1])
         self.reserve(self.buffer, max(lengths[1]))
         self._more_rows(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
 
@@ -199,7 +206,8 @@ class Recent(Rows):
     """
 
     def __init__(self, count: int, slack: int = 64):
-        self.count, self.slack = count, slack
+        self.count = count
+        self.slack = slack
 
     def extend(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> Shaped[Tensor, "B L ..."]:
         """Stores `new`; returns the `count` tokens before it and `new` itself, L = count + T."""
@@ -209,7 +217,9 @@ class Recent(Rows):
 
     def before(self, ctx: NewTokens, like: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B C ..."]:
         """Returns the last `count` tokens before the new ones; `like` has their shape."""
-        size, count, buffer = self.count + self.slack, self.count, self.buffer
+        size = self.count + self.slack
+        count = self.count
+        buffer = self.buffer
         if buffer is None or len(buffer) != len(like):
             buffer = self.buffer = self._memory = like.new_zeros(len(like), size, *like.shape[2:])
         if ctx.starts is not None:
@@ -228,7 +238,9 @@ class Recent(Rows):
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
         """Stores the new tokens; `before` has been called."""
         assert self.buffer is not None
-        buffer, time, size = self.buffer, new.shape[1], self.count + self.slack
+        buffer = self.buffer
+        time = new.shape[1]
+        size = self.count + self.slack
         # Of more tokens than there is space for only the last valid ones are stored.
         count = min(time, size)
         if ctx.starts is None and ctx.lengths is None:
@@ -266,7 +278,8 @@ class Recent(Rows):
     @staticmethod
     def _copy(source: Tensor, target: Tensor, lengths: Sequence[int]) -> None:
         """Copies the last tokens that both have space for, up to each length."""
-        sizes, device = (source.shape[1], target.shape[1]), source.device
+        sizes = (source.shape[1], target.shape[1])
+        device = source.device
         ends = torch.tensor(list(lengths), device=device)[:, None]
         columns = ends - min(sizes) + torch.arange(min(sizes), device=device)
         rows = torch.arange(len(source), device=device)[:, None]
@@ -276,14 +289,17 @@ class Recent(Rows):
 class _Start:
     """The context of a call before any token."""
 
-    past, starts, lengths = 0, None, None
+    past = 0
+    starts = None
+    lengths = None
 
 
 class Past:
     """Counts the cached tokens of each sequence and stores their document ids, if there are any."""
 
     def __init__(self, batch: int = 1, capacity: int = 0):
-        self.batch, self.capacity = batch, capacity
+        self.batch = batch
+        self.capacity = capacity
         self.reset()
 
     def reset(self) -> None:
@@ -352,7 +368,8 @@ class Past:
         """Appends the sequences of another batch."""
         if self.named or other.named:
             raise ValueError("join: got a cache of packed documents, expected one document a row")
-        self.lengths, self.longest = self.lengths + other.lengths, self.longest + other.longest
+        self.lengths = self.lengths + other.lengths
+        self.longest = self.longest + other.longest
         self.batch += other.batch
 
 
@@ -439,7 +456,8 @@ class Cache:
         return states if self.ids is None else [self.ids, *states]
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
-        rows, self.announced = index.tolist(), []
+        rows = index.tolist()
+        self.announced = []
         for state in self.states():
             state.select(index, self.length)
         self.past.select(rows, index)
@@ -488,7 +506,8 @@ class Cache:
         for draft, source in zip(self.drafts, other.drafts, strict=True):
             read = min(length, source.past.length)
             draft.past.take(1)
-            draft.past.lengths, draft.past.longest = [read], [read]
+            draft.past.lengths = [read]
+            draft.past.longest = [read]
             for state, stored in zip(draft.states(), source.states(), strict=True):
                 state.load(stored, read)
 

@@ -50,7 +50,8 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor, kind: CacheFormat) -> Tensor:
-        width, block = values.shape[-1], BLOCKS[kind]
+        width = values.shape[-1]
+        block = BLOCKS[kind]
         blocks = F.pad(values.float(), (0, -width % block)).unflatten(-1, (-1, block))
         largest = blocks.abs().amax(-1, keepdim=True)
         if kind == "fp8":

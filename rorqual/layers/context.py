@@ -160,7 +160,8 @@ class Context:
 
     def last(self) -> "Context":
         """Returns the context of the last valid new token; those before it count as cached."""
-        starts, mask = self.starts, self.mask
+        starts = self.starts
+        mask = self.mask
         if self.lengths is not None:
             starts = (self.past if starts is None else starts) + (self.lengths - 1).clamp_min(0)
             mask = _causal(starts[:, None], self.key_count)[:, None] if mask is None else mask
@@ -247,7 +248,8 @@ def context(
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:
-        span, all_document_ids = Span(0, None), document_ids
+        span = Span(0, None)
+        all_document_ids = document_ids
     else:
         past.take(batch)
         span = Span(past.length, past.starts(device))

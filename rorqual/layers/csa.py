@@ -160,7 +160,9 @@ class Compressor(nn.Module):
 
     def __init__(self, dim: int, width: int, ratio: int, overlap: bool, eps: float) -> None:
         super().__init__()
-        self.width, self.ratio, self.overlap = width, ratio, overlap
+        self.width = width
+        self.ratio = ratio
+        self.overlap = overlap
         self.span = 2 * ratio if overlap else ratio  # tokens that an entry is made of
         size = 2 * width if overlap else width
         self.wkv = nn.Linear(dim, size, bias=False)
@@ -176,10 +178,12 @@ class Compressor(nn.Module):
         self, hidden: Float[Tensor, "B T D"], ctx: Context, cache: EntryCache | None
     ) -> Pooled:
         """Returns the weighted sums of the tokens of every entry that the new tokens complete."""
-        ratio, time = self.ratio, hidden.shape[1]
+        ratio = self.ratio
+        time = hidden.shape[1]
         tokens = torch.cat([self.wkv(hidden), self.wgate(hidden)], dim=-1)
         aligned = ctx.starts is None and ctx.key_document_ids is None
-        first, last = ctx.past // ratio, (ctx.past + time) // ratio
+        first = ctx.past // ratio
+        last = (ctx.past + time) // ratio
         if cache is None:
             tokens = F.pad(tokens, (0, 0, self.span - 1, 0))
         elif aligned and first == last and cache.tokens.buffer is not None:
@@ -201,7 +205,8 @@ class Compressor(nn.Module):
             return Pooled(values, numbers[None] * ratio, first)
         rows, new = ((ctx.positions + 1) % ratio == 0).nonzero(as_tuple=True)
         spans = tokens[rows[:, None], new[:, None] + torch.arange(self.span, device=new.device)]
-        positions, columns = ctx.positions[rows, new] - (ratio - 1), ctx.columns[rows, new]
+        positions = ctx.positions[rows, new] - (ratio - 1)
+        columns = ctx.columns[rows, new]
         values = self.weigh(spans, (positions == 0)[:, None, None])
         number = (columns + 1) // ratio - 1
         if ctx.key_positions is not None:
@@ -212,13 +217,15 @@ class Compressor(nn.Module):
         self, tokens: Float[Tensor, "*B S E"], first: Bool[Tensor, "*#B 1 1"]
     ) -> Float[Tensor, "*B P"]:
         """Sums the tokens of each entry by their gates; a `first` one has none before its own."""
-        ratio, width = self.ratio, self.width
+        ratio = self.ratio
+        width = self.width
         values, gates = tokens.chunk(2, dim=-1)
         gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
         if not self.overlap:
             weights = (gates + self.ape.to(gates.dtype)).softmax(-2)
             return (values * weights.to(values.dtype)).sum(-2)
-        before, current = gates[..., :ratio, :width], gates[..., ratio:, width:]
+        before = gates[..., :ratio, :width]
+        current = gates[..., ratio:, width:]
         ape = self.ape.to(gates.dtype)
         before = (before + ape[:, :width]).masked_fill(first, -torch.inf)
         weights = torch.cat([before, current + ape[:, width:]], dim=-2).softmax(-2).to(values.dtype)
@@ -233,7 +240,8 @@ class Compressor(nn.Module):
         cache: EntryCache | None,
     ) -> Float[Tensor, "B M P"]:
         """Rotates and stores new entries, the norms of `pooled`; returns those of all tokens."""
-        total, batch = ctx.key_count // self.ratio, len(ctx.positions)
+        total = ctx.key_count // self.ratio
+        batch = len(ctx.positions)
         stored = None if cache is None else cache.entries.values.buffer
         if pooled.rows is None and not values.shape[1] and stored is not None and total:
             return stored[:, :total]
@@ -266,7 +274,8 @@ class Compressor(nn.Module):
         """Returns the column of each entry's last token, where documents are packed."""
         if ctx.key_positions is None:
             return None
-        total, numbers = ctx.key_count // self.ratio, self.numbers(ctx.key_positions)
+        total = ctx.key_count // self.ratio
+        numbers = self.numbers(ctx.key_positions)
         completes = (ctx.key_positions + 1) % self.ratio == 0
         columns = torch.arange(ctx.key_count, device=numbers.device).expand_as(numbers)
         ends = torch.full_like(numbers[:, : total + 1], ctx.key_count)
@@ -283,8 +292,11 @@ class SharedKV(nn.Module):
     def __init__(self, config: CSAConfig, dim: int, eps: float = 1e-6, compresses: bool = False):
         """Builds the projections; with `compresses` the rope is that of blocks with entries."""
         super().__init__()
-        self.config, self.eps, self.compresses = config, eps, compresses
-        self.rope_dim, self.scale = config.rope_dim, config.head_dim**-0.5
+        self.config = config
+        self.eps = eps
+        self.compresses = compresses
+        self.rope_dim = config.rope_dim
+        self.scale = config.head_dim**-0.5
         width = config.heads * config.head_dim
         self.wq_a = nn.Linear(dim, config.q_lora_rank, bias=False)
         self.q_norm = RMSNorm(config.q_lora_rank, eps)
@@ -315,7 +327,8 @@ class SharedKV(nn.Module):
             entries = entries._replace(index_keys=index_keys)
         if ctx.last_only:
             keys = last_window(keys, self.config.window, ctx)
-            hidden, ctx = ctx.last_of(hidden), ctx.last()
+            hidden = ctx.last_of(hidden)
+            ctx = ctx.last()
         latent = self.q_norm(self.wq_a(hidden))
         query = self.queries(latent, ctx)
         selection = self.select(hidden, latent, entries, ctx)
@@ -371,9 +384,15 @@ class SharedKV(nn.Module):
         Queries that see many times more entries than they select gather these; the others mask
         those that are not selected.
         """
-        window, time, scale, sink = self.config.window, query.shape[1], self.scale, self.attn_sink
-        document_ids, graded = ctx.documents_before(window - 1), torch.is_grad_enabled()
-        outs, losses, start = [], [], 0
+        window = self.config.window
+        time = query.shape[1]
+        scale = self.scale
+        sink = self.attn_sink
+        document_ids = ctx.documents_before(window - 1)
+        graded = torch.is_grad_enabled()
+        outs = []
+        losses = []
+        start = 0
         while start < time:
             run = slice(start, min(start + QUERIES, time))
             count = 0 if entries is None else entries.reach(ctx, run)
@@ -381,7 +400,8 @@ class SharedKV(nn.Module):
             if selection is not None and gathers:
                 at_once = max(1, COPIED // (selection.top_k * query.shape[-1]))
                 run = slice(start, min(start + at_once, run.stop))
-            start, queries = run.stop, query[:, run]
+            start = run.stop
+            queries = query[:, run]
             key = keys[:, run.start : run.stop + window - 1]
             # A single token in rows of the same length sees all that there is.
             all_seen = time == 1 and ctx.mask is None and ctx.past >= window - 1
@@ -458,7 +478,8 @@ class HCA(SharedKV):
 
     def compressed(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Entries:
         """Returns the compressed entries of all tokens."""
-        cache, compressor = ctx.cache, self.compressor
+        cache = ctx.cache
+        compressor = self.compressor
         cache = None if cache is None else cache.attention.entries
         pooled = compressor.pool(hidden, ctx, cache)
         normed = compressor.norm(pooled.values) if pooled.values.shape[1] else pooled.values
@@ -497,7 +518,8 @@ class CSA(HCA):
 
     def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
         """Returns the indexer's keys of all entries."""
-        cache, compressor = ctx.cache, self.indexer.compressor
+        cache = ctx.cache
+        compressor = self.indexer.compressor
         cache = None if cache is None else cache.attention.index
         pooled = compressor.pool(hidden.detach(), ctx, cache)
         normed = compressor.norm(pooled.values) if pooled.values.shape[1] else pooled.values
@@ -516,7 +538,8 @@ class CSA(HCA):
         passes through relu.
         """
         assert entries is not None and entries.index_keys is not None
-        c, indexer = self.config, self.indexer
+        c = self.config
+        indexer = self.indexer
         query = indexer.wq_b(latent.detach()).unflatten(-1, (c.index_heads, -1))
         weights = indexer.weights_proj(hidden.detach()).float()
         weights = weights * (c.index_heads * c.index_dim) ** -0.5
@@ -642,7 +665,8 @@ def window_mask(
 
     `document_ids` are those of all these keys, -1 where there is none; None without documents.
     """
-    count, device = run.stop - run.start, ctx.positions.device
+    count = run.stop - run.start
+    device = ctx.positions.device
     behind = torch.arange(count, device=device)[:, None] + window - 1
     behind = behind - torch.arange(count + window - 1, device=device)  # [T, W2] tokens
     inside = ((behind >= 0) & (behind < window))[None]
@@ -698,7 +722,8 @@ def attend_gathered(
     # Gathering from a view of the cache, all sequences at once, would copy it whole.
     copies = [row.index_select(0, i.flatten()) for row, i in zip(values, index, strict=True)]
     entries = torch.stack(copies).unflatten(1, index.shape[1:]).to(key.dtype)  # [B, T, K, P]
-    query, width = query * scale, key.shape[1]
+    query = query * scale
+    width = key.shape[1]
     logits_of_window = (query.flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
     logits = torch.cat([logits_of_window, query @ entries.mT], dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

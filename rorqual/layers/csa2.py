@@ -343,7 +343,9 @@ class CSA2(SharedKV):
         """Builds the attention of block `index`."""
         ratio = shares.ratio(index)
         super().__init__(config, dim, eps, compresses=ratio > 0)
-        self.shares, self.ratio, self.rounds = shares, ratio, shares.cache_formats != "none"
+        self.shares = shares
+        self.ratio = ratio
+        self.rounds = shares.cache_formats != "none"
         source = ratio > 0 and index in shares.kv_sources
         self.compressor = PlainCompressor(dim, config.head_dim, ratio, eps) if source else None
         selects = ratio > 0 and index in shares.index_sources
@@ -377,9 +379,11 @@ class CSA2(SharedKV):
         if ctx.last_only:
             keys = last_window(keys, self.config.window, ctx)
             shared = None if shared is None else shared.last(ctx)
-            hidden, ctx = ctx.last_of(hidden), ctx.last()
+            hidden = ctx.last_of(hidden)
+            ctx = ctx.last()
         latent = self.q_norm(self.wq_a(hidden))
-        query, loss = self.queries(latent, ctx), None
+        query = self.queries(latent, ctx)
+        loss = None
         if self.indexer is not None:
             shared, loss = self.choose(hidden, latent, query, shared, ctx)
         out = self.attend_shared(query, keys, shared if self.ratio else None, ctx)
@@ -429,7 +433,9 @@ class CSA2(SharedKV):
         """
         assert self.indexer is not None and shared is not None
         trained = ctx.indexer_warmup is not None
-        selected, blocks, losses = [], [], []
+        selected = []
+        blocks = []
+        losses = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             asked = self.indexer.queries(latent.detach())
             asked = self.turn(asked, ctx)
@@ -480,15 +486,21 @@ class CSA2(SharedKV):
         While the indexers warm up it attends to every visible entry. Queries that see many times
         more entries than they select gather these; the others mask those that are not selected.
         """
-        window, time, scale, sink = self.config.window, query.shape[1], self.scale, self.attn_sink
-        document_ids, outs, start = ctx.documents_before(window - 1), [], 0
+        window = self.config.window
+        time = query.shape[1]
+        scale = self.scale
+        sink = self.attn_sink
+        document_ids = ctx.documents_before(window - 1)
+        outs = []
+        start = 0
         count = 0 if shared is None else shared.entries.shape[1]
         width = 0 if shared is None or shared.selected is None else shared.selected.shape[-1]
         gathers = not torch.is_grad_enabled() and count > GATHERING * width
         at_once = max(1, COPIED // max(1, width * query.shape[-1])) if gathers else QUERIES
         while start < time:
             run = slice(start, min(start + min(QUERIES, at_once), time))
-            start, queries = run.stop, query[:, run]
+            start = run.stop
+            queries = query[:, run]
             key = keys[:, run.start : run.stop + window - 1]
             mask = window_mask(ctx, window, run, document_ids)
             if shared is None or shared.selected is None or not count:

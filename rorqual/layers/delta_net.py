@@ -59,7 +59,8 @@ class Writes(NamedTuple):
 
     def unpack(self, packed: Float[Tensor, "B T2 F"]) -> "Writes":
         """Returns the fields that `pack` of writes of these widths put side by side."""
-        heads, widths = self.key.shape[2:], self.value.shape[2:]
+        heads = self.key.shape[2:]
+        widths = self.value.shape[2:]
         sizes = (heads.numel(), widths.numel(), widths[0], widths[0], 1)
         key, value, decay, beta, begins = packed.split(sizes, dim=-1)
         return Writes(
@@ -179,7 +180,9 @@ class Recurrent:
         if self.state is None or len(self.state) != batch:
             self.clear()
             self.state = writes.value.new_zeros(batch, heads, writes.key.shape[-1], width)
-            self.base, self.lengths, self.base_lengths = self.state, starts * 0, starts * 0
+            self.base = self.state
+            self.lengths = starts * 0
+            self.base_lengths = starts * 0
         assert self.base is not None and self.base_lengths is not None
         assert self.lengths is not None
         if not torch.equal(self.lengths, starts):
@@ -194,7 +197,8 @@ class Recurrent:
     def _roll(self, like: Writes, counts: Int[Tensor, " B"]) -> Float[Tensor, "B H K V"]:
         """Returns the state so many tokens after `base`."""
         assert self.base is not None and self.base_lengths is not None
-        buffer, longest = self.writes.buffer, int(counts.max())
+        buffer = self.writes.buffer
+        longest = int(counts.max())
         if buffer is None or not longest:
             return self.base
         steps = torch.arange(longest, device=counts.device)
@@ -220,7 +224,8 @@ class Recurrent:
         """Stores the writes of the new tokens, the state after them and the one on the way."""
         assert self.lengths is not None and self.base is not None
         assert self.base_lengths is not None
-        packed, chunks = writes.pack().detach(), self.chunks(writes, ctx)
+        packed = writes.pack().detach()
+        chunks = self.chunks(writes, ctx)
         time = writes.key.shape[1]
         counts = torch.full_like(self.lengths, time) if ctx.lengths is None else ctx.lengths
         moves = counts >= self.slack
@@ -229,7 +234,8 @@ class Recurrent:
         self.base_lengths = torch.where(moves, reached, self.base_lengths)
         self.writes.before(ctx, packed)
         self.writes.store(packed, ctx)
-        self.state, self.lengths = state.detach(), self.lengths + counts
+        self.state = state.detach()
+        self.lengths = self.lengths + counts
         # The writes since `base` must not be more than are stored after another short call.
         beyond = self.lengths - self.base_lengths - self.slack
         if bool((beyond >= CHUNK).any()):
@@ -242,8 +248,10 @@ class Recurrent:
             return
         assert self.lengths is not None and self.base_lengths is not None
         index = index.to(self.state.device)
-        self.state, self.base = self.state[index], self.base[index]
-        self.lengths, self.base_lengths = self.lengths[index], self.base_lengths[index]
+        self.state = self.state[index]
+        self.base = self.base[index]
+        self.lengths = self.lengths[index]
+        self.base_lengths = self.base_lengths[index]
         self.writes.select(index, length)
 
     def join(self, other: "Recurrent", lengths: Lengths) -> None:
@@ -351,7 +359,8 @@ class DeltaNet(nn.Module):
             cache.store(writes, after, between, ctx)
         assert out is not None
         if ctx.last_only:
-            out, hidden = ctx.last_of(out), ctx.last_of(hidden)
+            out = ctx.last_of(out)
+            hidden = ctx.last_of(hidden)
         gate = self.in_proj_z(hidden).unflatten(-1, (self.config.value_heads, -1))
         return self.out_proj(self.norm(out, gate).flatten(2)), None
 
@@ -380,7 +389,8 @@ class DeltaNet(nn.Module):
 
     def _convolve(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B T F"]:
         """Returns queries, keys and values after the convolution over their last tokens."""
-        halo, mixed = self.config.kernel - 1, self.in_proj_qkv(hidden)
+        halo = self.config.kernel - 1
+        mixed = self.in_proj_qkv(hidden)
         cache = None if ctx.cache is None else ctx.cache.attention.recent
         if cache is not None:
             mixed = cache.extend(mixed, ctx)

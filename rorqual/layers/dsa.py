@@ -67,7 +67,8 @@ class Indexer(nn.Module):
     def __init__(self, config: DSAConfig, mla: MLAConfig, dim: int):
         super().__init__()
         config.check_rope_dim(mla.rope_dim)
-        self.config, self.rope_dim = config, mla.rope_dim
+        self.config = config
+        self.rope_dim = mla.rope_dim
         self.wq_b = nn.Linear(mla.q_lora_rank or dim, config.heads * config.dim, bias=False)
         self.wk = nn.Linear(dim, config.dim, bias=False)
         self.k_norm = nn.LayerNorm(config.dim, eps=1e-6)
@@ -178,7 +179,8 @@ class DSA(MLA):
         """Builds the attention of the block with this index, without an indexer if it is shared."""
         super().__init__(mla, dim, rope)
         self.indexer = None if index in config.shared else Indexer(config, mla, dim)
-        self.publishes, self.dense = index + 1 in config.shared, False
+        self.publishes = index + 1 in config.shared
+        self.dense = False
         self.top_k = config.top_k
 
     def new_cache(
@@ -208,7 +210,8 @@ class DSA(MLA):
             index_key = self.indexer.keys(hidden, ctx)
         if ctx.last_only:
             shared = None if ctx.shared is None else ctx.last_of(ctx.shared)
-            hidden, ctx = ctx.last_of(hidden), replace(ctx.last(), shared=shared)
+            hidden = ctx.last_of(hidden)
+            ctx = replace(ctx.last(), shared=shared)
         query_latent = self.query_latent(hidden)
         queries = self.queries(query_latent, ctx)
         if self.indexer is None or index_key is None or self.dense:
@@ -270,7 +273,9 @@ class DSA(MLA):
 
     def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""
-        c, dearer, time = self.config, GATHERING, selection.query.shape[1]
+        c = self.config
+        dearer = GATHERING
+        time = selection.query.shape[1]
         if not absorbing:
             dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
         keys = int(selection.top_k * max(dearer, 1.0))
@@ -326,7 +331,8 @@ class IndexerSelection(NamedTuple):
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
         """Returns the keys that the queries may see, selected or not."""
-        end, count = self.key.shape[1] - self.query.shape[1] + run.stop, run.stop - run.start
+        end = self.key.shape[1] - self.query.shape[1] + run.stop
+        count = run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]
         return torch.ones(1, 1, count, end, dtype=torch.bool, device=self.key.device).tril(
@@ -345,7 +351,8 @@ class IndexerSelection(NamedTuple):
         already known. What a query may not see may be at any column, at one below `end` unless
         `every_column` is True.
         """
-        end, count = self.end(run), run.stop - run.start
+        end = self.end(run)
+        count = run.stop - run.start
         if end <= self.top_k:
             return None
         # torch.compile cannot trace no_grad as a decorator on a method of a tuple.
@@ -390,7 +397,8 @@ class IndexerSelection(NamedTuple):
 
     def split(self, count: int) -> tuple["IndexerSelection", "IndexerSelection"]:
         """Splits into the first `count` queries, with the keys up to them, and the others."""
-        length, mask = self.key.shape[1] - self.query.shape[1] + count, self.mask
+        length = self.key.shape[1] - self.query.shape[1] + count
+        mask = self.mask
         before, after = (
             (None, None) if mask is None else (mask[:, :, :count, :length], mask[:, :, count:])
         )
@@ -427,7 +435,8 @@ class IndexerSelection(NamedTuple):
         """
         outs = []
         for run in self.runs():
-            keys, values = key[:, : self.end(run)], value[:, : self.end(run)]
+            keys = key[:, : self.end(run)]
+            values = value[:, : self.end(run)]
             mask = selected_mask(self, run, self.select(run))
             outs.append(attend(query[:, run], keys, values, scale, mask))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
@@ -440,7 +449,8 @@ class IndexerSelection(NamedTuple):
         The others are never read. Every query must have more keys than it may select. At most
         COPIED numbers and SCORES scores are in memory at a time.
         """
-        at_once, outs = max(1, COPIED // (self.top_k * latent.shape[-1])), []
+        at_once = max(1, COPIED // (self.top_k * latent.shape[-1]))
+        outs = []
         for run in self.runs():
             selected = self.select(run)
             assert selected is not None
@@ -663,7 +673,8 @@ class _Divergence(torch.autograd.Function):
         sums = torch.zeros(5, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             for run in selection.runs(attended.shape[2]):
-                keys, visible = key[:, : selection.end(run)], selection.visible(run)
+                keys = key[:, : selection.end(run)]
+                visible = selection.visible(run)
                 queries = query[:, run].float()
                 products = (queries.flatten(1, 2) @ keys.float().mT).relu_()
                 products = products.unflatten(1, queries.shape[1:3])  # [B, T, J, L]
@@ -713,11 +724,9 @@ def _add_gradients(
 ) -> None:
     """Adds to the gradients of query, weights and key. `products` is overwritten."""
     (of_query, of_weights, of_key), end = grads, selection.end(run)
-    query, weights, key = (
-        selection.query[:, run].float(),
-        selection.weights[:, run].float(),
-        selection.key[:, :end].float(),
-    )
+    query = selection.query[:, run].float()
+    weights = selection.weights[:, run].float()
+    key = selection.key[:, :end].float()
     of_weights[:, run] = (products @ error.unsqueeze(-1)).squeeze(-1)
     pull = products.gt_(0).mul_(error.unsqueeze(2)).mul_(weights.unsqueeze(-1)).flatten(1, 2)
     of_query[:, run] = (pull @ key).view_as(query)

@@ -55,7 +55,9 @@ class Gate(nn.Module):
 
     def __init__(self, config: EngramConfig, dim: int, streams: int) -> None:
         super().__init__()
-        self.gating, self.sign, self.eps = config.gating, config.sign, config.eps
+        self.gating = config.gating
+        self.sign = config.sign
+        self.eps = config.eps
         self.offset = float(config.centred)
         if gates := config.gates(streams):
             self.key_norm = nn.Parameter(torch.full((gates, dim), 1.0 - self.offset))
@@ -161,7 +163,9 @@ class Engram(nn.Module):
             raise ValueError(
                 f"Engram: got dim {dim} and {streams} streams, expected at least 1 of each"
             )
-        self.config, self.dim, self.streams = config, dim, streams
+        self.config = config
+        self.dim = dim
+        self.streams = streams
         gates = config.gates(streams)
         self.key_proj = (
             nn.Linear(config.memory_width, gates * dim, bias=config.bias) if gates else None
@@ -229,7 +233,8 @@ class Engram(nn.Module):
 
         They are one fused operation if every stream has its own gate and the gate has no hooks.
         """
-        config, offset = self.config, self.gate.offset
+        config = self.config
+        offset = self.gate.offset
         conv_norm = norm_weight(self.conv_norm, offset) if config.conv else None
         if key is None or config.gating != "streams" or _hooked(self.gate):
             return weigh(self.gate(hidden, key), value, conv_norm, lookup_mask, config.conv_eps)

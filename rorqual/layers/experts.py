@@ -66,7 +66,9 @@ def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
     windows have a few shapes that recur. None reaches beyond the last group, where rows may hold
     anything.
     """
-    windows, first, bounds = [], 0, ends.tolist()
+    windows = []
+    first = 0
+    bounds = ends.tolist()
     length = bounds[-1]
     for group, last in enumerate(bounds):
         size = min(-(-(last - first) // WINDOW) * WINDOW, length)
@@ -178,7 +180,8 @@ class Experts(nn.Module):
         self, rows: Float[Tensor, "N D"], topk_indices: Int[Tensor, "N K"]
     ) -> Float[Tensor, "N K D"]:
         """Applies its K experts to each of a few unsorted rows, with one product for each slot."""
-        dtype, slots = _dtype(rows), topk_indices.flatten().tolist()
+        dtype = _dtype(rows)
+        slots = topk_indices.flatten().tolist()
         copies = rows.to(dtype).repeat_interleave(topk_indices.shape[1], 0).split(1)
         inner = [
             row @ self.gate_up[expert].to(dtype) for row, expert in zip(copies, slots, strict=True)

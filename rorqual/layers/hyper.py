@@ -131,10 +131,12 @@ class Manifold(nn.Module):
 
         u is read with the pre-mapping `handed_on` if it is given.
         """
-        config, precision = self.config, coefficient_dtype(streams.dtype)
+        config = self.config
+        precision = coefficient_dtype(streams.dtype)
         # [K, N]
         m = project(streams.flatten(1).to(precision), self.fn.to(precision), config.norm_eps)
-        scale, base = self.scale.to(precision), self.base.to(precision)
+        scale = self.scale.to(precision)
+        base = self.base.to(precision)
         if config.mix == "sinkhorn":
             return Read(
                 *pre_mapping(streams, m, scale, base, handed_on, config.iterations, config.eps)
@@ -151,7 +153,8 @@ class Unconstrained(nn.Module):
 
     def __init__(self, config: HyperConfig, dim: int, site: int):
         super().__init__()
-        self.config, self.site = config, site
+        self.config = config
+        self.site = site
         streams = config.streams
         self.fn = nn.Parameter(torch.empty(2 + streams, dim))  # rows W_m | W_b | W_r^T
         self.base_pre = nn.Parameter(torch.empty(streams))
@@ -178,7 +181,8 @@ class Unconstrained(nn.Module):
         comb[j, k] is A_r's row of stream j.
         """
         assert handed_on is None
-        precision, S = coefficient_dtype(streams.dtype), self.config.streams
+        precision = coefficient_dtype(streams.dtype)
+        S = self.config.streams
         flat = streams.flatten(0, 1).to(precision)
         m = project(flat, self.fn.to(precision), self.config.norm_eps).tanh()
         m = m.view(2 + S, -1, S).transpose(1, 2)  # [2 + S, S, N]
@@ -220,7 +224,8 @@ class Connection(nn.Module):
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
         """Returns the sublayer's input, sum_i pre_i x_i, and the mapping for `write`."""
         batch, time, S, dim = x.values.shape
-        flat, single = x.values.reshape(batch * time, S, dim), self.config.kind == "single_pass"
+        flat = x.values.reshape(batch * time, S, dim)
+        single = self.config.kind == "single_pass"
         with unrounded(flat):
             handed_on = x.pre.flatten(0, 1).T if single and x.pre is not None else None
             u, pre, post, comb = self.mixer(flat, handed_on)

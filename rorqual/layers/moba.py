@@ -103,7 +103,8 @@ class MoBA(GQA):
         gqa.check_sparse()
         gqa.check_plain()
         super().__init__(gqa, dim, rope)
-        self.moba, self.always = config, left is not None and left <= config.full_layers
+        self.moba = config
+        self.always = left is not None and left <= config.full_layers
         self.full = self.always
         self.tiles = config.choice == "tile" and not self.always
 
@@ -131,7 +132,8 @@ class MoBA(GQA):
         segment, means = self._means(key, ctx) if cached or not full else (None, None)
         # With tiles the first query of a tile selects, even if only the last one is needed.
         if ctx.last_only and not self.tiles:
-            query, ctx = ctx.last_of(query), ctx.last()
+            query = ctx.last_of(query)
+            ctx = ctx.last()
         keys = None
         if means is not None and (self.tiles or not full):
             keys = self.select(query, means, segment, ctx)
@@ -153,7 +155,8 @@ class MoBA(GQA):
 
         With tiles the selection of the incomplete tile is cached.
         """
-        size, top_k = self.moba.block, self.moba.top_k
+        size = self.moba.block
+        top_k = self.moba.top_k
         own_block = own_blocks(ctx, segment, size)
         first = own_block - ctx.positions // size
         if not self.tiles and ctx.key_count <= size:
@@ -161,7 +164,8 @@ class MoBA(GQA):
         queries = tile_queries(ctx) if self.tiles else None
         index = [own_block.new_empty(len(own_block), 0, query.shape[2], top_k)]
         for run in runs(query.shape[1] if queries is None else len(queries)):
-            rows, end = run if queries is None else queries[run], None
+            rows = run if queries is None else queries[run]
+            end = None
             if queries is None and ctx.mask is None:
                 # No query of the run sees later blocks.
                 end = -(-(ctx.past + run.stop) // size)

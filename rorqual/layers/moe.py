@@ -63,7 +63,8 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
     order, rows, ends = sort_by_expert(topk_indices, experts)
     if dropping:
         taken = int(ends[-1])
-        order, rows = order[:taken], rows.clamp_max(taken)
+        order = order[:taken]
+        rows = rows.clamp_max(taken)
     return Slots(
         order, rows.view(-1, routing.topk_indices.shape[-1]), ends.diff(prepend=ends.new_zeros(1))
     )
@@ -151,7 +152,8 @@ class MoE(nn.Module):
         """
         extras = (None, None) if ctx is None else (ctx.ids, ctx.valid)
         routing = self.router(hidden, *extras)
-        rows, weights = hidden.flatten(0, 1), routing.weights.flatten(0, 1)
+        rows = hidden.flatten(0, 1)
+        weights = routing.weights.flatten(0, 1)
         if self._few(routing):
             out = (
                 self.experts.small_batch(rows, routing.topk_indices.flatten(0, 1))

@@ -114,7 +114,8 @@ class NSA(GQA):
         gqa.check_sparse()
         gqa.check_plain()
         super().__init__(gqa, dim, rope)
-        self.nsa, self.tiles = config, config.choice == "tile"
+        self.nsa = config
+        self.tiles = config.choice == "tile"
         width = gqa.kv_heads * (gqa.head_dim + self.value_dim)
         self.compressed_kv = nn.Linear(dim, width, bias=False)
         self.window_kv = nn.Linear(dim, width, bias=False)
@@ -144,13 +145,15 @@ class NSA(GQA):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        whole, scale = ctx, self.scale
+        whole = ctx
+        scale = self.scale
         query, key, value, _ = self.project(hidden, ctx)
         uncompressed, window_pair = self._project_branches(hidden, ctx)
         blocks = self._compress(*uncompressed, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.
         if ctx.last_only and not self.tiles:
-            query, ctx = ctx.last_of(query), ctx.last()
+            query = ctx.last_of(query)
+            ctx = ctx.last()
         if ctx.past and blocks.segment is None and query.shape[1] <= SMALL_BATCH:
             index = self.select(query, blocks, ctx).blocks if self.tiles else None
             pairs = key, value, blocks.keys, blocks.values, *window_pair
@@ -162,7 +165,8 @@ class NSA(GQA):
             window = self._attend_window(query, *window_pair, ctx)
             out = torch.stack([compressed, selected, window], dim=2)
         if whole.last_only:
-            out, hidden = ctx.last_of(out), whole.last_of(hidden)
+            out = ctx.last_of(out)
+            hidden = whole.last_of(hidden)
         gates = self.gates(hidden).to(out.dtype)[..., None]  # [B, T2, 3, H, 1]
         return self.o_proj((gates * out).sum(2).flatten(2)), None
 
@@ -180,7 +184,9 @@ class NSA(GQA):
 
         They are those of largest p_slc. The selection of the incomplete tile is cached.
         """
-        size, top_k, queries = self.nsa.select_block, self.nsa.top_k, tile_queries(ctx)
+        size = self.nsa.select_block
+        top_k = self.nsa.top_k
+        queries = tile_queries(ctx)
         index = [queries.new_empty(len(query), 0, self.config.kv_heads, top_k)]
         for run in runs(len(queries)):
             rows = queries[run]
@@ -199,9 +205,11 @@ class NSA(GQA):
         Every query selects by its probabilities, which are formed once for both. With tiles only
         the first query of each selects, and None is returned.
         """
-        outs, index = [], []
+        outs = []
+        index = []
         for run in runs(query.shape[1]):
-            queries, seen = query[:, run], self._seen(blocks, ctx, run)
+            queries = query[:, run]
+            seen = self._seen(blocks, ctx, run)
             keys, values = (x[:, : seen.shape[-1]] for x in (blocks.keys, blocks.values))
             values = values.to(queries.dtype)
             if self.tiles:
@@ -242,7 +250,8 @@ class NSA(GQA):
 
     def _compress(self, keys: Tensor, values: Tensor, ctx: Context) -> Compressed:
         """Compresses the complete blocks of the compressed branch's keys and values."""
-        block, stride = self.nsa.block, self.nsa.stride
+        block = self.nsa.block
+        stride = self.nsa.stride
         if (segment := segments(ctx, self.nsa.select_block)) is not None:
             columns, real = _block_columns(ctx, block, stride)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
@@ -251,7 +260,8 @@ class NSA(GQA):
             )
             # [B, M, G, l, P]
             keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))
-            keys, values = self.compress_key(keys), self.compress_value(values)
+            keys = self.compress_key(keys)
+            values = self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
         if ctx.cache is not None:
             blocks = ctx.cache.attention.compressed
@@ -286,7 +296,8 @@ class NSA(GQA):
         self, weights: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor
     ) -> tuple[Float[Tensor, "B T G J"], Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """Computes p_slc; returns it with each query's own block and its document's first one."""
-        size, positions = self.nsa.select_block, ctx.positions[:, rows]
+        size = self.nsa.select_block
+        positions = ctx.positions[:, rows]
         own_block = own_blocks(ctx, blocks.segment, size)[:, rows]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
@@ -306,14 +317,16 @@ class NSA(GQA):
         self, query: Tensor, key: Tensor, value: Tensor, ctx: Context
     ) -> Float[Tensor, "B T H Q"]:
         """Attends to the last `window` keys of the document, up to the query."""
-        window, parts = self.nsa.window, []
+        window = self.nsa.window
+        parts = []
         for run in runs(query.shape[1]):
             queries = query[:, run]
             if ctx.mask is not None:
                 mask = ctx.visible(run) & ctx.within(window, run)
                 parts.append(attend(queries, key, value, self.scale, mask))
                 continue
-            first, last = ctx.past + run.start, ctx.past + run.stop
+            first = ctx.past + run.start
+            last = ctx.past + run.stop
             # Keep the keys from the start of the window to the last query.
             start = max(0, first - window + 1)
             pair = key[:, start:last], value[:, start:last]
@@ -340,7 +353,8 @@ def importance_of(
     A selection block gets the probability of a compressed block once for each shared stride-d
     piece.
     """
-    each, per = config.block // config.stride, config.select_block // config.stride
+    each = config.block // config.stride
+    per = config.select_block // config.stride
     pieces = F.pad(probabilities, (0, each - 1))
     for n in range(1, each):
         pieces = pieces + F.pad(probabilities, (n, each - 1 - n))
@@ -405,10 +419,8 @@ def attend_small_batch(
         "bghtm,bmgq->btghq", weights.to(query.dtype), compressed_value.to(query.dtype)
     ).flatten(2, 3)
     if index is None:
-        own_block, count = (
-            positions // config.select_block,
-            -(-key.shape[1] // config.select_block),
-        )
+        own_block = positions // config.select_block
+        count = -(-key.shape[1] // config.select_block)
         scores = importance_of(weights.detach().sum(2), count, config).transpose(1, 2)
         index = best_blocks(scores, own_block, torch.zeros_like(own_block), config.top_k, forced=3)
     back = torch.arange(config.window, device=key.device)

@@ -54,7 +54,9 @@ class Indexer(nn.Module):
     def __init__(self, config: QSAConfig, gqa: GQAConfig, dim: int, rope: RopeConfig):
         super().__init__()
         config.check_rope(rope, gqa.rotated)
-        self.config, self.rope, self.rope_dim = config, rope, gqa.rotated
+        self.config = config
+        self.rope = rope
+        self.rope_dim = gqa.rotated
         norm = CentredRMSNorm if gqa.centred else RMSNorm
         self.index_qk_proj = nn.Linear(dim, (config.heads + 1) * config.dim, bias=False)
         self.q_layernorm = norm(config.dim, gqa.norm_eps)
@@ -65,7 +67,8 @@ class Indexer(nn.Module):
     ) -> tuple[Float[Tensor, "B T J P"], Float[Tensor, "B L P"]]:
         """Returns the queries of the new tokens, and what all tokens give to their blocks."""
         both = self.index_qk_proj(hidden.detach()).unflatten(-1, (-1, self.config.dim))
-        query, key = self.q_layernorm(both[:, :, :-1]), both[:, :, -1]
+        query = self.q_layernorm(both[:, :, :-1])
+        key = both[:, :, -1]
         assert ctx.cos is not None and ctx.sin is not None
         query = self._turn(query, ctx.cos, ctx.sin)
         if ctx.cache is not None:
@@ -75,9 +78,11 @@ class Indexer(nn.Module):
 
     def blocks(self, keys: Float[Tensor, "B L P"], ctx: Context) -> IndexBlocks:
         """Returns the index keys of all complete blocks; the cache keeps them."""
-        block, device = self.config.block, keys.device
+        block = self.config.block
+        device = keys.device
         cache = None if ctx.cache is None else ctx.cache.attention.index_blocks
-        segment, real = segments(ctx, block), None
+        segment = segments(ctx, block)
+        real = None
         if segment is not None:
             numbers = torch.arange(most_blocks(segment), device=device).expand(len(segment), -1)
             starts = torch.searchsorted(segment, numbers.contiguous())
@@ -145,7 +150,8 @@ class QSA(GQA):
         index_query, index_keys = self.indexer.project(hidden, ctx)
         blocks = self.indexer.blocks(index_keys, ctx)
         if ctx.last_only:
-            query, index_query = ctx.last_of(query), ctx.last_of(index_query)
+            query = ctx.last_of(query)
+            index_query = ctx.last_of(index_query)
             gate = None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
         keys = self.select(index_query, blocks, ctx)
@@ -210,7 +216,8 @@ def best_complete(
     index = best.indices.where(best.values > -torch.inf, -1)
     tied = _tied(best.values, top_k)
     for row, t in tied.nonzero().tolist() if tied is not None else ():
-        start, stop = int(first[row, t]), int(end[row, t])
+        start = int(first[row, t])
+        stop = int(end[row, t])
         index[row, t, :top_k] = scores[row, t, start:stop].topk(top_k).indices + start
     index = index[..., :top_k]
     return F.pad(index, (0, top_k - index.shape[-1]), value=-1)

@@ -155,7 +155,8 @@ class Router(nn.Module):
         ValueError if it selects by token id and `vocab_size` is None.
         """
         super().__init__()
-        self.config, self.active = config, active
+        self.config = config
+        self.active = active
         self.weight = nn.Parameter(torch.randn(experts, dim) * dim**-0.5)
         self.e_score_correction_bias: Tensor | None
         self.register_buffer(
@@ -216,7 +217,8 @@ class Router(nn.Module):
                     "router: got no token ids, expected them in a layer that chooses by token id"
                 )
             return self.table[ids]
-        config, bias = self.config, self.e_score_correction_bias
+        config = self.config
+        bias = self.e_score_correction_bias
         if self.image_bias is not None and ids is not None:
             images = torch.isin(ids, torch.tensor(config.image_ids, device=ids.device))
             other = torch.zeros_like(self.image_bias) if bias is None else bias

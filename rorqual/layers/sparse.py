@@ -82,7 +82,8 @@ class Blocks:
     """
 
     def __init__(self, block: int, stride: int, capacity: int = 0):
-        self.block, self.stride = block, stride
+        self.block = block
+        self.stride = stride
         self.values = Appended(capacity // stride)
 
     def count(self, tokens: int) -> int:
@@ -97,7 +98,8 @@ class Blocks:
         `make` maps keys [B, N, G, block, P] to [B, N, G, P]. What follows the last complete block
         of a shorter sequence means nothing.
         """
-        total, stored = self.count(ctx.key_count), self.values.buffer
+        total = self.count(ctx.key_count)
+        stored = self.values.buffer
         # An emptied cache may have had a batch of another size.
         if stored is not None and len(stored) != len(keys):
             stored = None
@@ -129,7 +131,8 @@ class Blocks:
         """
         device = ctx.positions.device
         if ctx.starts is None and ctx.lengths is None:
-            first, stop = self.count(ctx.past), self.count(ctx.key_count)
+            first = self.count(ctx.past)
+            stop = self.count(ctx.key_count)
             return torch.arange(first, stop, device=device)[None], None
         time = ctx.positions.shape[1]
         starts = ctx.columns[:, 0]
@@ -151,7 +154,8 @@ class Blocks:
 
         What follows the last complete block of a shorter sequence means nothing.
         """
-        total, new = self.count(ctx.key_count), new.detach()
+        total = self.count(ctx.key_count)
+        new = new.detach()
         buffer = self.values.reserve(new[:, :0], total)
         if real is None:
             buffer[:, total - new.shape[1] : total] = new
@@ -219,7 +223,8 @@ def best_blocks(
     `own_block` first, -1 last.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
-    own_block, first = own_block[:, :, None, None], first[:, :, None, None]
+    own_block = own_block[:, :, None, None]
+    first = first[:, :, None, None]
     always = block == own_block
     if forced == 3:
         always = always | (block == first) | (block == own_block - 1)
@@ -243,7 +248,8 @@ def tile_queries(ctx: Context) -> Int[Tensor, " N"]:
     If sequences of a batch have tiles at different columns, it is every new token, or none where no
     tile starts.
     """
-    time, device = ctx.positions.shape[1], ctx.positions.device
+    time = ctx.positions.shape[1]
+    device = ctx.positions.device
     if _aligned(ctx):
         first = min(-ctx.past % TILE, time)
         return torch.arange(first, time, TILE, device=device)
@@ -268,7 +274,8 @@ def by_tiles(
     `index` holds the blocks that `tile_queries` select, own first. `cache` keeps the selection of
     an incomplete tile for the next call.
     """
-    time, stored = ctx.positions.shape[1], None if cache is None else cache.before(ctx, index)
+    time = ctx.positions.shape[1]
+    stored = None if cache is None else cache.before(ctx, index)
     steps = torch.arange(time, device=index.device)
     if _aligned(ctx):
         tiles = (
@@ -322,7 +329,8 @@ def attend_selected(
         return loop_tiles(query, key, value, keys.blocks, ctx.past, keys.block, scale)
     parts = []
     for run in runs(query.shape[1]):
-        index, queries = keys.blocks[:, run], query[:, run]
+        index = keys.blocks[:, run]
+        queries = query[:, run]
         if keys.segment is None:
             gather = queries.shape[1] * index.shape[-1] * keys.block < key.shape[1]
             if gather or selected_attention.choose(queries, key, value) is not None:
@@ -351,14 +359,17 @@ def selected_attention(
     Query t sees key c of its sequence if c // block is in its index and c <= positions[t]; a query
     that sees nothing gets 0. The index must not contain a block twice.
     """
-    groups, choices = key.shape[2], index.shape[2]
+    groups = key.shape[2]
+    choices = index.shape[2]
     # [B, T, J, K, block]
     columns = index[..., None] * block + torch.arange(block, device=key.device)
     seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
-    columns, seen = columns.flatten(3).clamp(0, key.shape[1] - 1), seen.flatten(3)[:, :, :, None]
+    columns = columns.flatten(3).clamp(0, key.shape[1] - 1)
+    seen = seen.flatten(3)[:, :, :, None]
     row = torch.arange(len(key), device=key.device)[:, None, None, None]
     group = (torch.arange(choices, device=key.device) * groups // choices)[:, None]
-    keys, values = key[row, columns, group], value[row, columns, group]
+    keys = key[row, columns, group]
+    values = value[row, columns, group]
     logits = (
         as_float32(query).unflatten(2, (choices, -1)) @ as_float32(keys).transpose(-1, -2) * scale
     )
@@ -380,17 +391,18 @@ def masked_attention(
 
     The mask is formed for the heads of one selection at a time.
     """
-    segment, choices = keys.segment, index.shape[2]
+    segment = keys.segment
+    choices = index.shape[2]
     # Without documents and with one length for all, no query of the run sees later keys.
     length = ctx.past + run.stop if ctx.mask is None else key.shape[1]
     count = most_blocks(segment) if segment is not None else -(-length // keys.block)
     seen = ctx.visible(run)[..., :length]
-    key, value, out = key[:, :length], value[:, :length], []
+    key = key[:, :length]
+    value = value[:, :length]
+    out = []
     for j in range(choices):
-        blocks, heads = (
-            index[:, :, j],
-            slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices),
-        )
+        blocks = index[:, :, j]
+        heads = slice(j * query.shape[2] // choices, (j + 1) * query.shape[2] // choices)
         selected = blocks.new_zeros(*blocks.shape[:2], count + 1, dtype=torch.bool)
         selected = selected.scatter_(-1, blocks.where(blocks >= 0, count), True)[
             ..., :count

@@ -49,7 +49,8 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, iterations, eps):
         ctx.save_for_backward(logits)
-        ctx.iterations, ctx.eps = iterations, eps
+        ctx.iterations = iterations
+        ctx.eps = eps
         # A row in which all exponentials underflow must not become 0 / 0.
         comb = logits.softmax(1) + (eps or torch.finfo(logits.dtype).tiny)
         for step in range(2 * iterations - 1):
@@ -59,7 +60,8 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (logits,) = ctx.saved_tensors
-        start, sums = logits.softmax(1), []
+        start = logits.softmax(1)
+        sums = []
         comb = start + (ctx.eps or torch.finfo(start.dtype).tiny)
         for step in range(2 * ctx.iterations - 1):
             sums.append(comb.sum(step % 2, keepdim=True).add_(ctx.eps))
@@ -128,7 +130,8 @@ def squash(
 
     Rows of m and base: S of pre, S of post, the rest of comb.
     """
-    S, base = streams, base[:, None]
+    S = streams
+    base = base[:, None]
     # One rounding for product and sum, as DeepSeek-V4.1's reference has it: Sinkhorn's gradients
     # are small differences, in which a second rounding shows.
     pre = torch.sigmoid(torch.addcmul(base[:S], m[:S], scale[0])) + eps
@@ -186,9 +189,11 @@ def post_mapping(
     identity. A compiler gets one sum for each stream, which it fuses into one pass over all of
     them.
     """
-    out, wide_streams = out.to(post.dtype), streams.to(post.dtype)
+    out = out.to(post.dtype)
+    wide_streams = streams.to(post.dtype)
     if comb is not None and torch.compiler.is_compiling():
-        rows, every = wide_streams.unbind(1), range(streams.shape[1])
+        rows = wide_streams.unbind(1)
+        every = range(streams.shape[1])
         made = [
             sum((comb[j, k, :, None] * rows[j] for j in every), post[k, :, None] * out)
             for k in every

@@ -47,7 +47,9 @@ def loop_tiles(
         length // block
     )
     for n, start in enumerate(range(past // TILE * TILE, length, TILE)):
-        first, end, first_block = max(start, past), min(start + TILE, length), start // block
+        first = max(start, past)
+        end = min(start + TILE, length)
+        first_block = start // block
         places = (row + tiles[:, n, :, 1 : first_block + 1]).flatten()
         selected = [x.index_select(0, places).view(batch, choices, -1, x.shape[-1]) for x in far]
         own_block = [x[:, first_block * block : end].transpose(1, 2) for x in (key, value)]
@@ -95,7 +97,8 @@ def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int)
     batch, count, choices, _ = tiles.shape
     width = -(-time // block)
     start = torch.arange(count, device=tiles.device) * TILE
-    first_block, last = start // block, ((start + TILE).clamp_max(time) - 1) // block
+    first_block = start // block
+    last = ((start + TILE).clamp_max(time) - 1) // block
     order = torch.arange(width, device=tiles.device)
     own_block = (first_block[:, None] + order).clamp_max(width - 1).expand(batch, heads, -1, -1)
     far = tiles[..., 1:].transpose(1, 2).repeat_interleave(heads // choices, dim=1)

@@ -44,7 +44,8 @@ class Answer:
         handles: Sequence[Handle],
         tokenizer: Tokenizer,
     ) -> None:
-        self.request, self.handles = request, handles
+        self.request = request
+        self.handles = handles
         self.chat = isinstance(request, ChatRequest)
         kind = _ChatChoice if self.chat else _CompletionChoice
         prompts = getattr(request, "prompt", [None])
@@ -115,8 +116,11 @@ class _Choice:
         tokenizer: Tokenizer,
         prompt: str | list[int] | None,
     ) -> None:
-        self.request, self.index, self.handle = request, index, handle
-        self.tokenizer, self.prompt = tokenizer, prompt
+        self.request = request
+        self.index = index
+        self.handle = handle
+        self.tokenizer = tokenizer
+        self.prompt = prompt
 
     def observed(self, pieces: Sequence[Piece]) -> JsonDict:
         """Returns experts and memory of the tokens that were read, where they are asked for."""

@@ -99,7 +99,8 @@ class Outcome:
 
     def times(self) -> dict[str, list[float]]:
         """Returns the request's times in seconds by METRICS; tpot is empty for a single token."""
-        first, last = self.pieces[0], self.pieces[-1]
+        first = self.pieces[0]
+        last = self.pieces[-1]
         return {
             "ttft": [first - self.sent],
             "tpot": [(last - first) / (self.tokens - 1)] if self.tokens > 1 else [],
@@ -317,7 +318,8 @@ class Server:
                     else:
                         await _listen(answer, to)
         except (TimeoutError, httpx.TimeoutException):
-            to.failure, to.message = "timeout", f"no end within {load.timeout:g} s"
+            to.failure = "timeout"
+            to.message = f"no end within {load.timeout:g} s"
         except httpx.RequestError as error:
             connected = not isinstance(error, httpx.ConnectError)
             to.failure = "hung up" if connected else "no connection"
@@ -350,7 +352,8 @@ async def _listen(answer: httpx.Response, to: Outcome) -> None:
                 to.prompt_tokens = usage.get("prompt_tokens") or 0
                 to.output_tokens = usage.get("completion_tokens")
         except (ValueError, AttributeError, LookupError, TypeError):
-            to.failure, to.message = "no event of OpenAI's", data[:LONGEST_MESSAGE]
+            to.failure = "no event of OpenAI's"
+            to.message = data[:LONGEST_MESSAGE]
             return
     to.failure = None if ended else "cut off"
 

@@ -42,8 +42,11 @@ class Conversation:
                 f"got max_new_tokens={max_new_tokens}, expected 1 to {context - 1}, "
                 "since prompt and answer share the context"
             )
-        self.run, self.sampling = run, sampling
-        self.system, self.max_new_tokens, self.context = system, max_new_tokens, context
+        self.run = run
+        self.sampling = sampling
+        self.system = system
+        self.max_new_tokens = max_new_tokens
+        self.context = context
         self.templated = run.folder is not None and bool(template_text(run.folder))
         self.speed: Speed | None = None
         self.dropped = 0  # turns that no longer fit
@@ -83,7 +86,8 @@ class Conversation:
         except ValueError:
             self._take_back(text)
             raise
-        started, count = time.perf_counter(), 0
+        started = time.perf_counter()
+        count = 0
         stream = TextStream(self.run.tokenizer, (), self._hidden)
         try:
             for token in self._ids(ids):

@@ -72,9 +72,12 @@ class Drafter:
 
         The last D tokens wait, since ids after them are not known to all depths.
         """
-        unread, lengths, firsts = [], [], []
+        unread = []
+        lengths = []
+        firsts = []
         for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
-            new, end = hidden[row, :count], request.cached + count
+            new = hidden[row, :count]
+            end = request.cached + count
             unread.append(new if request.unread is None else torch.cat([request.unread, new]))
             firsts.append(end - len(unread[-1]))
             certain = request.tokens - self.depths - firsts[-1]

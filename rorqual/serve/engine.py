@@ -110,7 +110,9 @@ class Engine:
                 f"cache_tokens: got {cache_tokens}, expected at least {least}: "
                 f"a request may have {context} tokens"
             )
-        self.model, self.context, self.end_id = model, context, end_id
+        self.model = model
+        self.context = context
+        self.end_id = end_id
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         drafter = Drafter(model, self.vocab_size) if drafts else None
         depths = drafter.depths if drafter is not None else 0
@@ -249,7 +251,9 @@ class Engine:
 
     def _give(self, output: Output) -> None:
         """Gives every request of a forward its next ids, and what it wants to know besides."""
-        requests, drafts, stats = output.requests, output.drafts, self.acceptance_stats
+        requests = output.requests
+        drafts = output.drafts
+        stats = self.acceptance_stats
         assert output.logits is not None
         for row, request in enumerate(requests):
             if output.hidden is not None and request.reads_prompt and not request.ids:
@@ -314,7 +318,8 @@ class Engine:
 
         With drafts that is the one whose logits at `position` are wanted.
         """
-        watch, count = request.watch, output.counts[row]
+        watch = request.watch
+        count = output.counts[row]
         if output.trace is None or not (watch.experts or watch.memory):
             return
         # All but the last id of a request that came back have been seen before.

@@ -128,15 +128,19 @@ class TextStream:
         rest = self._release(self.tokenizer.decode(self._ids)[self._shown :]) if self._ids else ""
         if self.stopped:
             return rest
-        pending, self._held = self._held, ""
-        self._ids, self._before, self._shown = [], 0, 0
+        pending = self._held
+        self._held = ""
+        self._ids = []
+        self._before = 0
+        self._shown = 0
         return rest + pending
 
     def _release(self, fresh: str) -> str:
         text = self._held + fresh
         places = [position for word in self.stop if (position := text.find(word)) >= 0]
         if places:
-            self.stopped, self._held = True, ""
+            self.stopped = True
+            self._held = ""
             return text[: min(places)]
         keep = max(
             (n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])),
@@ -165,7 +169,9 @@ class Run:
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer | None, folder: Path | None = None
     ) -> None:
-        self.model, self._tokenizer, self.folder = model.eval(), tokenizer, folder
+        self.model = model.eval()
+        self._tokenizer = tokenizer
+        self.folder = folder
         self._one_at_a_time = threading.Lock()
         self._chatty: subprocess.Popen[str] | None = None
 
@@ -291,7 +297,8 @@ class Run:
         speculative: bool = False,
     ) -> list[Completion]:
         """Completes prompts of any lengths; returns ids, text and finish reasons, in order."""
-        tokenizer, acceptance_stats = self.tokenizer, AcceptanceStats() if speculative else None
+        tokenizer = self.tokenizer
+        acceptance_stats = AcceptanceStats() if speculative else None
         streams = [TextStream(tokenizer, stop) for _ in texts]
         ids: list[list[int]] = [[] for _ in texts]
         pieces: list[list[str]] = [[] for _ in texts]

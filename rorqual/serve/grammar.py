@@ -24,7 +24,8 @@ class JsonMatcher:
     """Follows one text through a grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+        self._matcher = matcher
+        self._vocab_size = vocab_size
 
     def mask(self) -> Bool[Tensor, " V"]:
         """Returns which ids may follow. ValueError where the grammar fails."""

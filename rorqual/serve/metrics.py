@@ -69,7 +69,8 @@ class _Load(Collector):
     def __init__(
         self, stats: Callable[[], Stats], tables: Callable[[], Sequence[dict[str, Any]]]
     ) -> None:
-        self._stats, self._tables = stats, tables
+        self._stats = stats
+        self._tables = tables
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()

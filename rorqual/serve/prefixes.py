@@ -49,7 +49,8 @@ class Prefixes:
         moba = model.config.moba
         # Whether the cache of a text does not depend on the pieces in which it was read.
         self.divisible = not model.config.rope.varies and (moba is None or moba.decode != "full")
-        self._model, self.keeps = model, keep and self.divisible
+        self._model = model
+        self.keeps = keep and self.divisible
         # Caches in the order of their last use, each with the keys that lead to it.
         self._kept: OrderedDict[int, tuple[Cache, set[bytes]]] = OrderedDict()
         self._by_key: dict[bytes, int] = {}
@@ -106,7 +107,8 @@ class Prefixes:
 
 def keys_of(ids: Sequence[int]) -> list[bytes]:
     """Returns the key of every full page of the ids."""
-    keys, key = list[bytes](), b""
+    keys = list[bytes]()
+    key = b""
     for start in range(0, len(ids) - PAGE + 1, PAGE):
         page = np.asarray(ids[start : start + PAGE], np.int64).tobytes()
         key = hashlib.sha256(key + page).digest()

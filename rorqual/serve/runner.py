@@ -44,7 +44,9 @@ class Runner:
     def __init__(
         self, model: LanguageModel, prefixes: Prefixes, drafter: Drafter | None = None
     ) -> None:
-        self.model, self.prefixes, self.drafter = model, prefixes, drafter
+        self.model = model
+        self.prefixes = prefixes
+        self.drafter = drafter
         self.cache: Cache | None = None
         self.rows: list[Request] = []
         # Requests whose prompt has just been read, and its cache.
@@ -61,7 +63,9 @@ class Runner:
 
     def drop(self) -> None:
         """Forgets all requests."""
-        self.cache, self.rows, self._joining = None, [], []
+        self.cache = None
+        self.rows = []
+        self._joining = []
 
     def run(self, plan: Plan) -> Iterator[Output]:
         """Yields the output of each forward; its requests get their ids before the next one."""
@@ -91,7 +95,8 @@ class Runner:
     def _arrange(self, requests: set[Request]) -> None:
         """Removes the rows of requests that have left, and joins those of new ones."""
         self.rows, self.cache = self._keep(self.rows, self.cache, requests)
-        joining, self._joining = self._joining, []
+        joining = self._joining
+        self._joining = []
         for group, cache in joining:
             rows, selected = self._keep(group, cache, requests)
             if selected is None:
@@ -122,12 +127,15 @@ class Runner:
 
     def _decode(self) -> tuple[Output, bool]:
         """Reads the last id of each request, and drafts; returns whether there were any."""
-        rows, cache, drafter = list(self.rows), self.cache, self.drafter
+        rows = list(self.rows)
+        cache = self.cache
+        drafter = self.drafter
         assert cache is not None
         last = torch.tensor([[request.ids[-1]] for request in rows], device=self.device)
         # How many ids each may get besides the next one.
         left = [request.max_new_tokens - len(request.ids) - 1 for request in rows]
-        ones, proposed = [1] * len(rows), False
+        ones = [1] * len(rows)
+        proposed = False
         if drafter is not None and max(left):
             counts = [1 + min(drafter.depths, more) for more in left]
             # Where drafts would change the logits before them, there are none.
@@ -150,7 +158,8 @@ class Runner:
 
         The rows of tables that the next step reads are fetched from now on.
         """
-        cache, requests = self.cache, output.requests
+        cache = self.cache
+        requests = output.requests
         assert cache is not None
         if output.drafts is not None:
             pairs = zip(output.counts, accepted, strict=True)

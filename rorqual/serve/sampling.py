@@ -124,7 +124,9 @@ class SamplerRow:
         end_ids: Collection[int] = (),
         matcher: Matcher | None = None,
     ) -> None:
-        self.sampling, self.generator, self.matcher = sampling, generator, matcher
+        self.sampling = sampling
+        self.generator = generator
+        self.matcher = matcher
         self.end_ids = frozenset(end_ids)
         self.made = 0
         self.seen: Tensor | None = None
@@ -171,7 +173,8 @@ def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Dra
     if errors:
         logits = logits.clone()
         logits[list(errors)] = 0.0
-    unmasked, logits = logits, _mask(_adjust(logits, rows), rows, errors)
+    unmasked = logits
+    logits = _mask(_adjust(logits, rows), rows, errors)
     if logits is not unmasked:
         _refuse(logits, errors, "no id that is allowed")
     drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
@@ -198,7 +201,8 @@ def _refuse(logits: Tensor, errors: dict[int, str], what: str) -> None:
 
 def _adjust(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Float[Tensor, "B V"]:
     """Applies penalties and biases to the rows that have any."""
-    changed, size = logits, logits.shape[1]
+    changed = logits
+    size = logits.shape[1]
     if index := [row for row, one in enumerate(rows) if one.seen is not None]:
         penalties = logits.new_tensor([rows[row].sampling.repetition_penalty for row in index])
         seen = torch.stack([one for row in index if (one := rows[row].seen) is not None])[:, :size]

@@ -104,11 +104,14 @@ class Request:
 
     def fail(self, error: Exception) -> None:
         """Ends the request because of an error."""
-        self.finish, self.error = self.finish or "error", error
+        self.finish = self.finish or "error"
+        self.error = error
 
     def clear(self) -> None:
         """Frees what was read of it."""
-        self.cached, self.cache, self.unread = 0, None, None
+        self.cached = 0
+        self.cache = None
+        self.unread = None
 
     @property
     def reads_prompt(self) -> bool:
@@ -136,7 +139,9 @@ class Scheduler:
         self, *, max_batch_size: int, pages: int, chunk: int, prefixes: Prefixes, step: int = 1
     ) -> None:
         """`step`: how many ids at most a request gets in one step."""
-        self.max_batch_size, self.pages, self.chunk = max_batch_size, pages, chunk
+        self.max_batch_size = max_batch_size
+        self.pages = pages
+        self.chunk = chunk
         self.tokens_per_step = step
         self.running: list[Request] = []  # all of their tokens but the last have been read
         self.reading: list[Request] = []
@@ -181,7 +186,9 @@ class Scheduler:
 
     def drop(self) -> list[Request]:
         """Removes and returns all requests that were admitted."""
-        dropped, self.running, self.reading = self.admitted, [], []
+        dropped = self.admitted
+        self.running = []
+        self.reading = []
         return dropped
 
     def schedule(self) -> Plan:
@@ -236,7 +243,8 @@ class Scheduler:
     def _reads(self) -> list[Read]:
         """Shares out the tokens of prompts that the next step reads, in order of arrival."""
         budget = self.chunk if self.running else max(self.chunk, ALONE)
-        whole, reads = list[Request](), list[Read]()
+        whole = list[Request]()
+        reads = list[Read]()
         starts: set[tuple[int, ...]] = set()
         for request in self.reading:
             if budget <= 0:

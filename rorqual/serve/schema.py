@@ -133,7 +133,8 @@ class Input(BaseModel):
         """Drops fields without effect. Refuses unknown ones, and values that are not supported."""
         if not isinstance(value, Mapping):
             raise refuse("", f"body: got {type(value).__name__}, expected a JSON object")
-        ignored, fields = [], {}
+        ignored = []
+        fields = {}
         for name, one in value.items():
             if name in cls.model_fields:
                 fields[name] = one
@@ -321,7 +322,8 @@ class Generation(Input):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Generation":
-        least, limit = self.min_tokens or 0, self.new_tokens
+        least = self.min_tokens or 0
+        limit = self.new_tokens
         if limit is not None and least > limit:
             got = f"min_tokens: got {least}, expected at most the {limit} new tokens"
             raise refuse("min_tokens", got)

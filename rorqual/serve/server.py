@@ -115,7 +115,8 @@ class Guard:
     """Checks the key of a request, gives it an id, counts it, and logs it when it is answered."""
 
     def __init__(self, app: Any, service: Service, api_key: str | None) -> None:
-        self.app, self.service = app, service
+        self.app = app
+        self.service = service
         self.key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -125,7 +126,8 @@ class Guard:
         http = Http(scope, receive)
         named = http.headers.get("x-request-id", "")
         name = named if _REQUEST_ID.fullmatch(named) else f"req-{uuid.uuid4().hex[:16]}"
-        status, started = 499, time.perf_counter()
+        status = 499
+        started = time.perf_counter()
 
         async def noted(message: Any) -> None:
             nonlocal status
@@ -396,7 +398,8 @@ async def while_there(http: Http, work: Coroutine[Any, Any, T]) -> T:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(hung_up())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -471,7 +474,8 @@ class Events(StreamingResponse):
     def __init__(
         self, service: Service, request: CompletionRequest | ChatRequest, handles: list[Handle]
     ) -> None:
-        self._service, self._handles = service, handles
+        self._service = service
+        self._handles = handles
         answer = Answer(request, service.name, handles, service.run.tokenizer)
         super().__init__(
             _events(service, request, handles, answer),
@@ -630,7 +634,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, config: uvicorn.Config, address: str) -> None:
         super().__init__(config)
-        self.service, self.address = service, address
+        self.service = service
+        self.address = address
         self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -213,7 +213,8 @@ class Service:
 
     async def _matcher(self, request: GenerationRequest) -> JsonMatcher | None:
         """Compiles the grammar that a request wants: a format, or a call of a tool."""
-        schema, param = None, "response_format"
+        schema = None
+        param = "response_format"
         if request.response_format is not None:
             schema = request.response_format.schema_of_answer
         if isinstance(request, ChatRequest) and request.forces_tool:
@@ -377,7 +378,8 @@ class Service:
     ) -> AsyncGenerator[Piece, None]:
         """Yields text as it is decoded, and last the finish reason."""
         tools = self._tools(request)
-        stop, least = tuple(request.stop), request.min_tokens or 0
+        stop = tuple(request.stop)
+        least = request.min_tokens or 0
         hidden = () if request.shows_special or tools is not None else self.special_ids
         stream = TextStream(self.run.tokenizer, () if least else stop, hidden)
         # A token whose text is held back stands with the next piece, unless it is asked for.
@@ -419,7 +421,8 @@ def _split(
     content, calls = tools.push(text)
     if last:
         rest, more = tools.flush()
-        content, calls = content + rest, [*calls, *more]
+        content = content + rest
+        calls = [*calls, *more]
     if isinstance(request, ChatRequest) and request.parallel_tool_calls is False:
         calls = calls[: max(1 - before, 0)]
     return content, calls

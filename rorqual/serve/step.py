@@ -105,7 +105,8 @@ def _building(step: Any) -> subprocess.Popen | None:
         "import os; getattr(os, 'nice', int)(10); "
         f"from {step.__module__} import {step.__name__} as step; step.keep()"
     )
-    quiet, paths = subprocess.DEVNULL, os.pathsep.join(path or os.getcwd() for path in sys.path)
+    quiet = subprocess.DEVNULL
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": paths},
@@ -180,7 +181,9 @@ class _Compiled:
         )
 
     def __call__(self, ids: Int[Tensor, "B 1"], cache: Cache) -> Float[Tensor, "B V"]:
-        model, batch, streams = self.model, len(ids), self.model.config.streams
+        model = self.model
+        batch = len(ids)
+        streams = self.model.config.streams
         lengths = np.array(cache.past.lengths, np.int64)
         ctx, pending = model.prepare(ids, cache)
         pages = self._pages(cache, lengths) if self.attends else np.empty((batch, 0), np.int64)
@@ -194,7 +197,8 @@ class _Compiled:
         tokens = self.step.TOKENS(ids[:, 0].contiguous().numpy(), x.numpy(), *rest)
         logits = np.empty((batch, self.step.sizes.vocab_size), np.float32)
         for first, last in pairwise(self.edges):
-            block, index = self.blocks[first // 2], first // 2
+            block = self.blocks[first // 2]
+            index = first // 2
             of_block = ctx.for_block(cache.layers[index], pending.get(index))
             if first % 2:
                 work = self.step.work
@@ -209,7 +213,8 @@ class _Compiled:
 
     def _pages(self, cache: Cache, lengths: np.ndarray) -> np.ndarray:
         """Reserves space for one more latent; returns where each sequence's pages start."""
-        longest, capacity = int(lengths.max()) + 1, 0
+        longest = int(lengths.max()) + 1
+        capacity = 0
         for layer, block_cache in enumerate(cache.layers):
             latent = block_cache.attention.latent
             buffer = latent.reserve(latent.buffer, longest)
@@ -244,7 +249,8 @@ def _of_attention(attention: MLA) -> dict[str, Tensor | None]:
 
 def _places(block: Block, attends: bool, names: Sequence[str]) -> list[int]:
     """Returns the addresses of a block's weights in the order of `names`; 0 for a missing one."""
-    attention, ffn = block.attention, block.ffn
+    attention = block.attention
+    ffn = block.ffn
     plain = ffn.shared if isinstance(ffn, MoE) else ffn
     weights: dict[str, Tensor | None] = {
         "attention_norm": cast(RMSNorm, block.attention_norm).weight,
@@ -273,7 +279,8 @@ def _width(block: Block) -> int:
 
 def sizes(model: LanguageModel, make: Callable[..., Any]) -> Any:
     """Makes the compiled step's Sizes of the sizes and options of a model."""
-    c, moe = model.config, model.config.moe
+    c = model.config
+    moe = model.config.moe
     # An attention that is not compiled has no sizes.
     mla = c.mla if _attends(model) else None
     router = moe.router if moe is not None else None

@@ -121,7 +121,8 @@ class ToolStream:
 
     def flush(self) -> tuple[str, list[ToolCall]]:
         """Returns what was held back, at the end."""
-        content, calls = "", []
+        content = ""
+        calls = []
         if self._calling:
             calls = self._complete() or self._rest()
         if not calls and not self.calls:
@@ -140,16 +141,19 @@ class ToolStream:
                 self._calling = bool(stripped)
                 return ""
             self._begun = True
-            content, self._text = self._text, ""
+            content = self._text
+            self._text = ""
             return content
         start = self._text.find(mark)
         if start >= 0:
-            content, self._text = self._text[:start], self._text[start + len(mark) :]
+            content = self._text[:start]
+            self._text = self._text[start + len(mark) :]
             self._calling = True
             return content.rstrip() if not content.strip() else content
         overlap = next((n for n in range(len(mark) - 1, 0, -1) if self._text.endswith(mark[:n])), 0)
         size = len(self._text) - overlap
-        content, self._text = self._text[:size], self._text[size:]
+        content = self._text[:size]
+        self._text = self._text[size:]
         return content
 
     def _complete(self) -> list[ToolCall]:

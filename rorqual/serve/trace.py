@@ -74,13 +74,15 @@ class Trace:
 @contextmanager
 def traced(model: LanguageModel, *, memory: bool) -> Iterator[Trace]:
     """Records the memory that the model reads in a `with` block, if `memory` is True."""
-    trace, hooks = Trace(), []
+    trace = Trace()
+    hooks = []
     if memory and model.addresses is not None and model.config.engram is not None:
 
         def addressed(_: Any, args: tuple, rows: Tensor) -> None:
             ctx = cast(Context, args[1])
             # A large result is memory that the next call uses again.
-            trace.rows, trace.lookup_mask = rows.clone(), ctx.lookup_mask
+            trace.rows = rows.clone()
+            trace.lookup_mask = ctx.lookup_mask
 
         hooks.append(model.addresses.register_forward_hook(addressed))
         for layer in model.config.engram.layers:

@@ -47,7 +47,8 @@ class Handle:
 
         Where the request failed, or got no id, a token without one has it.
         """
-        request, now = self.request, time.perf_counter()
+        request = self.request
+        now = time.perf_counter()
         ids = request.ids[self._sent :]
         tokens = [self._token(number, token, now) for number, token in enumerate(ids, self._sent)]
         self._sent += len(ids)
@@ -59,7 +60,8 @@ class Handle:
 
     def _token(self, number: int, token: int | None, seconds: float) -> Token:
         """Returns the token of an id, or of the step that gave none after so many ids."""
-        logprobs, observed = self.request.logprobs, self.request.observed
+        logprobs = self.request.logprobs
+        observed = self.request.observed
         return Token(
             token,
             None,

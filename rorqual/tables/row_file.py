@@ -108,7 +108,8 @@ def read_from(
     """
 
     def read(piece: slice) -> None:
-        wanted, target = ids[piece], into[piece]
+        wanted = ids[piece]
+        target = into[piece]
         done = 0
         while (done := done + read_once(files, first_rows, wanted[done:], target[done:])) < len(
             wanted
@@ -537,7 +538,9 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         got = f"got an entry of {name!r:.60}"
         raise TableError(f"{path}: {got} without exactly dtype, shape and data_offsets")
-    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
+    dtype = entry["dtype"]
     lists = isinstance(shape, list) and isinstance(offsets, list) and isinstance(dtype, str)
     fitting = lists and len(offsets) == 2 and len(shape) <= _MAX_AXES
     if not fitting or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):

@@ -365,7 +365,8 @@ class Table(nn.Module):
 
     def flush(self) -> None:
         """Waits for a write in progress. TableError if it failed."""
-        writing, self._writing = self._writing, None
+        writing = self._writing
+        self._writing = None
         if writing is not None:
             writing.result()
 

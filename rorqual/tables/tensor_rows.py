@@ -114,7 +114,8 @@ class TensorRows(RowFile):
     def _check(self, scales: Sequence[Source], rows: int | None) -> None:
         values = self._columns[0]
         first = values.shards[0]
-        self.width, self.dtype = first.columns, DTYPES[first.kind]
+        self.width = first.columns
+        self.dtype = DTYPES[first.kind]
         if scales:
             self._columns.append(open_columns(scales, SCALES))
             self.shards = [*self.shards, *self._columns[1].shards]
@@ -155,7 +156,8 @@ class TensorRows(RowFile):
 
         If not, it returns None, and the disk starts to read them.
         """
-        pieces, complete = [], True
+        pieces = []
+        complete = True
         for columns in self._columns:
             raw = np.empty((len(ids), columns.row_bytes), np.uint8)
             got = read_once(columns.shards, columns.first_rows, ids, raw, wait=False)

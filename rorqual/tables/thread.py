@@ -52,6 +52,7 @@ class BackgroundThread:
         if self._process != os.getpid():
             self._reset()
         with self._lock:
-            executor, self._executor = self._executor, None
+            executor = self._executor
+            self._executor = None
             if executor is not None:
                 executor.shutdown()

@@ -119,7 +119,8 @@ class Loader(DataLoaderBase):
             yield {**batch, "input_ids": batch["ids"]}
 
     def get_mock_batch(self) -> dict[str, Any]:
-        rows, length = self.stream.batch_size, self.stream.seq_len
+        rows = self.stream.batch_size
+        length = self.stream.seq_len
         ids = (torch.arange(rows * length) % self.vocab_size).view(rows, length)
         document_ids = torch.zeros_like(ids)
         return {

@@ -115,7 +115,8 @@ def row_adam(
     width, (b1, b2) = rows.shape[1], betas
     scratch = first.new_empty(3, min(CHUNK, max(len(touched), 1)), width)
     for start in range(0, len(touched), CHUNK):
-        index, g = touched[start : start + CHUNK], gradient[start : start + CHUNK].to(first.dtype)
+        index = touched[start : start + CHUNK]
+        g = gradient[start : start + CHUNK].to(first.dtype)
         m, v, p = scratch[:, : len(index)].unbind()
         count = updates.index_select(0, index).add_(1)
         updates.index_copy_(0, index, count)
@@ -125,7 +126,8 @@ def row_adam(
         second.index_copy_(0, index, v.mul_(b2).addcmul_(g, g, value=1 - b2))
         n = count.double()
         root = (1 - b2**n).sqrt()
-        size, epsilon = (lr * root / (1 - b1**n)).float(), (eps * root).float()
+        size = (lr * root / (1 - b1**n)).float()
+        epsilon = (eps * root).float()
         p.copy_(rows.index_select(0, index))
         p.addcdiv_(m.mul_(size[:, None]), v.sqrt_().add_(epsilon[:, None]), value=-1)
         rows.index_copy_(0, index, p.to(rows.dtype))
@@ -156,7 +158,8 @@ def coalesce(gradient: Tensor) -> Tensor:
         )
     if gradient.is_coalesced():
         return gradient
-    index, values = gradient._indices()[0], gradient._values()
+    index = gradient._indices()[0]
+    values = gradient._values()
     distinct, summed = sum_rows(index, values)
     return torch.sparse_coo_tensor(
         distinct[None], summed, gradient.shape, is_coalesced=True, check_invariants=False
@@ -293,7 +296,8 @@ class Optimizer:
             table.sparse = False
 
     def _update_matrix(self, name: str, lr: float) -> None:
-        parameter, momentum = self.parameters[name], self.config.momentum
+        parameter = self.parameters[name]
+        momentum = self.config.momentum
         assert parameter.grad is not None
         average = self.state[f"{name}.momentum"].lerp_(parameter.grad, 1 - momentum)
         update = parameter.grad.lerp(average, momentum)
@@ -319,7 +323,8 @@ class Optimizer:
         first, second, updates = (
             self.state[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "updates")
         )
-        touched, values = gradient._indices()[0], gradient._values()
+        touched = gradient._indices()[0]
+        values = gradient._values()
         row_adam(
             table.detach(),
             first,
@@ -333,7 +338,8 @@ class Optimizer:
         )
 
     def _update_on_disk(self, table: Table, gradient: Tensor, lr: float) -> None:
-        betas, eps = self.config.betas, self.config.eps
+        betas = self.config.betas
+        eps = self.config.eps
 
         def change(
             rows: Tensor,

@@ -53,7 +53,8 @@ class TextSource(NamedTuple):
 
     def stream(self, config: TrainConfig) -> Stream:
         """Returns this rank's endless training batches."""
-        rank, world = parallel.rank(), parallel.world()
+        rank = parallel.rank()
+        world = parallel.world()
         rows = config.batch_size // world
         return Stream(self.tokens.train, rows, config.seq_len, config.seed, rank, world)
 
@@ -66,7 +67,8 @@ class TextSource(NamedTuple):
         return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
 
     def _validation_batches(self, config: TrainConfig, whole: bool) -> Iterator[dict[str, Tensor]]:
-        rank, world = parallel.rank(), parallel.world()
+        rank = parallel.rank()
+        world = parallel.world()
         rows = config.batch_size // world
         batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
         tokens_per_batch = config.batch_size * config.seq_len
@@ -92,7 +94,8 @@ class TextSource(NamedTuple):
         return {"prompt": self.tokenizer.decode(text), "sample": self.tokenizer.decode(sample)}
 
     def __str__(self) -> str:
-        train, held_out = self.tokens.train, self.tokens.validation
+        train = self.tokens.train
+        held_out = self.tokens.validation
         about = self.tokens.about
         return (
             f"{about['name']} ({about['license']}): {len(train):,} tokens of {train.documents:,} "
@@ -125,14 +128,16 @@ class NeedleSource(NamedTuple):
 
     def stream(self, config: TrainConfig) -> NeedleStream:
         """Returns this rank's endless training batches."""
-        rank, world = parallel.rank(), parallel.world()
+        rank = parallel.rank()
+        world = parallel.world()
         rows = config.batch_size // world
         return NeedleStream(self.needles, rows, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the shares of right answers to the held-out questions; always to all of them."""
         del whole
-        rank, world = parallel.rank(), parallel.world()
+        rank = parallel.rank()
+        world = parallel.world()
         questions = exams(self.needles, config.batch_size, config.seq_len, rank, world)
         return needle_accuracy(model, questions, runtime.dtype(config.dtype))
 

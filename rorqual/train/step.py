@@ -83,7 +83,8 @@ class TrainStep:
         elif not grad_norm:
             # A batch of chats without any label: no decay, no momentum, no loss.
             self.skipped_in_a_row = 0
-            losses, expert_counts = {}, None
+            losses = {}
+            expert_counts = None
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step(rate)
@@ -158,7 +159,8 @@ class TrainStep:
         """Counts a step that changes nothing, and raises Diverged after too many in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
-        count, limit = self.skipped_in_a_row, self.config.skip_limit
+        count = self.skipped_in_a_row
+        limit = self.config.skip_limit
         runtime.log(
             f"step {step}: got a {what} that is not finite, so nothing was updated "
             f"({count} in a row, {limit} stop the run)"

@@ -80,10 +80,8 @@ def test_curves_of_any_name_and_of_runs_that_diverged():
     ]
     broken.append({"step": 14, "validation_loss": math.nan})
     names = ["_hidden", "cost$x_$y", "$\\frac{", *(f"arm{c}" for c in "abcdef")]
-    figure, buffer = (
-        figures.curves([*((name, records) for name in names), ("broken", broken)]),
-        io.StringIO(),
-    )
+    figure = figures.curves([*((name, records) for name in names), ("broken", broken)])
+    buffer = io.StringIO()
     with figures.style():
         figure.savefig(buffer, format="svg")
     axes = figure.axes[0]
@@ -95,7 +93,8 @@ def test_curves_of_any_name_and_of_runs_that_diverged():
 
 def test_bars_have_their_number_and_share():
     figure = figures.bars({"resident": 1280.0, "disk $x_$": 2.56}, x="tokens a second")
-    axes, buffer = figure.axes[0], io.StringIO()
+    axes = figure.axes[0]
+    buffer = io.StringIO()
     with figures.style():
         figure.savefig(buffer, format="svg")
     assert [bar.get_width() for bar in axes.patches] == [1280.0, 2.56] and axes.get_ylim()[

@@ -46,8 +46,10 @@ def each(request, model, tokenizer):
 
 def test_hsic_equals_the_sum_over_distinct_samples():
     torch.manual_seed(0)
-    x, y = torch.randn(6, 3), torch.randn(6, 2)
-    k, l = (x @ x.T).double(), (y @ y.T).double()
+    x = torch.randn(6, 3)
+    y = torch.randn(6, 2)
+    k = (x @ x.T).double()
+    l = (y @ y.T).double()
     four = list(itertools.permutations(range(6), 4))
     brute = sum(k[a, b] * (l[a, b] + l[c, d] - 2 * l[a, c]) for a, b, c, d in four) / len(four)
     assert float(measures.hsic(x, y)) == pytest.approx(float(brute), rel=1e-6)
@@ -71,13 +73,15 @@ def test_cka_refuses_what_it_cannot_estimate():
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
 def test_what_is_alike_for_every_sample_resembles_nothing(dtype, value):
     """Rounding alone would give anything between -1 and 1, or 1e130."""
-    same, other = torch.full((7, 3), value, dtype=dtype), torch.randn(7, 5)
+    same = torch.full((7, 3), value, dtype=dtype)
+    other = torch.randn(7, 5)
     assert float(measures.hsic(same, same)) == float(measures.hsic(same, other)) == 0
     assert measures.cka([(same, other)]) == measures.cka([(same, same)]) == 0
 
 
 def test_a_large_mean_changes_nothing():
-    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    x = torch.randn(9, 3, dtype=torch.float64)
+    y = torch.randn(9, 2, dtype=torch.float64)
     assert float(measures.hsic(x + 1e6, y - 1e6)) == pytest.approx(
         float(measures.hsic(x, y)), rel=1e-7
     )
@@ -85,7 +89,8 @@ def test_a_large_mean_changes_nothing():
 
 
 def test_cka_of_half_precision_is_that_of_its_numbers():
-    x, y = torch.randn(11, 4).bfloat16(), torch.randn(11, 4).bfloat16()
+    x = torch.randn(11, 4).bfloat16()
+    y = torch.randn(11, 4).bfloat16()
     assert measures.cka([(x, y)]) == pytest.approx(
         measures.cka([(x.double(), y.double())]), rel=1e-12
     )
@@ -267,7 +272,8 @@ def test_similarity_is_cka_of_every_pair_of_layers(model):
 
 @pytest.mark.parametrize("n", [4, 5, 33])
 def test_centred_kernels_multiply_to_hsic(n):
-    x, y = torch.randn(n, 3), torch.randn(n, 2) + 1
+    x = torch.randn(n, 3)
+    y = torch.randn(n, 2) + 1
     product = (measures.centred(x) * measures.centred(y)).sum() / (n * (n - 3))
     assert float(product) == pytest.approx(float(measures.hsic(x, y)), rel=1e-9)
     assert measures.centred(x).sum(0).abs().max() < 1e-9

@@ -47,7 +47,8 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def production(tmp_path_factory):
     """Runs of the presets of production models."""
-    folder, tokenizer = tmp_path_factory.mktemp("production"), train_tokenizer(TEXTS * 20, 300)
+    folder = tmp_path_factory.mktemp("production")
+    tokenizer = train_tokenizer(TEXTS * 20, 300)
     for name in ("v4-tiny", "v4.1-tiny", "qwen4-tiny"):
         config = replace(preset(name), vocab_size=tokenizer.vocab_size)
         mapped = config.engram is not None and config.engram.canonical
@@ -121,13 +122,13 @@ def test_a_reading_knows_its_run(runs):
 
 
 def test_what_the_memory_is_worth_is_the_loss_of_every_token_both_ways(runs):
-    model, tokenizer = load_model(runs[1]).eval(), Tokenizer.load(runs[1])
-    reading, sums = read_run(runs[1], texts=TEXTS), [0.0, 0.0]
+    model = load_model(runs[1]).eval()
+    tokenizer = Tokenizer.load(runs[1])
+    reading = read_run(runs[1], texts=TEXTS)
+    sums = [0.0, 0.0]
     for ids in map(tokenizer.encode, TEXTS):
-        expected, following = (
-            torch.tensor([[tokenizer.begin_id, *ids]]),
-            torch.tensor([*ids, tokenizer.end_id]),
-        )
+        expected = torch.tensor([[tokenizer.begin_id, *ids]])
+        following = torch.tensor([*ids, tokenizer.end_id])
         with torch.no_grad():
             sums[0] += torch.nn.functional.cross_entropy(
                 model(expected)[0], following, reduction="sum"
@@ -157,7 +158,8 @@ def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
         shutil.copytree(folder, folders[-1])
         text = {"data": {"source": str(notes), "column": "body", "limit": None}, "seq_len": 64}
         (folders[-1] / "train.json").write_text(json.dumps(text))
-    drawn, draw = [], report._held_out
+    drawn = []
+    draw = report._held_out
     monkeypatch.setattr(
         report,
         "_held_out",
@@ -210,7 +212,8 @@ def test_cells_are_escaped():
 
 
 def test_expert_load_begins_each_text_as_a_document(runs):
-    model, tokenizer = load_model(runs[0]), Tokenizer.load(runs[0])
+    model = load_model(runs[0])
+    tokenizer = Tokenizer.load(runs[0])
     tokenizer.begin_id = tokenizer.end_id + 5
     taken = report._load(model, tokenizer, ["", ""], 64).by_token.sum((0, 1))
     assert taken.nonzero().flatten().tolist() == [tokenizer.begin_id]
@@ -218,15 +221,19 @@ def test_expert_load_begins_each_text_as_a_document(runs):
 
 def test_a_document_is_read_as_far_as_a_training_would(runs, tmp_path):
     """A text of 64 KB is one document, whose attention would not fit into memory."""
-    long, run = "the whale swims in the sea " * 50, tmp_path / "run"
+    long = "the whale swims in the sea " * 50
+    run = tmp_path / "run"
     shutil.copytree(runs[1], run)
     (run / "train.json").write_text(
         json.dumps({"data": {"source": "wordnet", "column": "text", "limit": None}, "seq_len": 9})
     )
-    model, tokenizer = load_model(run), Tokenizer.load(run)
-    reading, ids = read_run(run, texts=[long, "the"]), tokenizer.encode(long)
+    model = load_model(run)
+    tokenizer = Tokenizer.load(run)
+    reading = read_run(run, texts=[long, "the"])
+    ids = tokenizer.encode(long)
     assert reading.load.counts.sum(-1).tolist() == [(9 + 1 + len(tokenizer.encode("the"))) * 2] * 3
-    expected, following = torch.tensor([[tokenizer.begin_id, *ids][:9]]), torch.tensor(ids[:9])
+    expected = torch.tensor([[tokenizer.begin_id, *ids][:9]])
+    following = torch.tensor(ids[:9])
     short = torch.tensor([[tokenizer.begin_id, *tokenizer.encode("the")]])
     ends = torch.tensor([*tokenizer.encode("the"), tokenizer.end_id])
     with torch.no_grad():

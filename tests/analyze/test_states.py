@@ -121,7 +121,8 @@ def test_a_host_of_several_streams_is_measured_as_our_model_of_its_folder(kind, 
         states.block_states(model, ids), states.block_states(theirs, ids), strict=True
     ):
         torch.testing.assert_close(our_state, state, rtol=1e-4, atol=1e-4)
-    load, expected = measures.expert_load(model, [ids]), measures.expert_load(theirs, [ids])
+    load = measures.expert_load(model, [ids])
+    expected = measures.expert_load(theirs, [ids])
     assert load.layers == expected.layers == (0, 1, 2)
     assert torch.equal(load.by_token, expected.by_token)
     assert torch.allclose(

@@ -13,7 +13,8 @@ def _model():
 
 
 def test_taps_see_outputs_and_are_gone_afterwards():
-    model, x = _model(), torch.randn(5, 4)
+    model = _model()
+    x = torch.randn(5, 4)
     with Taps(model, "0", "2") as taps:
         y = model(x)
         model(x)
@@ -57,7 +58,8 @@ def test_quiet_gives_every_mode_back():
 
 def test_what_was_tapped_is_not_written_over():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)), torch.randn(5, 4)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(5, 4)
     with Taps(model, "0") as taps, torch.no_grad():
         model(x)
     assert torch.equal(taps["0"][0], model[0](x)) and (taps["0"][0] < 0).any()

@@ -132,7 +132,8 @@ def test_eval_is_on_the_text_kept_apart_from_training(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, notes = tmp_path / "run", tmp_path / "notes.jsonl"
+    run = tmp_path / "run"
+    notes = tmp_path / "notes.jsonl"
     shutil.copytree(small_run, run)
     texts = [f"The whale number {n} sings below the sea." for n in range(12)]
     notes.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
@@ -323,7 +324,9 @@ def test_generate_says_that_it_reads_a_terminal(
 def test_folders_of_another_kind_are_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter, sweep, pictures = tmp_path / "adapter", tmp_path / "sweep", tmp_path / "pictures"
+    adapter = tmp_path / "adapter"
+    sweep = tmp_path / "sweep"
+    pictures = tmp_path / "pictures"
     for folder in (adapter, sweep, pictures, *(sweep / f"run{n}" for n in range(6))):
         folder.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

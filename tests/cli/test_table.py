@@ -24,7 +24,8 @@ def printed_json(capsys: pytest.CaptureFixture[str]) -> dict:
 def test_a_drawn_table_is_built_inspected_and_converted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    one = str(tmp_path / "one")
+    two = str(tmp_path / "two")
     words = [
         "table",
         "build",
@@ -145,7 +146,8 @@ def test_mistakes_are_a_line(
     (tmp_path / "junk.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     # A file of weights, which must not be overwritten.
     save_file({"weight": torch.ones(2)}, tmp_path / "kept.safetensors")
-    new, shape = str(tmp_path / "new"), ["--rows", "3", "--width", "33"]
+    new = str(tmp_path / "new")
+    shape = ["--rows", "3", "--width", "33"]
     for words, code, expected in (
         ([], 2, "expected one of build, inspect, verify, convert, hot, bench"),
         (["buildx"], 2, "did you mean 'build'?"),

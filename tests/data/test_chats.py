@@ -64,7 +64,8 @@ def test_the_ids_of_training_are_those_of_the_template(tokenizer, ours, theirs) 
     ids, targets = ours.encode(document(CHAT))
     assert [tokenizer.begin_id, *ids, tokenizer.end_id] == templated(theirs, CHAT)
     answers = [i for i, target in zip(ids, targets, strict=True) if target]
-    first, second = CHAT[2]["content"], CHAT[4]["content"]
+    first = CHAT[2]["content"]
+    second = CHAT[4]["content"]
     end = tokenizer.decode([tokenizer.end_id])
     assert tokenizer.decode(answers) == first + end + second
 
@@ -210,7 +211,8 @@ def test_batches_of_chats_have_labels_at_the_answers_alone(tmp_path) -> None:
         expected[(words.begin_id, *ids)] = [*labels, words.end_id]
     seen = 0
     for side in (folder.train, folder.validation):
-        ids, labels = [], []
+        ids = []
+        labels = []
         for batch in validation_batches(side, 2, 16):
             there = batch["document_ids"] >= 0
             ids += batch["ids"][there].tolist()
@@ -219,7 +221,8 @@ def test_batches_of_chats_have_labels_at_the_answers_alone(tmp_path) -> None:
         while n < len(ids):
             (one,) = [key for key in expected if tuple(ids[n : n + len(key)]) == key]
             assert labels[n : n + len(one)] == expected[one]
-            n, seen = n + len(one), seen + 1
+            n = n + len(one)
+            seen = seen + 1
         assert side.labels == sum(label != IGNORED for label in labels)
     assert seen == 41
     batch = next(Stream(folder.train, 3, 32, seed=1))
@@ -227,7 +230,8 @@ def test_batches_of_chats_have_labels_at_the_answers_alone(tmp_path) -> None:
     for row in range(3):
         ids, labels, owners = (batch[name][row] for name in ("ids", "labels", "document_ids"))
         for owner in owners.unique():
-            piece, got = ids[owners == owner].tolist(), labels[owners == owner].tolist()
+            piece = ids[owners == owner].tolist()
+            got = labels[owners == owner].tolist()
             # A window may hold only a part of a chat.
             (wanted,) = {
                 tuple(wanted[n : n + len(piece)])

@@ -179,7 +179,8 @@ def sentence(draw: random.Random, words: int) -> list[str]:
 
 def test_near_duplicates_go_and_others_stay(tmp_path: Path) -> None:
     draw = random.Random(0)
-    rows, expected = [], []
+    rows = []
+    expected = []
     for _ in range(60):
         words = sentence(draw, 60)
         first = " ".join(words)
@@ -228,7 +229,8 @@ def test_a_second_pass_is_the_first_again(tmp_path: Path) -> None:
     jsonl = "".join(json.dumps({"text": f"{GOOD} {i // 2}"}) + "\n" for i in range(50))
     (tmp_path / "good.jsonl").write_text(jsonl)
     corpus = open_corpus(str(tmp_path), duplicate_threshold=0.99)
-    first, counted = list(corpus.documents()), dict(corpus.skipped)
+    first = list(corpus.documents())
+    counted = dict(corpus.skipped)
     assert list(corpus.documents()) == first
     assert corpus.skipped == counted
     assert counted["duplicate"] == 25

@@ -41,7 +41,8 @@ SMALL = NeedleConfig(
 
 def pairs(text: list[int], config: NeedleConfig) -> list[tuple[int, int]]:
     """Reads key and value of every pair in a text."""
-    first_key, first_value = 1 + config.filler, 1 + config.filler + config.keys
+    first_key = 1 + config.filler
+    first_value = 1 + config.filler + config.keys
     return [
         (a, b) for a, b in zip(text, text[1:], strict=False) if first_key <= a < first_value <= b
     ]
@@ -49,9 +50,11 @@ def pairs(text: list[int], config: NeedleConfig) -> list[tuple[int, int]]:
 
 @st.composite
 def asks(draw):
-    keys, values = draw(st.integers(2, 12)), draw(st.integers(2, 12))
+    keys = draw(st.integers(2, 12))
+    values = draw(st.integers(2, 12))
     needles = draw(st.integers(1, min(keys, values)))
-    asked, drill = draw(st.integers(1, needles)), draw(st.integers(0, 9))
+    asked = draw(st.integers(1, needles))
+    drill = draw(st.integers(0, 9))
     config = NeedleConfig(
         keys=keys,
         values=values,
@@ -79,7 +82,8 @@ def test_every_question_is_answered_by_its_text(question_needles, task, drilled)
     for row, answers, places in zip(
         made.ids.tolist(), made.answers.tolist(), made.places.tolist(), strict=True
     ):
-        text, question = row[: made.text], row[made.text :]
+        text = row[: made.text]
+        question = row[made.text :]
         assert question[0] == QUESTION and QUESTION not in text + question[1:]
         hidden = pairs(text, config)
         assert len(hidden) == (1 if task == "single" else config.needles)
@@ -151,7 +155,8 @@ def test_rows_are_shared_among_the_tasks():
 
 
 def test_a_stream_goes_on_where_it_stood_and_no_two_are_alike():
-    one, other = NeedleStream(SMALL, 4, 64, seed=3), NeedleStream(SMALL, 4, 64, seed=3)
+    one = NeedleStream(SMALL, 4, 64, seed=3)
+    other = NeedleStream(SMALL, 4, 64, seed=3)
     batches = [next(one) for _ in range(5)]
     other.load_state_dict({"number": 3})
     assert other.state_dict() == {"number": 3}
@@ -223,7 +228,8 @@ def test_any_value_of_the_text_scores_what_chance_says():
             hidden = torch.tensor([[value for _, value in pairs(text, config)] for text in texts])
             picked = torch.randint(0, hidden.shape[1], (len(hidden), 64), generator=generator)
             counts = grade(hidden.gather(1, picked), batch).sum(0)
-            right, asked = right + int(counts[0]), asked + int(counts[1])
+            right = right + int(counts[0])
+            asked = asked + int(counts[1])
         assert abs(right / asked - expected) < 0.05
 
 

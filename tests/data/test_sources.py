@@ -198,7 +198,8 @@ def dictd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "it\x92s\n   Bad.\n",
         "Dog \\Dog\\, n.\n   A friend.\n",
     ]
-    content, index = b"", []
+    content = b""
+    index = []
     for word, entry in zip(["00-database-info", "calx", "its", "dog"], entries, strict=True):
         raw = entry.encode("latin-1")
         index.append(f"{word}\t{number(len(content))}\t{number(len(raw))}")

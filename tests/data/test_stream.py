@@ -116,7 +116,8 @@ def test_every_epoch_reads_and_foretells_every_token_once(
 def test_the_order_changes_with_epoch_and_seed() -> None:
     side = some(60)
     ids, _, _ = endless(side, 16, 2)
-    first, second = ids[: len(side)], ids[len(side) : 2 * len(side)]
+    first = ids[: len(side)]
+    second = ids[len(side) : 2 * len(side)]
     other = endless(side, 16, 2, seed=4)[0][: len(side)]
     assert len({tuple(first), tuple(second), tuple(other), tuple(side.ids.tolist())}) == 4
 
@@ -353,7 +354,8 @@ def test_a_damaged_folder_is_made_anew(
 ) -> None:
     corpus = local(tmp_path / "text", [f"text {i}" for i in range(60)])
     first = tokenise(corpus, small, tmp_path / "tokens")
-    digest, content = first.train.digest, (first.path / spoil).read_bytes()
+    digest = first.train.digest
+    content = (first.path / spoil).read_bytes()
     (first.path / spoil).unlink()
     if how != "gone":
         (first.path / spoil).write_bytes(content[: -9 if how == "torn" else 0])

@@ -73,8 +73,10 @@ def by_the_spec(backend: tokenizers.Tokenizer, size: int) -> list[int]:
 
 def trained(kind: str) -> tokenizers.Tokenizer:
     """Trains a small tokenizer of each family of fast tokenizers."""
-    models, trainers = tokenizers.models, tokenizers.trainers
-    pre, decoders = tokenizers.pre_tokenizers, tokenizers.decoders
+    models = tokenizers.models
+    trainers = tokenizers.trainers
+    pre = tokenizers.pre_tokenizers
+    decoders = tokenizers.decoders
     special = ["<unk>", "<s>"]
     if kind == "byte-level BPE":
         return train(TEXTS, 320).backend
@@ -279,7 +281,8 @@ def test_a_repository_without_settings_loads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hub repository without tokenizer_config.json has no settings, and raises no error."""
-    errors, httpx = pytest.importorskip("huggingface_hub.errors"), pytest.importorskip("httpx")
+    errors = pytest.importorskip("huggingface_hub.errors")
+    httpx = pytest.importorskip("httpx")
     train(TEXTS, 300).save(tmp_path)
 
     def download(name: str, file: str) -> str:

@@ -391,12 +391,14 @@ def test_the_sentence_and_the_figure_are_those_of_the_csv(tmp_path, trained, rat
         model=TINY, rhos=(1.0, 0.6, 0.3), rates=rates, seeds=3, folder=str(tmp_path)
     )
     folder = main(config, console=Console(file=io.StringIO(), width=120))
-    rows, text = _read(folder), (folder / "conclusion.txt").read_text()
+    rows = _read(folder)
+    text = (folder / "conclusion.txt").read_text()
     assert len(rows) == 5 * len(rates) and len(trained) == 15 * len(rates)
     assert [c.seed for c in trained] == sorted(c.seed for c in trained), "a seed after the other"
     item = {(r["point"], float(r["rate"])): [float(r[str(s)]) for s in range(3)] for r in rows}
     for row in rows:
-        ours, first = item[row["point"], float(row["rate"])], item["rho-1.00", float(row["rate"])]
+        ours = item[row["point"], float(row["rate"])]
+        first = item["rho-1.00", float(row["rate"])]
         gaps = [a - b for a, b in zip(ours, first, strict=True)]
         assert float(row["mean"]) == pytest.approx(statistics.fmean(ours))
         assert float(row["difference"]) == pytest.approx(statistics.fmean(gaps))
@@ -491,7 +493,8 @@ def test_every_kind_says_and_draws_something(tmp_path, trained):
             SweepConfig, {"kind": kind, "folder": str(tmp_path), "seeds": 1, "experts": [1, 16]}
         )
         folder = main(replace(config, model=TINY), console=Console(file=io.StringIO()))
-        rows, text = _read(folder), (folder / "conclusion.txt").read_text()
+        rows = _read(folder)
+        text = (folder / "conclusion.txt").read_text()
         assert folder.name == kind and (folder / "sweep.svg").is_file() and "1 seed)" in text
         assert ", established" not in text and ("not established" in text or len(rows) == 1)
 
@@ -517,7 +520,8 @@ def test_from_a_text_to_the_sentence_and_again(tmp_path):
         folder=str(tmp_path / "runs"),
     )
     folder = main(config, console=Console(file=io.StringIO()))
-    rows, text = _read(folder), (folder / "conclusion.txt").read_text()
+    rows = _read(folder)
+    text = (folder / "conclusion.txt").read_text()
     assert len(rows) == 2 and re.match(
         r"experts-[14] scored lowest \(\d\.\d{4} nats a token, 2 seeds\)", text
     )

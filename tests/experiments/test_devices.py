@@ -36,7 +36,8 @@ def bytes_of(tensors) -> int:
 def test_bytes_are_those_of_the_optimizer(kind):
     model = LanguageModel(TINY)
     optimizer = Optimizer(model, OptimConfig(kind=kind))
-    role, state = roles(model), optimizer.state_dict()
+    role = roles(model)
+    state = optimizer.state_dict()
     result = estimate(TINY, Machine(optimizer=kind, devices=1)).roles
     assert result.keys() == set(role.values())
     for name, cached in result.items():
@@ -90,7 +91,8 @@ def test_seconds_by_hand(monkeypatch):
     dense = [cached for role, cached in result.roles.items() if role != "rows"]
     moved = sum(2 * cached.weights + cached.gradients + 2 * cached.state for cached in dense)
     assert result.update == pytest.approx(moved / 2e8)
-    read, touched = 64 * 4 * 2 * 8 * 4, 2 * 64 * 4 * 8 * 4
+    read = 64 * 4 * 2 * 8 * 4
+    touched = 2 * 64 * 4 * 8 * 4
     assert result.rows == pytest.approx((2 * read + 7 * touched) / 2e8)
     assert result.step == pytest.approx(result.compute + result.update + result.rows)
     assert result.device_bytes == pytest.approx(
@@ -152,7 +154,8 @@ def test_muon_costs_its_products():
         estimate(plain, Machine(optimizer=kind, devices=1, utilisation=1.0))
         for kind in ("muon", "adamw")
     )
-    d, w = plain.dim, plain.dense_width
+    d = plain.dim
+    w = plain.dense_width
     shapes = [(d, d)] * 4 + [(d, w)] * 3
     products = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
     matrix = slow.roles["matrix"]

@@ -67,7 +67,9 @@ def test_every_kind_is_entered_twice_and_is_sparse():
     )
     assert {model.vocab_size for model in models.values()} == {NeedleSweep().needles.vocab_size}
     length = NeedleSweep().seq_len
-    nsa, moba, dsa = models["nsa"].nsa, models["moba"].moba, models["dsa"].dsa
+    nsa = models["nsa"].nsa
+    moba = models["moba"].moba
+    dsa = models["dsa"].dsa
     assert nsa.top_k * nsa.select_block + nsa.window <= length // 2
     assert moba.top_k * moba.block <= length // 2 and dsa.top_k <= length // 2
     assert [arm.name for arm in arms(NeedleSweep(kinds=("dsa",), memory="on"))] == ["dsa-engram"]
@@ -125,7 +127,8 @@ def test_a_wrong_sweep_is_refused(change, message):
 
 @pytest.mark.slow
 def test_from_nothing_to_the_table_and_again(tmp_path):
-    config, heard = replace(TINY, kinds=("nsa",), seeds=1, folder=str(tmp_path)), io.StringIO()
+    config = replace(TINY, kinds=("nsa",), seeds=1, folder=str(tmp_path))
+    heard = io.StringIO()
     folder = main(config, console=Console(file=heard, width=120))
     with (folder / "needle.csv").open() as file:
         read = list(csv.DictReader(file))

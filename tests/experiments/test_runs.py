@@ -52,7 +52,8 @@ def test_begun_means_this_very_config(tmp_path):
 
 
 def test_a_run_that_was_killed_before_it_wrote_anything_is_begun(tmp_path):
-    job, other = _job(tmp_path / "run"), _job(tmp_path / "run", seed=1)
+    job = _job(tmp_path / "run")
+    other = _job(tmp_path / "run", seed=1)
     configs.save(job.config, job.folder / "wanted.json")
     (job.folder / "log.txt").touch()
     assert job.begun() and not other.begun()
@@ -120,7 +121,8 @@ def test_seeds_differ_in_seed_and_folder_alone(tmp_path):
 
 
 def test_nothing_is_lost_where_another_run_stands(tmp_path):
-    mine, other = _job(tmp_path / "run"), _job(tmp_path / "run", seed=1)
+    mine = _job(tmp_path / "run")
+    other = _job(tmp_path / "run", seed=1)
     make_room(mine)
     configs.save(mine.config, tmp_path / "run" / "train.json")
     make_room(mine)
@@ -234,7 +236,8 @@ def test_killed_in_the_middle_it_goes_on_and_repeats_nothing(tmp_path, hit):
     while hit is os.killpg and not _free(jobs[1].folder / ".lock"):
         time.sleep(0.02)
     assert jobs[0].finished() and jobs[1].begun() and not jobs[1].finished()
-    mark, seen = (jobs[0].folder / "model.safetensors").stat().st_mtime_ns, records(jobs[0].folder)
+    mark = (jobs[0].folder / "model.safetensors").stat().st_mtime_ns
+    seen = records(jobs[0].folder)
     run(jobs, workers=2, console=Console(file=io.StringIO()))
     assert (jobs[0].folder / "model.safetensors").stat().st_mtime_ns == mark and records(
         jobs[0].folder

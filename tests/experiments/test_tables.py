@@ -124,7 +124,8 @@ def test_drafts_are_checked_with_rows_from_the_disk(tmp_path: Path) -> None:
         config, tables.drawn(config, tmp_path), TableConfig(placement="disk", hot_bytes=64)
     )
     shape = replace(tables.model_with(config, stored).config, mtp=MTPConfig(depth=2))
-    model, prompts = LanguageModel(shape, seed=0, tables=stored).eval(), [[3, 1, 4, 1], [5, 9]]
+    model = LanguageModel(shape, seed=0, tables=stored).eval()
+    prompts = [[3, 1, 4, 1], [5, 9]]
     read = stored[0].metrics()["rows"]
     drafted = list(speculate(model, prompts, max_new_tokens=20))
     assert stored[0].metrics()["rows"] > read

@@ -84,7 +84,8 @@ def close(name: str, ours: Tensor, expected: Tensor, nothing: float = 0.0) -> It
     """
     if ours.shape != expected.shape or not (ours.isfinite().all() and expected.isfinite().all()):
         return Item(name, math.inf)
-    ours, expected = ours.detach().double(), expected.double()
+    ours = ours.detach().double()
+    expected = expected.double()
     largest = expected.abs().max().item()
     if max(largest, ours.abs().max().item()) <= nothing:
         return Item(name, 0.0)
@@ -109,7 +110,9 @@ def check_folder(folder: Path) -> Iterator[Item]:
     formats = cache_formats(folder)
     rounding: Any = {} if formats is None else {"cache_formats": FORMATS[formats]}
     model = checkpoints.load(folder, dtype=torch.float32, **rounding)
-    ids, hidden, streams = expected["ids"].long(), [], []
+    ids = expected["ids"].long()
+    hidden = []
+    streams = []
 
     def keep(_, arguments) -> None:
         streams.append(arguments[0].values)
@@ -228,7 +231,8 @@ def check_greedy(
     alike = int((ids[: len(expected)] == expected[: len(ids)]).long().cumprod(0).sum())
     prompt = expected[None, : alike if alike < len(expected) else limit]
     for name, cache in (("greedy", None), ("greedy, cached", model.new_cache(1))):
-        reference, step = prompt, prompt
+        reference = prompt
+        step = prompt
         while 0 < reference.shape[1] < len(expected):
             logits = model(reference if cache is None else step, cache=cache)[0, -1]
             step = logits.argmax()[None, None]
@@ -261,7 +265,8 @@ def digest(array: np.ndarray, dtype: str) -> str:
 def check_hash(path: Path, tokenizer: Path | None = None) -> Iterator[Item]:
     """Checks everything that determines an address, then every address, for exact equality."""
     for case in json.loads(path.read_text(encoding="utf-8")):
-        map_, layers = canonical_map(case["tokenizer"], tokenizer), case["layer_ids"]
+        map_ = canonical_map(case["tokenizer"], tokenizer)
+        layers = case["layer_ids"]
         expected_message = f"{case['tokenizer']} "
         yield same(
             expected_message + "canonical size", int(map_.max()) + 1, case["compressed_vocab_size"]

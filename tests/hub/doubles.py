@@ -62,15 +62,18 @@ def check_gradients(
     def ours_loss() -> Tensor:
         return ours.loss(ids, labels).next_token
 
-    single, their_single = gradients(ours, ours_loss), gradients(theirs, theirs_loss)
+    single = gradients(ours, ours_loss)
+    their_single = gradients(theirs, theirs_loss)
     ours.double()
     theirs.double()
     if hasattr(theirs, "set_experts_implementation"):
         theirs.set_experts_implementation("eager")
     with Doubles(), float64():
-        exact, expected = gradients(ours, ours_loss), gradients(theirs, theirs_loss)
+        exact = gradients(ours, ours_loss)
+        expected = gradients(theirs, theirs_loss)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    off, their_off = {}, {}
+    off = {}
+    their_off = {}
     for name, gradient in expected.items():
         rows = slice(None)
         if name.endswith("embed_tokens.weight") and padding_id is not None:

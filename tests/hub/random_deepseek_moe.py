@@ -23,8 +23,10 @@ EXPERTS = "mlp.experts"
 def deepseek(seed: int) -> LlamaConfig:
     """Draws a configuration; the fields of the experts are attributes of Llama's."""
     draw = random.Random(f"deepseek {seed}")
-    groups, layers = draw.choice([1, 2, 3]), draw.randint(1, 5)
-    heads, routed = groups * draw.choice([1, 2, 3]), draw.choice([2, 3, 8, 13])
+    groups = draw.choice([1, 2, 3])
+    layers = draw.randint(1, 5)
+    heads = groups * draw.choice([1, 2, 3])
+    routed = draw.choice([2, 3, 8, 13])
     kind = draw.choice(["default", "default", "linear", "dynamic"])
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": draw.choice([1e4, 300.0])}
     if kind != "default":

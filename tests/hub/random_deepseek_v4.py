@@ -17,8 +17,10 @@ KINDS = tuple(RATIOS)
 def oracle_config(seed: int) -> DeepseekV4Config:
     """Returns the configuration of this seed; the same for the same seed."""
     draw = random.Random(seed)
-    layers, groups = draw.randint(1, 5), draw.choice([1, 2, 3, 5])
-    head_dim, experts = draw.choice([8, 9, 16, 24]), draw.randint(2, 12)
+    layers = draw.randint(1, 5)
+    groups = draw.choice([1, 2, 3, 5])
+    head_dim = draw.choice([8, 9, 16, 24])
+    experts = draw.randint(2, 12)
     rope_dim = 2 * draw.randint(1, head_dim // 2)
     hashed = draw.choice([0, draw.randint(0, layers), layers])
     mlp_layer_types = ["hash_moe"] * hashed + ["moe"] * (layers - hashed)

@@ -45,7 +45,9 @@ def canonical_count() -> int:
 
 def _schedule(draw: random.Random, layers: int) -> dict[str, Any]:
     """Draws which layers compress, which select anew, and which keep what was selected."""
-    ratios, sources, selecting = [], [], []
+    ratios = []
+    sources = []
+    selecting = []
     ratio = 0
     for layer in range(layers):
         if draw.random() < 0.2 and layer < layers - 1:
@@ -75,7 +77,8 @@ def text_config(seed: int) -> dict[str, Any]:
     rope = draw.choice([2, 4, 8])
     width = draw.choice([8, 12, 20])
     experts = draw.randint(2, 8)
-    orders, heads = draw.randint(1, 4), draw.randint(1, 3)
+    orders = draw.randint(1, 4)
+    heads = draw.randint(1, 3)
     schedule = _schedule(draw, layers)
     if draw.random() < 0.3:  # the schedule may name more layers than there are
         schedule["compress_ratios"] += [0] * draw.randint(1, 3)
@@ -184,7 +187,8 @@ def float64() -> Iterator[None]:
     """Lets the reference compute in float64, which it otherwise refuses."""
     from nemo_automodel.components.models.deepseek_v41 import model
 
-    before, model.torch = model.torch, _Torch()
+    before = model.torch
+    model.torch = _Torch()
     try:
         yield
     finally:

@@ -192,7 +192,8 @@ def prompt(rows: int = 2, time: int = 9) -> torch.Tensor:
 
 def test_identity_at_first_then_detached_bit_for_bit(host, tokenizer):
     next(host.parameters()).requires_grad_(False)  # as before the memory was attached
-    ids, weights = prompt(), copy.deepcopy(host.state_dict())
+    ids = prompt()
+    weights = copy.deepcopy(host.state_dict())
     trained = {name: p.requires_grad for name, p in host.named_parameters()}
     hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in host.modules()]
     before = host(ids).logits
@@ -217,7 +218,8 @@ def test_only_memory_learns(llama, tokenizer):
     assert ours == {id(p) for p in llama.parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in llama.named_parameters() if id(p) not in ours}
     optimizer = torch.optim.AdamW([p for p in llama.parameters() if p.requires_grad], lr=3e-2)
-    ids, losses = prompt(4, 12), []
+    ids = prompt(4, 12)
+    losses = []
     llama.train()
     for _ in range(30):
         loss = llama(ids, labels=ids).loss
@@ -232,7 +234,8 @@ def test_only_memory_learns(llama, tokenizer):
 
 
 def test_gradients_are_the_same_with_and_without_a_cache(llama, tokenizer):
-    memory, ids = attach(llama, tokenizer, (1,), **SMALL), prompt()
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    ids = prompt()
     wake(memory)
     grads = []
     for cached in (True, False):
@@ -246,7 +249,9 @@ def test_gradients_are_the_same_with_and_without_a_cache(llama, tokenizer):
 @torch.no_grad()
 def test_chunks_say_what_one_call_says(host, tokenizer):
     wake(attach(host, tokenizer, (0, 2), **SMALL))
-    ids, cache, parts = prompt(2, 13), DynamicCache(config=host.config), []
+    ids = prompt(2, 13)
+    cache = DynamicCache(config=host.config)
+    parts = []
     for chunk in ids.split([5, 1, 1, 4, 2], dim=1):
         parts.append(host(chunk, past_key_values=cache).logits)
     torch.testing.assert_close(
@@ -257,15 +262,19 @@ def test_chunks_say_what_one_call_says(host, tokenizer):
 @torch.no_grad()
 def test_crop_repeat_select_and_copy_take_the_memory_along(host, tokenizer):
     wake(attach(host, tokenizer, (0, 2), **SMALL))
-    ids, rest = prompt(2, 11), prompt(4, 3)
+    ids = prompt(2, 11)
+    rest = prompt(4, 3)
     cache = host(ids, use_cache=True).past_key_values
-    cached, length, rows = copy.deepcopy(cache), 11, [1, 0]
+    cached = copy.deepcopy(cache)
+    length = 11
+    rows = [1, 0]
     if can(host, ["crop"]):
         cache.crop(-4)
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([3, 0, 1, 1]))
         cache.batch_select_indices(torch.tensor([0, 1, 3, 2]))
-        length, rows = 7, [1, 0, 0, 0]
+        length = 7
+        rows = [1, 0, 0, 0]
     else:
         cache.reorder_cache(torch.tensor(rows))
     got = host(rest[: len(rows)], past_key_values=cache).logits
@@ -322,7 +331,8 @@ def test_packed_documents_do_not_see_each_other(llama, tokenizer):
 
 
 def test_memory_alone_is_saved_and_loaded(llama, tokenizer, tmp_path):
-    memory, ids = attach(llama, tokenizer, (1,), **SMALL), prompt()
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    ids = prompt()
     wake(memory)
     expected = llama(ids).logits
     memory.save(tmp_path / "memory.safetensors")
@@ -335,7 +345,8 @@ def test_memory_alone_is_saved_and_loaded(llama, tokenizer, tmp_path):
 def test_a_memory_of_several_streams_is_trained_saved_and_loaded(kind, tokenizer, llama, tmp_path):
     torch.manual_seed(1)
     host = AutoModelForCausalLM.from_config(config_of(kind)).eval()
-    memory, ids = attach(host, tokenizer, (1,), **SMALL), prompt()
+    memory = attach(host, tokenizer, (1,), **SMALL)
+    ids = prompt()
     wake(memory)
     assert memory.engrams[0].gate.key_norm.shape[0] == memory.streams > 1
     host(ids, labels=ids).loss.backward()
@@ -484,7 +495,8 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(host, tokenizer)
 @torch.no_grad()
 def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
     wake(attach(llama, tokenizer, (0, 2), **SMALL))
-    ids, rest = prompt(2, 150), prompt(2, 5)
+    ids = prompt(2, 150)
+    rest = prompt(2, 5)
     cache = llama(ids, use_cache=True).past_key_values
     for cached in (149, 30, 1):
         cache.crop(cached - cache.get_seq_length())
@@ -503,7 +515,8 @@ def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
 @torch.no_grad()
 def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
     wake(attach(llama, tokenizer, (0,), **SMALL))
-    ids, rest = prompt(3, 6), prompt(2, 3)
+    ids = prompt(3, 6)
+    rest = prompt(2, 3)
     for cached in (torch.tensor([0, 2]), torch.tensor([True, False, True])):
         cache = llama(ids, use_cache=True).past_key_values
         cache.batch_select_indices(cached)
@@ -518,7 +531,8 @@ def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
 def test_rows_of_different_lengths_generate_what_each_says_alone(host, tokenizer):
     wake(attach(host, tokenizer, (0, 2), **SMALL))
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    ids, lengths = prompt(3, 8), (8, 3, 5) if can(host, ["padding"]) else (8, 8, 8)
+    ids = prompt(3, 8)
+    lengths = (8, 3, 5) if can(host, ["padding"]) else (8, 8, 8)
     mask = torch.stack([(torch.arange(8) >= 8 - length).long() for length in lengths])
     for beams, ways in (
         (1, ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3})),
@@ -582,7 +596,8 @@ def test_two_passes_before_one_backward_under_gradient_checkpointing(llama, toke
         if saving:
             llama.activation_checkpointing_enable({"use_reentrant": reentrant})
         memory.zero_grad()
-        one, other = prompt(2, 9), prompt(3, 5).flip(1)
+        one = prompt(2, 9)
+        other = prompt(3, 5).flip(1)
         (llama(one, labels=one).loss + llama(other, labels=other).loss).backward()
         grads.append([p.grad.clone() for p in memory.parameters()])
     for one, other in zip(*grads, strict=True):
@@ -590,7 +605,8 @@ def test_two_passes_before_one_backward_under_gradient_checkpointing(llama, toke
 
 
 def test_new_tokens_behind_a_cache_have_their_whole_gradient(llama, tokenizer):
-    memory, ids = attach(llama.double(), tokenizer, (1,), **SMALL), prompt(1, 12)
+    memory = attach(llama.double(), tokenizer, (1,), **SMALL)
+    ids = prompt(1, 12)
     wake(memory)
     with torch.no_grad():
         cache = llama(ids[:, :2], use_cache=True).past_key_values
@@ -600,8 +616,10 @@ def test_new_tokens_behind_a_cache_have_their_whole_gradient(llama, tokenizer):
 
     loss().backward()
     for weight in (memory.engrams[0].conv, memory.engrams[0].value_proj.weight):
-        flat, slope = weight.detach().view(-1), weight.grad.view(-1)
-        offset, step = int(slope.abs().argmax()), 1e-3
+        flat = weight.detach().view(-1)
+        slope = weight.grad.view(-1)
+        offset = int(slope.abs().argmax())
+        step = 1e-3
         with torch.no_grad():
             flat[offset] += step
             above = loss()
@@ -614,7 +632,8 @@ def test_new_tokens_behind_a_cache_have_their_whole_gradient(llama, tokenizer):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_dtype_follows_the_host_or_stays_float32(host, tokenizer, dtype):
-    host, ids = host.to(dtype), prompt()
+    host = host.to(dtype)
+    ids = prompt()
     before = host(ids).logits
     memory = attach(host, tokenizer, (0, 2), **SMALL)
     assert {p.dtype for p in memory.parameters()} == {dtype}
@@ -640,7 +659,8 @@ def test_device_follows_the_host(llama, tokenizer):
 
 @torch.no_grad()
 def test_a_copy_of_the_host_has_a_memory_of_its_own(llama, tokenizer):
-    memory, ids = attach(llama, tokenizer, (0, 2), **SMALL), prompt()
+    memory = attach(llama, tokenizer, (0, 2), **SMALL)
+    ids = prompt()
     wake(memory)
     expected = llama(ids).logits
     for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
@@ -744,7 +764,8 @@ def test_a_model_of_other_streams_is_refused_at_once(tokenizer):
         "gemma3n_text", **SIZES | {"vocab_size": 300, "pad_token_id": 0} | ours
     )
     host = AutoModelForCausalLM.from_config(config)
-    keys, hooks = host.state_dict().keys(), [len(m._forward_pre_hooks) for m in host.modules()]
+    keys = host.state_dict().keys()
+    hooks = [len(m._forward_pre_hooks) for m in host.modules()]
     with pytest.raises(
         ValueError, match=r"hidden states \[.*\] for one token, expected \[1, 1, 32\]: other"
     ):
@@ -822,7 +843,8 @@ def test_what_was_frozen_on_purpose_stays_so_beside_lora(llama, tokenizer):
 
 
 def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_path):
-    memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    rows = prompt(8, 12)
     wake(memory)
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
     options = {
@@ -850,7 +872,8 @@ def test_the_trainer_of_transformers_trains_memory_alone(llama, tokenizer, tmp_p
 @pytest.mark.parametrize("last", ["step", "zero_grad", "nothing"])
 def test_the_trainer_of_transformers_goes_on_after_our_optimizer(llama, tokenizer, tmp_path, last):
     """Sparse gradients of rows end with the step, while our optimizer is still there."""
-    memory, rows = attach(llama, tokenizer, (1,), **SMALL), prompt(8, 12)
+    memory = attach(llama, tokenizer, (1,), **SMALL)
+    rows = prompt(8, 12)
     wake(memory)
 
     optimizer = Optimizer(llama, OptimConfig())
@@ -933,7 +956,8 @@ def test_the_body_of_an_attached_model_is_refused_too(llama, tokenizer):
 def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
     llama, tokenizer, tmp_path, how
 ):
-    path, ids = tmp_path / "memory.safetensors", prompt()
+    path = tmp_path / "memory.safetensors"
+    ids = prompt()
     with torch.no_grad():
         before = llama(ids).logits
     memory = attach(llama, tokenizer, (1,), **SMALL)
@@ -944,7 +968,8 @@ def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
         "width": 32,
         "vocab_size": 300,
     }
-    tensors, header = load_file(path), {"format": "rorqual-memory-1"}
+    tensors = load_file(path)
+    header = {"format": "rorqual-memory-1"}
     if how == "no_format":
         header = {}
     elif how == "no_config":
@@ -976,7 +1001,8 @@ def _header(path) -> dict[str, str]:
 
 @torch.no_grad()
 def test_a_saved_memory_keeps_its_dtype_in_a_host_of_another(llama, tokenizer, tmp_path):
-    memory, ids = attach(llama.to(torch.bfloat16), tokenizer, (1,), **SMALL).float(), prompt()
+    memory = attach(llama.to(torch.bfloat16), tokenizer, (1,), **SMALL).float()
+    ids = prompt()
     wake(memory)
     expected = llama(ids).logits
     memory.save(tmp_path / "memory.safetensors")
@@ -989,7 +1015,8 @@ def test_a_saved_memory_keeps_its_dtype_in_a_host_of_another(llama, tokenizer, t
 
 @torch.no_grad()
 def test_everything_is_held_in_pieces_of_any_size():
-    stored, text = Everything(2), torch.arange(60).view(2, 30)
+    stored = Everything(2)
+    text = torch.arange(60).view(2, 30)
     offset = 0
     for time in (1, 3, 1, 20, 5, 1):
         if offset == 30:

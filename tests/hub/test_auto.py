@@ -364,7 +364,8 @@ def test_training_with_rows_elsewhere_is_refused(placement, small_run, tmp_path)
 
 def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
     """Opens the model, the tokenizer and a pipeline with the run's output by its config.json."""
-    run, ids = load(small_run, device="cpu"), torch.tensor([PROMPTS[0]])
+    run = load(small_run, device="cpu")
+    ids = torch.tensor([PROMPTS[0]])
     config = AutoConfig.from_pretrained(small_run)
     assert isinstance(config, RorqualConfig) and config.model == run.config
     assert (config.eos_token_id, config.architectures) == (
@@ -390,7 +391,8 @@ def test_a_run_folder_opens_in_transformers(small_run, tmp_path):
 def test_a_tied_run_opens_in_transformers(tokenizer, tmp_path):
     model = LanguageModel(CONFIGS["tied"], seed=2).eval()
     save_model(tmp_path, model, tokenizer)
-    theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([PROMPTS[0]])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([PROMPTS[0]])
     assert (
         theirs.config.tie_word_embeddings and theirs.model.head.weight is theirs.model.embed.weight
     )

@@ -144,7 +144,8 @@ def test_the_table_covers_our_state_exactly_once(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_loads_what_we_export_with_equal_logits(name, tmp_path):
-    model, ids = build(name), torch.randint(0, 61, (2, 23))
+    model = build(name)
+    ids = torch.randint(0, 61, (2, 23))
     export(model, tmp_path, eos_token_id=60)
     # The library lists Mistral 4 only as a part of another model.
     auto = Mistral4ForCausalLM if name == "mistral 4" else AutoModelForCausalLM
@@ -165,7 +166,8 @@ def test_we_load_what_we_export(name, tmp_path):
     again = load(tmp_path)
     others = {"moe": None, "mtp": None, "rope": RopeConfig()}
     assert replace(again.config, **others) == replace(model.config, **others)
-    ours, theirs = model.config.rope, again.config.rope
+    ours = model.config.rope
+    theirs = again.config.rope
     assert replace(theirs, yarn=None) == replace(ours, yarn=None)
     if ours.yarn is not None:
         # mscale is computed from attention_factor.
@@ -182,10 +184,8 @@ def test_we_load_what_we_export(name, tmp_path):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_golden_folder_survives_the_round_trip_bit_for_bit(name, tmp_path):
     export(load(GOLDEN / name), tmp_path / "out")
-    before, after = (
-        load_file(GOLDEN / name / "model.safetensors"),
-        load_file(tmp_path / "out" / "model.safetensors"),
-    )
+    before = load_file(GOLDEN / name / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys() and all(
         torch.equal(before[key], after[key]) for key in before
     )
@@ -245,7 +245,8 @@ def test_mtp_foretells_what_transformers_does_with_the_same_weights(tmp_path):
     main = AutoModelForCausalLM.from_pretrained(tmp_path)
     main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\."]
     oracle = MtpModel.from_pretrained(main).eval()
-    ids, cache = torch.randint(61, (1, 12)), MtpCache(config=main.config.get_mtp_config())
+    ids = torch.randint(61, (1, 12))
+    cache = MtpCache(config=main.config.get_mtp_config())
     hidden = model.hidden(ids[:, :9])[0]
     for depth in range(2):
         text = ids[:, 1 + depth : 10 + depth]
@@ -315,7 +316,8 @@ def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
 
 
 def test_float8_shards_are_dequantised(folder):
-    plain, tensors = load(folder), quantise(load_file(folder / "model.safetensors"))
+    plain = load(folder)
+    tensors = quantise(load_file(folder / "model.safetensors"))
     shard(folder, tensors, 3)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
@@ -327,7 +329,8 @@ def test_float8_shards_are_dequantised(folder):
     model = load(folder)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for key, b in model.named_buffers() if key.endswith("bias")} == {torch.float32}
-    width, state = load(folder, dtype=torch.float32), plain.state_dict()
+    width = load(folder, dtype=torch.float32)
+    state = plain.state_dict()
     for name, position in places(width.config).items():
         expected = tensors[name].float()
         if name + "_scale_inv" in tensors:
@@ -351,7 +354,8 @@ def with_scales(folder: Path, block: object) -> None:
 
 
 def test_a_scale_may_belong_to_a_whole_tensor_or_to_other_blocks(folder):
-    plain, expected = load_file(folder / "model.safetensors"), load(folder).state_dict()
+    plain = load_file(folder / "model.safetensors")
+    expected = load(folder).state_dict()
     narrow = {**plain, "lm_head.weight": plain["lm_head.weight"].to(torch.float8_e4m3fn)}
     for block, scale in (
         (None, torch.tensor(2.0)),
@@ -406,7 +410,8 @@ print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.
 
 def test_one_file_is_open_at_a_time(folder, monkeypatch):
     shard(folder, load_file(folder / "model.safetensors"), 4)
-    opened, plain = [], checkpoints._handle
+    opened = []
+    plain = checkpoints._handle
     monkeypatch.setattr(
         checkpoints, "_handle", lambda path: opened.append(path.name) or plain(path)
     )

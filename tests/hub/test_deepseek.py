@@ -137,7 +137,8 @@ def test_v3_as_released():
 
 
 def test_v2_and_v2_lite_as_released():
-    lite, large = config_of(V2_LITE), config_of(V2)
+    lite = config_of(V2_LITE)
+    large = config_of(V2)
     assert lite.mla == replace(MLA, heads=16, q_lora_rank=None) and large.mla == MLA
     assert lite.rope.yarn == YarnConfig(mscale=0.707, mscale_all_dim=0.707)
     plain = RouterConfig(

@@ -52,7 +52,8 @@ CONFIG = ModelConfig(
 
 def oracle(config: ModelConfig) -> LlamaForCausalLM:
     """Builds Llama with V2's experts in the blocks that have experts."""
-    gqa, moe = config.gqa, config.moe
+    gqa = config.gqa
+    moe = config.moe
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -84,7 +85,8 @@ def oracle(config: ModelConfig) -> LlamaForCausalLM:
 @torch.no_grad()
 def fill(model: LlamaForCausalLM, ours: LanguageModel) -> None:
     """Copies our weights, by the names of their folder."""
-    table, state = places(ours.config), ours.state_dict()
+    table = places(ours.config)
+    state = ours.state_dict()
     for name, parameter in model.named_parameters():
         if ".mlp.experts." not in name:
             parameter.copy_(table[name].of(state))
@@ -100,7 +102,9 @@ def fill(model: LlamaForCausalLM, ours: LanguageModel) -> None:
 def test_logits_are_those_of_its_parts_in_transformers(tmp_path):
     model = LanguageModel(CONFIG, seed=3).eval()
     export(model, tmp_path)
-    ours, theirs, ids = load(tmp_path), oracle(CONFIG), torch.randint(61, (2, 19))
+    ours = load(tmp_path)
+    theirs = oracle(CONFIG)
+    ids = torch.randint(61, (2, 19))
     fill(theirs, ours)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(ours(ids), model(ids))
@@ -110,7 +114,8 @@ def test_logits_are_those_of_its_parts_in_transformers(tmp_path):
 
 
 def test_the_published_folder_is_the_preset():
-    config, ours = config_of(PUBLISHED), preset("deepseekmoe-16b")
+    config = config_of(PUBLISHED)
+    ours = preset("deepseekmoe-16b")
     assert replace(config.moe, balance=ours.moe.balance) == ours.moe
     assert replace(config, moe=ours.moe, init_std=ours.init_std) == ours
     assert config_of(published(config)) == config

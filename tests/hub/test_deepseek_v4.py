@@ -67,7 +67,9 @@ def test_a_random_configuration_is_transformers_model(seed: int, tmp_path: Path)
     loss = ours.loss(ids, labels).next_token
     close(loss, expected.loss)
     with torch.no_grad():
-        cache, step, cached = ours.new_cache(2), ids[:, :20], ids[:, :20]
+        cache = ours.new_cache(2)
+        step = ids[:, :20]
+        cached = ids[:, :20]
         for _ in range(20):
             logits = ours(step, cache=cache)[:, -1]
             step = logits.argmax(-1, keepdim=True)
@@ -115,13 +117,16 @@ def quantised(folder: Path, model: LanguageModel) -> dict[str, torch.Tensor]:
         },
         expert_dtype="fp4",
     )
-    stored, numbers = {}, {}
+    stored = {}
+    numbers = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         numbers[name] = tensor
         if ".ffn.experts." in name:
-            encoded, block = encode_e2m1(tensor), ROWS
+            encoded = encode_e2m1(tensor)
+            block = ROWS
         elif DENSE.search(name):
-            encoded, block = encode_e4m3(tensor, (128, 128), power_of_two=True), (128, 128)
+            encoded = encode_e4m3(tensor, (128, 128), power_of_two=True)
+            block = (128, 128)
         else:
             stored[name] = tensor
             continue

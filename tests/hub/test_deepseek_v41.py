@@ -40,15 +40,19 @@ def description() -> dict:
 
 def quantised(folder: Path, *, shards: int = 1) -> dict[str, torch.Tensor]:
     """Writes the tiny folder in the published formats; returns the numbers that they stand for."""
-    tensors, stored, numbers = load_file(TINY / "model.safetensors"), {}, {}
+    tensors = load_file(TINY / "model.safetensors")
+    stored = {}
+    numbers = {}
     for name, tensor in tensors.items():
         numbers[name], encoded, block = tensor, None, (32, 32)
         if ".ffn.experts." in name:
             padded = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 32))
             if padded.shape == tensor.shape:
-                encoded, block = encode_e2m1(tensor), ROWS
+                encoded = encode_e2m1(tensor)
+                block = ROWS
         elif name.endswith("engram.embed.weight"):
-            encoded, block = encode_e4m3(tensor, ROWS, power_of_two=True), ROWS
+            encoded = encode_e4m3(tensor, ROWS, power_of_two=True)
+            block = ROWS
         elif DENSE.search(name):
             encoded = encode_e4m3(tensor, block, power_of_two=True)
         if encoded is None:
@@ -128,7 +132,8 @@ print(memory("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_table_on_the_disk_needs_no_memory(tmp_path, description):
     """The table has 200 MiB, the rest of the model 2."""
-    rows, width = 800_000, 256
+    rows = 800_000
+    width = 256
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(TINY / name, tmp_path)
     text = description["text_config"]
@@ -173,7 +178,8 @@ def test_what_is_read_past_is_said_in_one_line(tmp_path, capsys):
     }
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     save_file(tensors, tmp_path / "model.safetensors")
-    draft, vision = 3 * 48 + 48 * 144 + 32 * 64 + 800, 3 + 48 * 3 + 48
+    draft = 3 * 48 + 48 * 144 + 32 * 64 + 800
+    vision = 3 + 48 * 3 + 48
     line = f"read past: DSpark draft, 3 layers, {draft:,} parameters; vision, {vision:,} parameters"
     checkpoints.load(tmp_path)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -352,7 +358,8 @@ def check_cache(model: LanguageModel, ids: torch.Tensor) -> None:
     csa = dataclasses.replace(model.config.csa, ties="last")
     for block in model.blocks:
         block.attention.config = csa
-    whole, cache = model(ids), model.new_cache(2)
+    whole = model(ids)
+    cache = model.new_cache(2)
     half = ids.shape[1] // 2
     parts = [model(ids[:, :half], cache=cache)]
     parts += [model(ids[:, i : i + 1], cache=cache) for i in range(half, ids.shape[1])]

@@ -50,7 +50,8 @@ class Oracle:
             # The kinds of MTP's blocks are published as sizes of entries.
             fields["compress_rates"] = {KINDS[1]: 4, KINDS[2]: 128}
         self.model = MODEL(MODEL.config_class(**fields)).eval()
-        dim, streams = self.model.config.hidden_size, self.model.config.hc_mult
+        dim = self.model.config.hidden_size
+        streams = self.model.config.hc_mult
         shapes = {
             "enorm.weight": (dim,),
             "hnorm.weight": (dim,),
@@ -110,11 +111,13 @@ class Oracle:
         def catch(module, inputs, kwargs):
             caught["streams"], caught["kwargs"] = inputs[0], kwargs
 
-        model, eps = self.model.model, self.model.config.rms_norm_eps
+        model = self.model.model
+        eps = self.model.config.rms_norm_eps
         handle = model.layers[self.layers].register_forward_pre_hook(catch, with_kwargs=True)
         model(text[:, :-1], use_cache=False)
         handle.remove()
-        x, result = caught["streams"], []
+        x = caught["streams"]
+        result = []
         result.append(self.model.lm_head(model.norm(model.hc_head(x))))
         for depth in range(self.depth):
             w = {name: self.mtp[f"mtp.{depth}.{name}"] for name in self.names()}
@@ -198,11 +201,13 @@ def test_drafts_loss_and_gradients_are_those_of_the_equations(
         result = ours.head(ours.mtp[depth].head_input(hidden))
         close(result[:, : -depth - 1], logits)
     loss = ours.loss(text[:, :-1], text[:, 1:])
-    total, theirs = loss.next_token + 0.3 * loss.mtp, oracle.loss(text)
+    total = loss.next_token + 0.3 * loss.mtp
+    theirs = oracle.loss(text)
     close(total, theirs)
     total.backward()
     theirs.backward()
-    table, expected_gradients = places_of(oracle, ours.config), oracle.gradients()
+    table = places_of(oracle, ours.config)
+    expected_gradients = oracle.gradients()
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in ours.named_parameters()
@@ -246,7 +251,8 @@ def test_quantised_tensors_are_decoded(tmp_path: Path) -> None:
     """The projections are float8 in blocks, the experts mxfp4, as released."""
     model = LanguageModel(replace(preset("v4-tiny"), mtp=MTPConfig(streams=True))).eval()
     checkpoints.export(model, tmp_path)
-    tensors, expected = load_file(tmp_path / "model.safetensors"), {}
+    tensors = load_file(tmp_path / "model.safetensors")
+    expected = {}
     for name in [name for name in tensors if name.startswith("mtp.0.")]:
         scale = f"{name.removesuffix('.weight')}.scale"
         if ".experts." in name:
@@ -374,7 +380,8 @@ def trained(config: ModelConfig, steps: int) -> LanguageModel:
 )
 def test_drafts_change_nothing(kinds: tuple[str, ...], depth: int) -> None:
     """Greedy decoding with drafts gives the same ids, for a batch of different lengths."""
-    model, stats = trained(drafting_config(kinds, depth), 2), AcceptanceStats()
+    model = trained(drafting_config(kinds, depth), 2)
+    stats = AcceptanceStats()
     prompts = [[0, 5, 10], [3, 8, 1, 6, 11, 4, 9, 2, 7], [13]]
     expected = list(decoding.decode(model, prompts, max_new_tokens=14))
     assert (
@@ -391,7 +398,9 @@ def test_drafts_with_a_cache_are_those_without() -> None:
     with torch.no_grad():
         hidden = model.hidden(text[:, :-1], for_mtp=True)[0]
         expected = model.draft(hidden, text[:, 1:])[0]
-        cache, start, results = model.new_cache(2), 0, []
+        cache = model.new_cache(2)
+        start = 0
+        results = []
         for count in (7, 1, 1, 4, 7):
             run = slice(start, start + count)
             piece = model.draft(hidden[:, run], text[:, 1:][:, run], cache=cache)[0]
@@ -407,7 +416,8 @@ def test_loss_of_packed_documents_is_that_of_each_alone() -> None:
     document_ids = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
     labels = torch.randint(16, ids.shape)
     result = model.loss(ids, labels, document_ids=document_ids).mtp
-    alone, counts = torch.zeros(2), torch.zeros(2)
+    alone = torch.zeros(2)
+    counts = torch.zeros(2)
     for document, targets in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True):
         hidden = model.hidden(document, for_mtp=True)[0]
         for depth in range(2):

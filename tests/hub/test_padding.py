@@ -17,7 +17,8 @@ ROWS = st.integers(1, 6).flatmap(
 @given(rows=ROWS, width=st.booleans())
 def test_tokens_come_first_and_return_to_their_places(rows, width):
     valid = torch.tensor(rows)
-    packed, time = Packing(valid), valid.shape[1]
+    packed = Packing(valid)
+    time = valid.shape[1]
     x = torch.arange(1, 2 * time + 1).view(2, time)
     x = x[..., None].expand(-1, -1, 3) * 1.0 if width else x
     packed_rows = packed.pack(x)
@@ -38,7 +39,8 @@ def test_what_is_not_padded_is_not_packed():
 @settings(max_examples=60, deadline=None)
 @given(calls=st.lists(ROWS, min_size=1, max_size=4), data=st.data())
 def test_a_crop_of_columns_takes_the_tokens_among_them(calls, data):
-    columns, every = Columns(), torch.zeros(2, 0, dtype=torch.bool)
+    columns = Columns()
+    every = torch.zeros(2, 0, dtype=torch.bool)
     for rows in calls:
         valid = torch.tensor(rows)
         columns.append(2, valid.shape[1], packing(valid))

@@ -79,7 +79,8 @@ def test_random_configurations_are_as_in_transformers(seed, oracle, tmp_path):
 @torch.no_grad()
 def check_greedy(ours: LanguageModel, theirs, ids: Tensor) -> None:
     """Continues a prompt with a cache; the oracle computes everything again for each id."""
-    cache, step = ours.new_cache(1), ids
+    cache = ours.new_cache(1)
+    step = ids
     for _ in range(12):
         expected = theirs(ids, use_cache=False).logits[0, -1]
         assert error(ours(step, cache=cache)[0, -1], expected) < 1e-5
@@ -93,7 +94,8 @@ def test_padded_batches_are_as_in_transformers(oracle):
     theirs = oracle.modeling.Qwen4ExpForCausalLM.from_pretrained(
         GOLDEN, attn_implementation="eager"
     )
-    ours, lengths = checkpoints.load(GOLDEN), [40, 7, 23]
+    ours = checkpoints.load(GOLDEN)
+    lengths = [40, 7, 23]
     ids = torch.randint(2, ours.config.vocab_size, (3, 40))
     padded_ids = torch.full_like(ids, 1)
     mask = torch.zeros_like(ids)
@@ -154,7 +156,8 @@ def test_every_kind_of_rope_is_as_in_transformers(name, oracle, tmp_path):
     theirs = oracle.build(config).eval()
     oracle.stir(theirs, 1)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, ids = checkpoints.load(tmp_path / "theirs"), torch.randint(60, (2, 45))
+    ours = checkpoints.load(tmp_path / "theirs")
+    ids = torch.randint(60, (2, 45))
     expected = theirs(ids, use_cache=False).logits
     assert error(ours(ids), expected) < 1e-5
     checkpoints.export(ours, tmp_path / "ours")

@@ -48,7 +48,8 @@ def test_a_random_configuration_is_its_oracle(name, seed):
 
 def test_a_configuration_that_differs_is_counted(capsys, monkeypatch):
     """The command prints what differs and exits with 1."""
-    name, results = next(iter(BENCH.families())), BENCH.results
+    name = next(iter(BENCH.families()))
+    results = BENCH.results
     wrong = BENCH.Result({"logits": 1.0}, ["WRONG 1.0e+00 logits"])
     monkeypatch.setattr(
         BENCH, "results", lambda name, seeds: results(name, seeds, lambda *_: wrong)

@@ -16,7 +16,8 @@ from rorqual import kernels
 from rorqual.layers.addresses import hash_rows
 from rorqual.layers.sparse import selected_attention
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,8 @@ def registered(*kinds: str) -> kernels.Operation:
     return operation
 
 
-FLOATS, INTS = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+FLOATS = torch.zeros(2)
+INTS = torch.zeros(2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(

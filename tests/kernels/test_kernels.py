@@ -64,7 +64,8 @@ def windows(dtype: torch.dtype) -> Arguments:
         ((1, 5), (9001, 77, 70_001), 5, 3, 7, 50),
         ((0, 2), (31, 67), 2, 3, 0, 9),
     ):
-        config, top = EngramConfig(layers=layers, rows_per_head=sizes, heads=heads), 2**31 - 2
+        config = EngramConfig(layers=layers, rows_per_head=sizes, heads=heads)
+        top = 2**31 - 2
         exact = hashing(config, vocab_size, top)
         ids = torch.randint(vocab_size, (batch, time + len(sizes)))
         ids[..., -1] = vocab_size - 1
@@ -84,7 +85,8 @@ def histories(dtype: torch.dtype) -> Arguments:
     config = EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5)
     exact = hashing(config, 50, 49)
     for batch, time in (1, 1), (3, 5), (64, 1), (65, 1), (2, 70), (1, 0), (0, 1):
-        ids, stored = torch.randint(50, (batch, time)), torch.randint(50, (batch, 90))
+        ids = torch.randint(50, (batch, time))
+        stored = torch.randint(50, (batch, 90))
         yield ids, stored, 4, *exact, 7
         yield ids, None, 0, *exact, 7
 
@@ -122,7 +124,9 @@ def collapsing(dtype: torch.dtype) -> Arguments:
     for case, (tokens, count, dim) in enumerate(STREAMS):
         rows = 2 * count + count**2
         streams = torch.randn(tokens, count, dim).to(dtype)
-        m, scale, base = 2 * torch.randn(rows, tokens), torch.rand(3) + 0.5, torch.randn(rows)
+        m = 2 * torch.randn(rows, tokens)
+        scale = torch.rand(3) + 0.5
+        base = torch.randn(rows)
         handed_on = torch.rand(count, tokens)
         yield streams, m, scale, base, handed_on, 20 if case == 0 else 3, 1e-6
         yield streams, m, scale, base, None, 1, 0.0
@@ -137,7 +141,8 @@ def mixing(dtype: torch.dtype) -> Arguments:
 def writing(dtype: torch.dtype) -> Arguments:
     for tokens, count, dim in STREAMS:
         streams = torch.randn(tokens, count, dim).to(dtype)
-        out, post = torch.randn(tokens, dim).to(dtype), torch.rand(count, tokens)
+        out = torch.randn(tokens, dim).to(dtype)
+        post = torch.rand(count, tokens)
         yield streams, out, post, torch.rand(count, count, tokens)
         yield streams, out, post, None
 
@@ -248,10 +253,12 @@ def more_tokens() -> Arguments:
 
 def indexed(batch, time, heads, width, length, ours, narrow, limit, ties=False) -> tuple[Any, ...]:
     """Builds the last `time` of `length` tokens; with `ties`, keys of equal scores."""
-    latent, key = torch.randn(batch, length, width), torch.randn(batch, length, narrow)
+    latent = torch.randn(batch, length, width)
+    key = torch.randn(batch, length, narrow)
     looking = torch.randn(batch, time, ours, narrow).round()
     weights = torch.randn(batch, time, ours).round()
-    query, key = torch.randn(batch, time, heads, width), key.round() if ties else key
+    query = torch.randn(batch, time, heads, width)
+    key = key.round() if ties else key
     return query, inside(latent), looking, inside(key), weights, limit, 0.4
 
 
@@ -362,7 +369,8 @@ def test_every_kernel_has_a_case() -> None:
 def test_a_compiled_kernel_gives_the_numbers_of_its_reference(
     name: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, threads = CASES[name], torch.get_num_threads()
+    case = CASES[name]
+    threads = torch.get_num_threads()
     check_equal(name, "numba", case.arguments, torch.device("cpu"), monkeypatch)
     large = case.large
     if large is None:
@@ -403,7 +411,8 @@ def check_equal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compares a kernel with its reference, called by its name with the kernel selected."""
-    choice, case = kernels.registered()[name], CASES[name]
+    choice = kernels.registered()[name]
+    case = CASES[name]
     operation = getattr(importlib.import_module(choice.module), name)
     (kernel,) = (kernel for kernel in choice.kernels if kernel.kind == kind)
     if kernel.missing:

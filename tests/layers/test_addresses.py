@@ -73,13 +73,15 @@ def by_hand(
 
     The result is indexed [layer][token][head].
     """
-    multipliers, primes = draw_multipliers(config, canonical).tolist(), find_primes(config).tolist()
+    multipliers = draw_multipliers(config, canonical).tolist()
+    primes = find_primes(config).tolist()
     layers = []
     for layer in range(len(config.layers)):
         tokens = []
         for t in range(len(ids)):
             seen = [ids[t - k] if k <= min(reach[t], t) else pad for k in range(config.ngram)]
-            rows, offset = [], 0
+            rows = []
+            offset = 0
             for order in range(2, config.ngram + 1):
                 mix = 0
                 for k in range(order):
@@ -148,7 +150,8 @@ def qwen_layers(config: EngramConfig, vocab_size: int) -> list[Qwen4ExpTextNGram
         module.layer_multipliers = nn.Buffer(drawn)
         module.ngram_heads_vocab_sizes = nn.Buffer(torch.tensor(module.head_vocab_sizes))
         module.ngram_heads_offsets = nn.Buffer(torch.tensor(module.head_offsets))
-        module.ngram_embedding, module.ids = Rows(), text
+        module.ngram_embedding = Rows()
+        module.ids = text
         results.append(module)
     return results
 
@@ -185,16 +188,19 @@ def test_rows_are_those_of_qwen(case: dict, kind: str, monkeypatch: pytest.Monke
     """
     monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     config, vocab_size = qwen_config(case)
-    ours, theirs = Addresses(config, None, vocab_size), qwen_layers(config, vocab_size)
+    ours = Addresses(config, None, vocab_size)
+    theirs = qwen_layers(config, vocab_size)
     assert ours.fingerprint()["multipliers"] == case["multipliers"]
     assert ours.primes.flatten(1).tolist() == [module.head_vocab_sizes for module in theirs]
     for recorded in case["cases"]:
-        ids, rows = torch.tensor([recorded["ids"]]), torch.tensor(recorded["rows"])[:, None]
+        ids = torch.tensor([recorded["ids"]])
+        rows = torch.tensor(recorded["rows"])[:, None]
         length = ids.shape[1]
         assert torch.equal(ours(ids, context(*ids.shape, "cpu")), rows)
         assert torch.equal(qwen_rows(theirs, ids, [length]), rows)
         for start in range(1, length):
-            history, past = ours.new_cache(1, 0, torch.float32, torch.device("cpu")), Past()
+            history = ours.new_cache(1, 0, torch.float32, torch.device("cpu"))
+            past = Past()
             pieces = [
                 ours(piece, context(*piece.shape, "cpu", past=past), history)
                 for piece in ids.split([start, length - start], 1)
@@ -214,7 +220,8 @@ def test_rows_of_padded_batches_are_those_of_qwen(
     """
     monkeypatch.setenv(kernels.VARIABLE, f"hash_rows={kind},follow_rows={kind}")
     config, vocab_size = qwen_config(case)
-    ours, theirs = Addresses(config, None, vocab_size), qwen_layers(config, vocab_size)
+    ours = Addresses(config, None, vocab_size)
+    theirs = qwen_layers(config, vocab_size)
     ids = torch.randint(vocab_size, (7, 40))
     ids[torch.rand(ids.shape) < 0.25] = config.eos_id
     lengths = [40, 39, 38, 37, 23, 1, 35]
@@ -223,7 +230,8 @@ def test_rows_of_padded_batches_are_those_of_qwen(
     junk = ids.masked_fill(~valid, -100)
     result = ours(junk, context(7, 40, "cpu", lengths=lengths))
     assert torch.equal(result[:, valid], rows[:, valid])
-    history, past = ours.new_cache(7, 0, torch.float32, torch.device("cpu")), Past(7)
+    history = ours.new_cache(7, 0, torch.float32, torch.device("cpu"))
+    past = Past(7)
     for t in range(40):
         ctx = context(7, 1, "cpu", lengths=valid[:, t].long(), past=past)
         result = ours(junk[:, t : t + 1], ctx, history)
@@ -261,10 +269,8 @@ def test_an_end_of_text_hides_what_came_before(generator: str) -> None:
 
 def test_another_generator_is_another_model() -> None:
     """Configs from before the field existed have no generator and mean numpy's."""
-    plain, other = (
-        Addresses(EngramConfig(), None, 30),
-        Addresses(EngramConfig(generator="splitmix64"), None, 30),
-    )
+    plain = Addresses(EngramConfig(), None, 30)
+    other = Addresses(EngramConfig(generator="splitmix64"), None, 30)
     assert from_dict(EngramConfig, {"layers": [1]}) == EngramConfig(generator="numpy", eos_id=None)
     with pytest.raises(ValueError, match=r"other multipliers than .* seed and generator"):
         other.load_state_dict(plain.state_dict())
@@ -408,7 +414,8 @@ def test_no_pair_of_many_n_grams_shares_more_than_three_heads() -> None:
 def test_rows_are_written_where_memory_is_given(rows_of) -> None:
     ours = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     exact = (ours.canonical_map, ours.multipliers, ours.primes, ours.offsets, 7)
-    ids, out = torch.randint(50, (3, 9)), torch.full((2, 3, 7, 10), -1)
+    ids = torch.randint(50, (3, 9))
+    out = torch.full((2, 3, 7, 10), -1)
     got = rows_of(ids, None, *exact, out=out)
     assert got.data_ptr() == out.data_ptr()
     assert torch.equal(out, hash_rows.reference(ids, None, *exact))
@@ -459,10 +466,8 @@ def test_what_a_kernel_noted_of_one_model_is_never_used_for_another(how: str) ->
 def test_ids_of_32_bits_are_remembered_as_any_others() -> None:
     """The history began with padding and is used again without it."""
     ours = Addresses(EngramConfig(layers=(1,), rows_per_head=(9001, 77), heads=2), None, 50)
-    ids, history = (
-        torch.randint(50, (2, 6), dtype=torch.int32),
-        ours.new_cache(2, 8, torch.float32, torch.device("cpu")),
-    )
+    ids = torch.randint(50, (2, 6), dtype=torch.int32)
+    history = ours.new_cache(2, 8, torch.float32, torch.device("cpu"))
     ours(ids, context(2, 6, "cpu", lengths=[6, 4]), history)
     assert torch.equal(
         ours(ids, context(2, 6, "cpu"), history), ours(ids.long(), context(2, 6, "cpu"))
@@ -473,10 +478,8 @@ def test_memory_of_long_calls_is_taken_again_only_when_nobody_holds_it() -> None
     """Tests calls with and without a history, and after a call whose id was refused."""
     ours = Addresses(EngramConfig(layers=(1, 5), rows_per_head=(9001, 77), heads=5), None, 50)
     first, second, third = torch.randint(50, (3, 2, WORTH_KEEPING))
-    where, names = (
-        context(*first.shape, "cpu"),
-        ("canonical_map", "multipliers", "primes", "offsets"),
-    )
+    where = context(*first.shape, "cpu")
+    names = ("canonical_map", "multipliers", "primes", "offsets")
     with pytest.raises(ValueError, match="got id 50"):
         ours(torch.full_like(first, 50), where)
     cached = [
@@ -508,10 +511,8 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     addresses = Addresses(
         EngramConfig(layers=layers, rows_per_head=sizes, heads=3, pad_id=7), torch.arange(50) // 3
     )
-    batch, lengths = (
-        data.draw(st.integers(1, 4)),
-        data.draw(st.lists(st.sampled_from([1, 2, 5, 64, 65, 200]))),
-    )
+    batch = data.draw(st.integers(1, 4))
+    lengths = data.draw(st.lists(st.sampled_from([1, 2, 5, 64, 65, 200])))
     ids = torch.randint(50, (batch, 2 * sum(lengths) + 1))[:, ::2]
     whole = addresses(ids, context(*ids.shape, "cpu"))
     plain = F.pad(ids, (len(sizes), 0), value=7)
@@ -519,7 +520,9 @@ def test_ids_that_follow_others_in_any_pieces(data: st.DataObject) -> None:
     assert torch.equal(
         whole, hash_rows.reference(plain, None, *(getattr(addresses, name) for name in names), 0)
     )
-    history, past, offset = addresses.new_cache(1, 0, torch.float32, torch.device("cpu")), Past(), 0
+    history = addresses.new_cache(1, 0, torch.float32, torch.device("cpu"))
+    past = Past()
+    offset = 0
     for length in [*lengths, 1]:
         piece = ids[:, offset : offset + length]
         got = addresses(piece, context(*piece.shape, "cpu", past=past), history)

@@ -35,11 +35,10 @@ def test_blocks_of_queries_give_what_the_fused_path_gives(time, widths, poisoned
 
 @pytest.mark.parametrize("widths", [(12, 12), (12, 5), (5, 12)])
 def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
-    query, key = (
-        torch.randn(2, 7, 6, widths[0], requires_grad=True),
-        torch.randn(2, 9, 3, widths[0]),
-    )
-    value, mask = torch.randn(2, 9, 3, widths[1]), torch.rand(2, 1, 7, 9) < 0.5
+    query = torch.randn(2, 7, 6, widths[0], requires_grad=True)
+    key = torch.randn(2, 9, 3, widths[0])
+    value = torch.randn(2, 9, 3, widths[1])
+    mask = torch.rand(2, 1, 7, 9) < 0.5
     mask[..., 0] = True
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = attend(query, key, value, 0.3, mask)
@@ -84,10 +83,8 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(poisoned):
 @pytest.mark.parametrize("masked", ["none", "by row", "by token"])
 @pytest.mark.parametrize(("time", "heads"), [(1, 5), (3, 2), (4, 1)])
 def test_keys_that_all_heads_share_are_the_values_too(time, heads, masked, poisoned):
-    query, key = (
-        torch.randn(2, time, heads, 6, requires_grad=True),
-        torch.randn(2, 11, 6, requires_grad=True),
-    )
+    query = torch.randn(2, time, heads, 6, requires_grad=True)
+    key = torch.randn(2, 11, 6, requires_grad=True)
     mask = torch.rand(2, 1, {"none": 1, "by row": 1, "by token": time}[masked], 11) < (
         2.0 if masked == "none" else 0.5
     )

@@ -71,7 +71,8 @@ def run(layer, hidden, past=None, cache=None, rope=None, **expected):
 
 def in_pieces(layer, hidden, pieces):
     """Returns the layer's output when the tokens come in calls of these lengths."""
-    past, cache = Past(2), layer.new_cache(len(hidden), 8, hidden.dtype, hidden.device)
+    past = Past(2)
+    cache = layer.new_cache(len(hidden), 8, hidden.dtype, hidden.device)
     return torch.cat([run(layer, piece, past, cache) for piece in hidden.split(pieces, 1)], 1)
 
 
@@ -84,7 +85,8 @@ def test_mla_agrees_with_transformers(name):
     weights = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
-    ours, theirs = MLA(config, dim, rope), oracle(theirs_config, 0)
+    ours = MLA(config, dim, rope)
+    theirs = oracle(theirs_config, 0)
     ours.load_state_dict(weights)
     theirs.load_state_dict(weights)
     hidden = torch.randn(2, 61, dim, requires_grad=True)
@@ -111,7 +113,8 @@ def test_mla_agrees_with_transformers(name):
 @torch.no_grad()
 def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
     config, rope, _, dim = RELEASES[name]
-    layer, hidden = MLA(config, dim, rope), torch.randn(2, 150, dim)
+    layer = MLA(config, dim, rope)
+    hidden = torch.randn(2, 150, dim)
     used = []
     for each in ("absorbed", "expanded"):
         plain = getattr(layer, each)
@@ -119,7 +122,8 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
             layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a)
         )
     monkeypatch.setattr(layer, "_absorbing_is_cheaper", lambda time: form == "absorbed")
-    past, cache = Past(2), layer.new_cache(2, 150, hidden.dtype, hidden.device)
+    past = Past(2)
+    cache = layer.new_cache(2, 150, hidden.dtype, hidden.device)
     outs = [
         run(layer, piece, past=past, cache=cache, rope=rope)
         for piece in hidden.split([100, 1, 49], 1)
@@ -150,7 +154,8 @@ def test_mla_caches_the_latent_and_the_rotary_key_only():
     layer = MLA(
         MLAConfig(heads=2, kv_lora_rank=512, nope_dim=8, rope_dim=64, value_dim=8), 16, RopeConfig()
     )
-    past, cache = Past(3), layer.new_cache(3, 20, torch.float32, torch.device("cpu"))
+    past = Past(3)
+    cache = layer.new_cache(3, 20, torch.float32, torch.device("cpu"))
     run(layer, torch.randn(3, 5, 16), past=past, cache=cache)
     assert cache.latent.buffer.shape == (3, 20, 576)
 
@@ -160,7 +165,8 @@ def test_mla_decodes_through_what_stands_in_for_a_projection():
     class Adapted(nn.Module):
         def __init__(self, base: nn.Linear):
             super().__init__()
-            self.base, self.weight = base, base.weight
+            self.base = base
+            self.weight = base.weight
             self.low, self.high = (
                 torch.randn(2, base.in_features),
                 torch.randn(base.out_features, 2),
@@ -169,7 +175,8 @@ def test_mla_decodes_through_what_stands_in_for_a_projection():
         def forward(self, x):
             return self.base(x) + x @ self.low.T @ self.high.T
 
-    layer, hidden = build("mla"), torch.randn(2, 9, 24)
+    layer = build("mla")
+    hidden = torch.randn(2, 9, 24)
     layer.kv_b_proj = Adapted(layer.kv_b_proj)
     torch.testing.assert_close(
         in_pieces(layer, hidden, [4, 1, 4]), run(layer, hidden), rtol=1e-4, atol=1e-4
@@ -187,10 +194,8 @@ def slowly(query, key, value, scale, visible, sink=None):
             )
             values = torch.stack([value[s, group] for s in range(len(key)) if visible[t, s]])
             if sink is not None:
-                logits, values = (
-                    torch.cat([logits, sink[h, None]]),
-                    torch.cat([values, torch.zeros_like(values[:1])]),
-                )
+                logits = torch.cat([logits, sink[h, None]])
+                values = torch.cat([values, torch.zeros_like(values[:1])])
             out[t, h] = logits.softmax(0) @ values
     return out
 
@@ -198,7 +203,8 @@ def slowly(query, key, value, scale, visible, sink=None):
 @pytest.mark.parametrize("name", ["gqa", "window", "sinks", "window and sinks", "normed"])
 def test_gqa_equals_one_query_at_a_time(name):
     layer = build(name).double()
-    c, hidden = layer.config, torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
+    c = layer.config
+    hidden = torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
     where = context(1, 11, "cpu", rope=(RopeConfig(base=50.0, yarn=YARN), c.head_dim))
     query, key, value, _ = layer.project(hidden, where)
     gap = torch.arange(11)[:, None] - torch.arange(11)
@@ -208,7 +214,8 @@ def test_gqa_equals_one_query_at_a_time(name):
     )
     out = layer(hidden, where)[0][0]
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-    toward, sources = torch.randn_like(out), (hidden, *layer.parameters())
+    toward = torch.randn_like(out)
+    sources = (hidden, *layer.parameters())
     pairs = zip(
         torch.autograd.grad(out, sources, toward),
         torch.autograd.grad(expected, sources, toward),
@@ -220,7 +227,8 @@ def test_gqa_equals_one_query_at_a_time(name):
 
 @torch.no_grad()
 def test_a_large_sink_takes_the_attention():
-    layer, hidden = build("sinks"), torch.randn(1, 6, 24)
+    layer = build("sinks")
+    hidden = torch.randn(1, 6, 24)
     layer.sink_bias.fill_(60.0)
     assert run(layer, hidden).abs().max() < 1e-6
     without = GQA(GQAConfig(heads=4, kv_heads=2, head_dim=6), 24, RopeConfig(base=50.0, yarn=YARN))
@@ -261,7 +269,9 @@ class Net(nn.Module):
 
     def __init__(self, kind: str):
         super().__init__()
-        dim, rope, gqa = 32, RopeConfig(base=200.0), GQAConfig(heads=4, kv_heads=2, head_dim=8)
+        dim = 32
+        rope = RopeConfig(base=200.0)
+        gqa = GQAConfig(heads=4, kv_heads=2, head_dim=8)
         mla = MLAConfig(
             heads=4, q_lora_rank=16, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=8
         )
@@ -276,21 +286,17 @@ class Net(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(dim) for _ in range(3))
 
     def forward(self, ids, past=None, caches=(None, None), indexer_losses=None, **expected):
-        indexer_warmup, rope = (
-            None if indexer_losses is None else False,
-            (self.rope, self.layers[0].rope_dim),
+        indexer_warmup = None if indexer_losses is None else False
+        rope = (self.rope, self.layers[0].rope_dim)
+        ctx = context(
+            *ids.shape,
+            ids.device,
+            past=past,
+            rope=rope,
+            indexer_warmup=indexer_warmup,
+            **expected,
         )
-        ctx, hidden = (
-            context(
-                *ids.shape,
-                ids.device,
-                past=past,
-                rope=rope,
-                indexer_warmup=indexer_warmup,
-                **expected,
-            ),
-            self.embed(ids),
-        )
+        hidden = self.embed(ids)
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
             out, indexer_loss = attention(
                 norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache))
@@ -315,7 +321,8 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
     results = []
     for _ in range(30):
         half = torch.randint(24, (8, 24))
-        ids, indexer_losses = torch.cat([half, half], 1), []
+        ids = torch.cat([half, half], 1)
+        indexer_losses = []
         loss = nn.functional.cross_entropy(
             net(ids, indexer_losses=indexer_losses)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         )
@@ -329,10 +336,8 @@ def test_a_trained_net_decodes_what_one_call_gives(kind):
     with torch.no_grad():
         expected = net(ids)
         for lengths in ([30, 30, 30], [30, 25, 13]):
-            past, caches = (
-                Past(3),
-                [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers],
-            )
+            past = Past(3)
+            caches = [layer.new_cache(3, 70, torch.float32, ids.device) for layer in net.layers]
             outs = net(ids[:, :30], past, caches, lengths=lengths)
             results = [[row[:length]] for row, length in zip(outs, lengths, strict=True)]
             for time in [1] * 30 + [3, 2, 1, 4]:

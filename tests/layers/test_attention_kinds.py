@@ -322,10 +322,12 @@ class Rows:
 @every_kind
 def test_no_token_sees_what_comes_after_it(kind: str, mode: torch.dtype) -> None:
     """Row t has other tokens from t on, and a result of its own from there."""
-    model, time = build(kind, mode), 2 * TILE + 3
+    model = build(kind, mode)
+    time = 2 * TILE + 3
     ids = drawn(1, time).expand(time, -1)
     later = torch.arange(time) >= torch.arange(time)[:, None]
-    before, after = model.hidden(ids)[0], model.hidden((ids + later) % VOCAB_SIZE)[0]
+    before = model.hidden(ids)[0]
+    after = model.hidden((ids + later) % VOCAB_SIZE)[0]
     for t in range(1, time):
         close(after[t, :t], before[t, :t])
         assert (after[t, t] - before[t, t]).abs().max() > 1e-2
@@ -357,7 +359,8 @@ def test_equal_scores_are_resolved_as_if_alone(way: str, kind: str) -> None:
     """Which of them torch.topk takes depends on how many there are: a document's alone count."""
     model = build(f"tied {kind}", torch.float64)
     if way == "packed":
-        ids, document_ids = drawn(2, 33), torch.arange(33).expand(2, -1) // 13
+        ids = drawn(2, 33)
+        document_ids = torch.arange(33).expand(2, -1) // 13
         result = model.hidden(ids, document_ids=document_ids)[0]
         for run in (slice(13), slice(13, 26), slice(26, 33)):
             close(result[:, run], model.hidden(ids[:, run])[0])
@@ -376,7 +379,8 @@ def test_equal_scores_are_resolved_as_if_alone(way: str, kind: str) -> None:
 @every_kind
 def test_padding_changes_nothing(kind: str, mode: torch.dtype, poisoned: None) -> None:
     """Rows are padded at the end, with and without documents."""
-    model, lengths = build(kind, mode), [55, 1, 18, 40]
+    model = build(kind, mode)
+    lengths = [55, 1, 18, 40]
     ids, document_ids = packed([*PACKED, PACKED[0]])
     for expected in ({}, {"document_ids": document_ids}):
         result = model.hidden(ids, lengths=torch.tensor(lengths), **expected)[0]
@@ -394,7 +398,8 @@ def test_padding_changes_nothing(kind: str, mode: torch.dtype, poisoned: None) -
 )
 def test_pieces_are_one_call(kind: str, mode: torch.dtype, pieces: list[int]) -> None:
     model = build(kind, mode)
-    ids, cache = drawn(2, sum(pieces)), model.new_cache(2, capacity=8)
+    ids = drawn(2, sum(pieces))
+    cache = model.new_cache(2, capacity=8)
     item = [model.hidden(piece, cache=cache)[0] for piece in ids.split(pieces, dim=1)]
     close(torch.cat(item, dim=1), model.hidden(ids)[0])
 
@@ -478,7 +483,8 @@ def test_batches_join(kind: str, mode: torch.dtype) -> None:
 def test_a_join_that_would_lose_tokens_changes_nothing() -> None:
     """An empty cache has no keys yet, and documents of two caches have the same numbers."""
     model = build("nsa-tile", torch.float64)
-    rows, packed_rows = Rows(model, 1), Rows(model, 1)
+    rows = Rows(model, 1)
+    packed_rows = Rows(model, 1)
     rows.append(7)
     packed_rows.append(5, begins=[[2]])
     for other, reason in ((packed_rows, "packed documents"), (Rows(model, 1), "7 and 0 tokens")):
@@ -530,7 +536,8 @@ def test_forgotten_tokens_leave_nothing_behind(kind: str, mode: torch.dtype) -> 
     rows.append(1)
     rows.append(5)
     rows.cache.reset()
-    rows.ids, rows.document_ids = [[], [], []], [[], [], []]
+    rows.ids = [[], [], []]
+    rows.document_ids = [[], [], []]
     rows.results = [{}, {}, {}]
     rows.append(6)
     rows.append(1)
@@ -589,7 +596,8 @@ def test_packed_rows_may_have_any_length(kind: str, mode: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_packed_rows_are_those_of_the_parts(kind: str, poisoned: None) -> None:
-    model, lengths = copy.deepcopy(build(kind, torch.float64)).requires_grad_(), [50, 55, 31]
+    model = copy.deepcopy(build(kind, torch.float64)).requires_grad_()
+    lengths = [50, 55, 31]
     ids, document_ids = packed(PACKED)
     pull = torch.randn(*ids.shape, model.config.dim, dtype=torch.float64)
     pull[torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None]] = 0.0

@@ -43,7 +43,9 @@ def sizes(draw) -> tuple[int, int, int, int]:
 
     K fills whole devices or shares one.
     """
-    devices, size, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    devices = draw(st.integers(1, 5))
+    size = draw(st.integers(1, 4))
+    batch = draw(st.integers(1, 3))
     active = draw(
         st.sampled_from([k for k in range(1, devices * size + 1) if size % k == 0 or k % size == 0])
     )
@@ -60,7 +62,8 @@ def test_uniform_routing_costs_the_coefficient(
     A token's K experts are on M = max(1, K / size) devices, the limit of the communication loss.
     """
     devices, size, active, batch = shape
-    experts, limit = devices * size, max(1, active // size)
+    experts = devices * size
+    limit = max(1, active // size)
     routing = uniform(batch, experts, experts, active)
     for name in NAMES:
         config = replace(OFF, **{name: coefficient}, devices=devices, device_limit=limit)
@@ -79,7 +82,8 @@ def test_collapsed_routing_costs_its_closed_form(
     There f is E/K, P sums to 1, and M devices get all tokens.
     """
     devices, size, active, batch = shape
-    experts, limit = devices * size, max(1, active // size)
+    experts = devices * size
+    limit = max(1, active // size)
     values = {
         "sequence": experts / active,
         "expert": experts / active,
@@ -102,10 +106,8 @@ def test_the_gradient_of_the_sequence_loss_in_numbers() -> None:
 
     It is d/d logits of a sum f_i softmax(logits)_i, with sigmoids in place of exp.
     """
-    router, hidden = (
-        Router(RouterConfig(score="sigmoid"), 5, 6, 2).double(),
-        torch.randn(2, 7, 5, dtype=torch.float64),
-    )
+    router = Router(RouterConfig(score="sigmoid"), 5, 6, 2).double()
+    hidden = torch.randn(2, 7, 5, dtype=torch.float64)
     routing = router(hidden)
     losses(routing, replace(OFF, sequence=0.3), 2)["sequence"].backward()
     by_hand = torch.zeros_like(router.weight)
@@ -131,7 +133,8 @@ def test_sending_to_all_allowed_devices_costs_the_coefficient() -> None:
 
 def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) -> float:
     """Computes the formulas of the module's docstring, one token at a time."""
-    experts, result = routing.scores.shape[-1], []
+    experts = routing.scores.shape[-1]
+    result = []
     for b in range(len(routing.topk_indices)):
         there = [
             t
@@ -140,7 +143,9 @@ def by_hand(routing: Routing, name: str, active: int, devices: int, limit: int) 
         ]
         if not there:
             continue
-        count, probability, sent = [0.0] * experts, [0.0] * experts, [0.0] * devices
+        count = [0.0] * experts
+        probability = [0.0] * experts
+        sent = [0.0] * devices
         for t in there:
             scores = routing.scores[b, t].double()
             if name == "sequence":
@@ -186,7 +191,8 @@ def test_losses_are_the_formulas(name: str, padded: bool, score: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "z_loss"])
 def test_padding_takes_no_part(name: str) -> None:
-    router, hidden = Router(RouterConfig(), 6, 8, 2), torch.randn(2, 9, 6)
+    router = Router(RouterConfig(), 6, 8, 2)
+    hidden = torch.randn(2, 9, 6)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[:, 6:] = False
     config = replace(OFF, **{name: 1.0}, devices=2)
@@ -200,7 +206,8 @@ def test_padding_takes_no_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "z_loss"])
 def test_gradients_reach_the_router_and_the_hidden_states(name: str) -> None:
-    router, hidden = Router(RouterConfig(), 6, 8, 2), torch.randn(2, 9, 6, requires_grad=True)
+    router = Router(RouterConfig(), 6, 8, 2)
+    hidden = torch.randn(2, 9, 6, requires_grad=True)
     losses(router(hidden), replace(OFF, **{name: 1.0}, devices=4), 2)[name].backward()
     assert router.weight.grad.abs().sum() > 0
     assert hidden.grad.abs().sum() > 0

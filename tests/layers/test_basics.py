@@ -34,7 +34,8 @@ from rorqual.model_config import (
 
 @pytest.mark.parametrize("shape", [(7,), (2, 1), (2, 3, 5)])
 def test_rms_norm_is_its_equation(shape):
-    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(shape[-1], dtype=torch.float64)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
     norm = RMSNorm(shape[-1], 1e-3).double()
     norm.weight = torch.nn.Parameter(weight)
@@ -44,7 +45,8 @@ def test_rms_norm_is_its_equation(shape):
 
 
 def test_rms_norm_works_in_float32_and_answers_in_its_dtype():
-    norm, x = RMSNorm(512).bfloat16(), (1e18 * torch.randn(3, 512)).bfloat16()
+    norm = RMSNorm(512).bfloat16()
+    x = (1e18 * torch.randn(3, 512)).bfloat16()
     out = norm(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(
@@ -53,8 +55,10 @@ def test_rms_norm_works_in_float32_and_answers_in_its_dtype():
 
 
 def test_swiglu_is_its_equation():
-    layer, x = SwiGLU(6, 10), torch.randn(2, 3, 6)
-    gate, up = x @ layer.gate_proj.weight.T, x @ layer.up_proj.weight.T
+    layer = SwiGLU(6, 10)
+    x = torch.randn(2, 3, 6)
+    gate = x @ layer.gate_proj.weight.T
+    up = x @ layer.up_proj.weight.T
     torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T)
 
 
@@ -244,10 +248,8 @@ def test_the_ramp_in_numbers(dim, base, original, ends):
 
 
 def test_yarn_keeps_the_fast_pairs_and_slows_the_slow_ones():
-    plain, slowed = (
-        rope_frequencies(RopeConfig(), 64),
-        rope_frequencies(RopeConfig(yarn=YarnConfig()), 64),
-    )
+    plain = rope_frequencies(RopeConfig(), 64)
+    slowed = rope_frequencies(RopeConfig(yarn=YarnConfig()), 64)
     ratio = plain / slowed
     torch.testing.assert_close(ratio[:10], torch.ones(10))
     torch.testing.assert_close(ratio[-8:], torch.full((8,), 40.0))
@@ -273,7 +275,8 @@ def test_rotate_takes_pairs_wherever_they_lie():
 
 
 def test_rotate_interleaved_is_complex_multiplication():
-    x, positions = torch.randn(2, 5, 3, 8), torch.randint(0, 1000, (2, 5))
+    x = torch.randn(2, 5, 3, 8)
+    positions = torch.randint(0, 1000, (2, 5))
     cos, sin = rope_tables(RopeConfig(), 8, positions)
     expected = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.complex(cos, sin)[:, :, None]
     torch.testing.assert_close(rotate(x, cos, sin, True), torch.view_as_real(expected).flatten(-2))
@@ -288,10 +291,8 @@ def test_one_vector_takes_a_gradient_wherever_it_begins(interleaved):
 
     A head's rotated part is in this place after an odd unrotated part.
     """
-    x, tables = (
-        torch.randn(1, 1, 4, requires_grad=True),
-        rope_tables(RopeConfig(), 4, torch.tensor([[5]])),
-    )
+    x = torch.randn(1, 1, 4, requires_grad=True)
+    tables = rope_tables(RopeConfig(), 4, torch.tensor([[5]]))
     pull = torch.randn(1, 1, 7)
     (torch.cat([torch.randn(1, 1, 3), rotate(x, *tables, interleaved)], -1) * pull).sum().backward()
     # The transpose of a rotation is its inverse.
@@ -316,7 +317,8 @@ def test_rotation_depends_on_distance_only(interleaved):
 
 
 def test_the_two_pairings_are_one_permutation_apart():
-    x, order = torch.randn(1, 6, 2, 8), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    x = torch.randn(1, 6, 2, 8)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     cos, sin = rope_tables(RopeConfig(), 8, torch.arange(6)[None])
     torch.testing.assert_close(
         rotate(x, cos, sin, True)[..., order], rotate(x[..., order], cos, sin, False)
@@ -377,11 +379,9 @@ def test_chunked_cross_entropy_equals_the_whole(chunk):
 
 
 def test_chunked_cross_entropy_gives_only_the_gradients_asked_for():
-    hidden, weight, labels = (
-        torch.randn(9, 4),
-        torch.randn(7, 4, requires_grad=True),
-        torch.randint(0, 7, (9,)),
-    )
+    hidden = torch.randn(9, 4)
+    weight = torch.randn(7, 4, requires_grad=True)
+    labels = torch.randint(0, 7, (9,))
     chunked_cross_entropy(hidden, weight, labels, 4).backward()
     assert hidden.grad is None and weight.grad is not None
     with torch.no_grad():
@@ -389,16 +389,15 @@ def test_chunked_cross_entropy_gives_only_the_gradients_asked_for():
 
 
 def test_chunked_cross_entropy_in_bfloat16_sums_in_float32():
-    hidden, weight = (
-        torch.randn(400, 32).bfloat16().requires_grad_(),
-        torch.randn(50, 32).bfloat16().requires_grad_(),
-    )
+    hidden = torch.randn(400, 32).bfloat16().requires_grad_()
+    weight = torch.randn(50, 32).bfloat16().requires_grad_()
     labels = torch.randint(0, 50, (400,))
     ours = chunked_cross_entropy(hidden, weight, labels, 64)
     whole = F.cross_entropy(hidden.float() @ weight.float().T, labels, reduction="sum")
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, whole, rtol=2e-3, atol=0)
-    mine, theirs = torch.autograd.grad(ours, weight)[0], torch.autograd.grad(whole, weight)[0]
+    mine = torch.autograd.grad(ours, weight)[0]
+    theirs = torch.autograd.grad(whole, weight)[0]
     assert mine.dtype == torch.bfloat16
     assert (mine - theirs).float().norm() < 0.02 * theirs.float().norm()
 

@@ -46,11 +46,13 @@ class Script:
     """Runs calls on a cache and on lists of each sequence's tokens."""
 
     def __init__(self, cached, make) -> None:
-        self.cache, self.make = cache_of(cached), make
+        self.cache = cache_of(cached)
+        self.make = make
         self.rows = [torch.empty(0, 3), torch.empty(0, 3)]
 
     def feed(self, seed: int, time: int, ragged: bool, verb: str) -> None:
-        new, before = draw(time, seed), [len(row) for row in self.rows]
+        new = draw(time, seed)
+        before = [len(row) for row in self.rows]
         counts = [time, time // 2] if ragged else None
         result = put(self.cache, new, counts, verb)
         for b, row in enumerate(self.rows):
@@ -89,7 +91,8 @@ class Script:
         self.cache.select(torch.tensor([0]))
         if not time or not len(self.rows[0]):
             # An empty container has no shape to join.
-            self.cache, self.rows = cache_of(self.make()), [row[:0] for row in self.rows]
+            self.cache = cache_of(self.make())
+            self.rows = [row[:0] for row in self.rows]
             return
         self.cache.join(other)
         self.rows[1] = draw(time, seed, 1)[0]
@@ -237,21 +240,25 @@ def test_what_is_done_to_a_bundle_is_done_to_all_in_it():
     def make():
         return Kept(Appended(), (Appended(), None), BlockCache(Recent(4)))
 
-    bundle, other, span = make(), make(), Span(0, None)
+    bundle = make()
+    other = make()
+    span = Span(0, None)
     for each, seed in ((bundle, 0), (other, 1)):
         each.keys.append(draw(4, seed), span)
         each.pair[0].append(draw(4, seed), span)
         each.inner.attention.extend(draw(4, seed), span)
     bundle.select(torch.tensor([1]), 4)
     bundle.join(other, ([4, 4], [4, 4]))
-    expected, span = torch.cat([draw(4, 0)[[1]], draw(4, 1)]), Span(4, None)
+    expected = torch.cat([draw(4, 0)[[1]], draw(4, 1)])
+    span = Span(4, None)
     for item in (bundle.keys, bundle.pair[0]):
         assert torch.equal(item.append(torch.zeros(3, 0, 3), span), expected)
     assert torch.equal(bundle.inner.attention.extend(torch.zeros(3, 0, 3), span), expected)
 
 
 def test_reserved_space_is_what_append_would_have_filled():
-    first, more = torch.randn(2, 5, 3), torch.randn(2, 30, 3)
+    first = torch.randn(2, 5, 3)
+    more = torch.randn(2, 30, 3)
     for capacity in (1, 40):
         cached = Appended(capacity)
         cached.append(first, Span(0, None))

@@ -12,9 +12,11 @@ from rorqual.layers.context import context
 
 def slow_context(document_ids: list[list[int]]):
     """Computes positions and visible keys of whole sequences, one token at a time."""
-    positions, visible = [], []
+    positions = []
+    visible = []
     for row in document_ids:
-        places, seen = [], []
+        places = []
+        seen = []
         for t, document in enumerate(row):
             places.append(places[-1] + 1 if t and document == row[t - 1] else 0)
             seen.append([s for s in range(t + 1) if row[s] == document])
@@ -28,7 +30,8 @@ def slow_context(document_ids: list[list[int]]):
 def test_context_in_one_call_and_in_pieces(data):
     """Sequences of different lengths, in calls that extend each by a number of its own."""
     packed = data.draw(st.booleans())
-    past, rows = Past(2), [[], []]
+    past = Past(2)
+    rows = [[], []]
     for _ in range(data.draw(st.integers(1, 4))):
         time = data.draw(st.integers(1, 5))
         begins = data.draw(
@@ -105,10 +108,12 @@ def test_documents_go_on_where_none_are_given():
 def test_the_last_position_is_that_of_the_whole_call(packed, lengths):
     """Compares every field of a token; the other tokens count as cached ones."""
     document_ids = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]) if packed else None
-    ids, lookup_mask = torch.arange(10).view(2, 5), torch.rand(2, 5) > 0.5
+    ids = torch.arange(10).view(2, 5)
+    lookup_mask = torch.rand(2, 5) > 0.5
     expected = {"document_ids": document_ids, "lengths": lengths, "rope": (RopeConfig(), 6)}
     whole = context(2, 5, "cpu", last_only=True, ids=ids, lookup_mask=lookup_mask, **expected)
-    last, places = whole.last(), torch.tensor(lengths or [5, 5]) - 1
+    last = whole.last()
+    places = torch.tensor(lengths or [5, 5]) - 1
     assert last.past == 4 and not last.last_only and last.lengths is None
     for name in ("positions", "document_ids", "cos", "sin", "ids", "lookup_mask"):
         value = getattr(whole, name)

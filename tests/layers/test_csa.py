@@ -51,7 +51,8 @@ def where(time: int, batch: int = 1) -> Context:
 
 def turned(x: Tensor, position: int, config: RopeConfig, back: bool = False) -> Tensor:
     cos, sin = rope_tables(config, CONFIG.rope_dim, torch.tensor([[position]]))
-    rest, last = x[: -CONFIG.rope_dim], x[-CONFIG.rope_dim :]
+    rest = x[: -CONFIG.rope_dim]
+    last = x[-CONFIG.rope_dim :]
     last = rotate(last[None, None], cos.to(x.dtype), (-sin if back else sin).to(x.dtype), True)
     return torch.cat([rest, last[0, 0]])
 
@@ -62,8 +63,10 @@ def normed(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
 
 def entries(compressor: Compressor, x: Tensor, config: RopeConfig) -> list[Tensor]:
     """Computes every entry of a document token by token."""
-    ratio, width = compressor.ratio, compressor.width
-    values, gates = x @ compressor.wkv.weight.T, x @ compressor.wgate.weight.T
+    ratio = compressor.ratio
+    width = compressor.width
+    values = x @ compressor.wkv.weight.T
+    gates = x @ compressor.wgate.weight.T
     result = []
     for w in range(len(x) // ratio):
         terms = []
@@ -72,7 +75,8 @@ def entries(compressor: Compressor, x: Tensor, config: RopeConfig) -> list[Tenso
             t = w * ratio + s
             terms.append((values[t, half], gates[t, half] + compressor.ape[s, half]))
             if compressor.overlap and w:
-                t, half = t - ratio, slice(width)
+                t = t - ratio
+                half = slice(width)
                 terms.append((values[t, half], gates[t, half] + compressor.ape[s, half]))
         weights = torch.stack([gate for _, gate in terms]).softmax(0)
         pooled = (torch.stack([value for value, _ in terms]) * weights).sum(0)
@@ -127,7 +131,8 @@ def expected(layer: SharedKV, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", [SharedKV, HCA, CSA])
 def test_attention_is_that_of_a_naive_loop(kind: type[SharedKV]) -> None:
-    layer, x = drawn(kind(CONFIG, DIM)), torch.randn(2, 16, DIM, dtype=torch.float64)
+    layer = drawn(kind(CONFIG, DIM))
+    x = torch.randn(2, 16, DIM, dtype=torch.float64)
     result, loss = layer(x, where(16, 2))
     assert loss is None
     for row in range(2):
@@ -138,7 +143,8 @@ def test_attention_is_that_of_a_naive_loop(kind: type[SharedKV]) -> None:
 def test_gathered_entries_give_what_masked_ones_give(
     queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = drawn(CSA(CONFIG, DIM)), torch.randn(2, 60, DIM, dtype=torch.float64)
+    layer = drawn(CSA(CONFIG, DIM))
+    x = torch.randn(2, 60, DIM, dtype=torch.float64)
     results = []
     for gathering, copied in ((99, 1), (1, queries * CONFIG.top_k * CONFIG.head_dim)):
         monkeypatch.setattr(csa, "GATHERING", gathering)
@@ -149,7 +155,8 @@ def test_gathered_entries_give_what_masked_ones_give(
 
 
 def test_of_equal_scores_the_last_are_selected_or_those_of_topk() -> None:
-    query, weights = torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1)
+    query = torch.ones(1, 1, 1, 2)
+    weights = torch.ones(1, 1, 1)
     keys = torch.tensor([[[1.0, 0], [2, 0], [1, 0], [1, 0], [0, 0]]])
     visible = torch.tensor([[[True, True, True, True, False]]])
     selection = csa.EntrySelection(query, weights, keys, 2)
@@ -174,7 +181,8 @@ def model(**changes: object) -> LanguageModel:
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_only_the_indexers_learn_by_their_loss_and_nothing_else_trains_them(warmup: bool) -> None:
-    one, ids = model(), torch.randint(30, (2, 40))
+    one = model()
+    ids = torch.randint(30, (2, 40))
     loss = one.loss(ids, ids, indexer_warmup=warmup)
     names = {name for name, _ in one.named_parameters() if ".indexer." in name}
     leaves = dict(one.named_parameters())
@@ -188,7 +196,8 @@ def test_only_the_indexers_learn_by_their_loss_and_nothing_else_trains_them(warm
 
 
 def test_the_indexer_learns_the_attention() -> None:
-    one, ids = model(), torch.randint(30, (2, 40))
+    one = model()
+    ids = torch.randint(30, (2, 40))
     learned = [p for name, p in one.named_parameters() if ".indexer." in name]
     optimizer = torch.optim.Adam(learned, 0.02)
     losses = []
@@ -202,7 +211,8 @@ def test_the_indexer_learns_the_attention() -> None:
 
 
 def test_padding_does_not_count_in_the_loss() -> None:
-    one, ids = model(), torch.randint(30, (1, 40))
+    one = model()
+    ids = torch.randint(30, (1, 40))
     alone = one.loss(ids[:, :29], ids[:, :29]).indexer_loss
     labels = torch.full_like(ids, -100)
     padded = one.loss(ids, labels, lengths=torch.tensor([29])).indexer_loss
@@ -217,7 +227,8 @@ def test_without_weight_the_indexer_loss_is_measured_and_not_minimised() -> None
 
 
 def test_other_dtypes_stay_near() -> None:
-    layer, x = drawn(CSA(CONFIG, DIM)), torch.randn(1, 30, DIM, dtype=torch.float64)
+    layer = drawn(CSA(CONFIG, DIM))
+    x = torch.randn(1, 30, DIM, dtype=torch.float64)
     result = layer(x, where(30))[0]
     half = layer.to(torch.bfloat16)(x.bfloat16(), where(30))[0]
     assert half.dtype == torch.bfloat16

@@ -120,7 +120,8 @@ def build(dtype: torch.dtype = torch.float64, **fields) -> LanguageModel:
 def test_a_long_sequence_goes_back_as_far_as_the_slack(slack, monkeypatch):
     """Tokens come in all ways, are removed up to the slack, and others follow."""
     monkeypatch.setattr(delta_net, "CHUNK", 16)
-    model, generator = build(), torch.Generator().manual_seed(slack)
+    model = build()
+    generator = torch.Generator().manual_seed(slack)
     cache = model.new_cache(3)
     cache.reserve_slack(slack)
     ids: list[list[int]] = [[], [], []]

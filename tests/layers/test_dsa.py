@@ -95,14 +95,14 @@ def test_chooses_what_transformers_chooses(batch, time, top_k):
         q_lora_rank=12,
         qk_rope_head_dim=4,
     )
-    reference, ours = (
-        stirred(DeepseekV32Indexer(config, 0)),
-        Indexer(DSAConfig(heads=3, dim=8, top_k=top_k), LATENT, 20),
-    )
+    reference = stirred(DeepseekV32Indexer(config, 0))
+    ours = Indexer(DSAConfig(heads=3, dim=8, top_k=top_k), LATENT, 20)
     ours.load_state_dict(reference.state_dict())
-    hidden, latent = torch.randn(batch, time, 20), torch.randn(batch, time, 12)
+    hidden = torch.randn(batch, time, 20)
+    latent = torch.randn(batch, time, 12)
     where = context(batch, time, "cpu", rope=(ROPE, 4))
-    cos, sin = where.cos, where.sin
+    cos = where.cos
+    sin = where.sin
     causal = where.visible()[0, 0]
     theirs = reference(
         hidden,
@@ -115,10 +115,8 @@ def test_chooses_what_transformers_chooses(batch, time, top_k):
         torch.zeros(batch, time, time, dtype=torch.bool).scatter(-1, theirs.long(), True) & causal
     )
     selection = ours.select(hidden, latent, ours.keys(hidden, where), where)
-    got, scores = (
-        selected_mask(selection, slice(0, time), selection.select(slice(0, time)))[:, 0],
-        index_scores(selection.query, selection.key, selection.weights),
-    )
+    got = selected_mask(selection, slice(0, time), selection.select(slice(0, time)))[:, 0]
+    scores = index_scores(selection.query, selection.key, selection.weights)
     differ = got ^ expected  # only among keys of equal score, which their topk leaves open
     assert torch.equal(got.sum(-1), expected.sum(-1))
     assert (scores[differ] == 0).all()
@@ -134,11 +132,9 @@ def test_is_the_naive_code_of_flash_linear_attention(time, top_k):
     naive = pytest.importorskip(
         "fla.ops.dsa.naive", reason="fla-core is not installed", exc_type=ImportError
     )
-    index_query, weights, key = (
-        torch.randn(2, time, 16, 8),
-        torch.randn(2, time, 16),
-        torch.randn(2, time, 8),
-    )
+    index_query = torch.randn(2, time, 16, 8)
+    weights = torch.randn(2, time, 16)
+    key = torch.randn(2, time, 8)
     arguments = [torch.randn(2, time, 3, 6, requires_grad=True) for _ in range(3)]
     ours = IndexerSelection(index_query, weights, key, None, top_k).attend_masked(*arguments, 0.4)
     theirs = naive.naive_dsa(*arguments, index_query, key, weights, topk=top_k, scale=0.4)
@@ -151,7 +147,9 @@ def test_is_the_naive_code_of_flash_linear_attention(time, top_k):
 
 
 def test_scores_are_their_equation():
-    q, k, w = torch.randn(1, 5, 3, 8), torch.randn(1, 7, 8), torch.randn(1, 5, 3)
+    q = torch.randn(1, 5, 3, 8)
+    k = torch.randn(1, 7, 8)
+    w = torch.randn(1, 5, 3)
     got = index_scores(q, k, w)
     for t in range(5):
         for s in range(7):
@@ -166,13 +164,13 @@ def test_scores_are_their_equation():
 )
 @torch.no_grad()
 def test_attends_to_the_selected_keys_alone(mla, way):
-    attention, hidden = layer(4, mla), torch.randn(2, 13, 20)
+    attention = layer(4, mla)
+    hidden = torch.randn(2, 13, 20)
     where = context(2, 13, "cpu", rope=(ROPE, mla.rope_dim))
-    selection, plain = selected(attention, hidden), dense(attention)
-    scores, out = (
-        index_scores(selection.query, selection.key, selection.weights),
-        run(attention, hidden),
-    )
+    selection = selected(attention, hidden)
+    plain = dense(attention)
+    scores = index_scores(selection.query, selection.key, selection.weights)
+    out = run(attention, hidden)
     for b in range(2):
         for t in range(13):
             cached = sorted(range(t + 1), key=lambda s, row=scores[b, t]: (row[s].item(), s))[-4:]
@@ -184,7 +182,8 @@ def test_attends_to_the_selected_keys_alone(mla, way):
 
 @pytest.mark.parametrize("time", [1, 6, 17])
 def test_choosing_everything_is_dense_attention(time):
-    attention, hidden = layer(17), torch.randn(2, time, 20, requires_grad=True)
+    attention = layer(17)
+    hidden = torch.randn(2, time, 20, requires_grad=True)
     outs = [run(module, hidden) for module in (attention, dense(attention))]
     torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
     pull = torch.randn_like(outs[0])
@@ -195,7 +194,8 @@ def test_choosing_everything_is_dense_attention(time):
 
 @torch.no_grad()
 def test_runs_of_queries_change_nothing(monkeypatch, way):
-    attention, hidden = layer(), torch.randn(2, 23, 20)
+    attention = layer()
+    hidden = torch.randn(2, 23, 20)
     whole = run(attention, hidden)
     for name, value in (("QUERIES", 5), ("SCORES", 600), ("COPIED", 200)):
         monkeypatch.setattr(dsa, name, value)
@@ -209,7 +209,9 @@ def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way)
     In slices of 8 queries, none has T x T values.
     """
     monkeypatch.setattr(dsa, "QUERIES", 8)
-    attention, time, sizes = layer(), 400, []
+    attention = layer()
+    time = 400
+    sizes = []
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -223,8 +225,10 @@ def test_a_call_that_gathers_never_holds_a_mask_of_all_queries(monkeypatch, way)
 
 
 def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
-    attention, hidden = layer(4), torch.randn(1, 11, 20, requires_grad=True)
-    selection, every = selected(attention, hidden), slice(0, 11)
+    attention = layer(4)
+    hidden = torch.randn(1, 11, 20, requires_grad=True)
+    selection = selected(attention, hidden)
+    every = slice(0, 11)
     mask = selected_mask(selection, every, selection.select(every))
     masked = replace(context(1, 11, "cpu", rope=(ROPE, 4)), mask=mask)
     outs = run(attention, hidden), dense(attention)(hidden, masked)[0]
@@ -241,16 +245,12 @@ def references(monkeypatch):
 
 def best_case(batch, time, heads, width, length, ours, narrow, top_k, ties=False):
     """Builds the last `time` of `length` tokens, with latents and keys in longer buffers."""
-    latent, key = (
-        torch.randn(batch, length + 3, width)[:, :length],
-        torch.randn(batch, length + 5, narrow)[:, :length],
-    )
+    latent = torch.randn(batch, length + 3, width)[:, :length]
+    key = torch.randn(batch, length + 5, narrow)[:, :length]
     if ties:
         key = key.round()
-    index_query, weights = (
-        torch.randn(batch, time, ours, narrow).round(),
-        torch.randn(batch, time, ours).round(),
-    )
+    index_query = torch.randn(batch, time, ours, narrow).round()
+    weights = torch.randn(batch, time, ours).round()
     return torch.randn(batch, time, heads, width), latent, index_query, key, weights, top_k, 0.4
 
 
@@ -276,9 +276,12 @@ def test_few_queries_copy_few_latents_at_a_time(monkeypatch, references):
 
     That is where no kernel runs, in bfloat16 or on a GPU.
     """
-    attention, hidden, past = layer(12), torch.randn(2, 76, 20), Past(2)
+    attention = layer(12)
+    hidden = torch.randn(2, 76, 20)
+    past = Past(2)
     monkeypatch.setattr(dsa, "GATHERING", 0.0)
-    expected, sizes = run(attention, hidden)[:, 60:], []
+    expected = run(attention, hidden)[:, 60:]
+    sizes = []
     cache = BlockCache(attention.new_cache(2, 80, hidden.dtype, hidden.device))
     run(attention, hidden[:, :60], past=past, cache=cache)
     for name, value in (("COPIED", 600), ("SCORES", 2 * 3 * 76 * 3)):
@@ -304,11 +307,9 @@ def test_the_kernel_takes_no_rows():
 def test_of_equal_keys_the_kernel_chooses_the_last(references):
     """Zeros of either sign are among the scores."""
     latent = torch.arange(9.0).view(1, 9, 1)
-    key, index_query, weights = (
-        torch.zeros(1, 9, 1),
-        torch.ones(1, 1, 2, 1),
-        torch.tensor([[[-1.0, 1.0]]]),
-    )
+    key = torch.zeros(1, 9, 1)
+    index_query = torch.ones(1, 1, 2, 1)
+    weights = torch.tensor([[[-1.0, 1.0]]])
     key[0, 2] = -1.0
     arguments = torch.zeros(1, 1, 1, 1), latent, index_query, key, weights, 3, 1.0
     for way in (kernel.attend_best, attend_best):
@@ -331,7 +332,9 @@ def test_the_kernel_leaves_ties_to_topk_where_that_is_asked(case, references):
 def test_ties_are_topks_where_that_is_asked(top_k, runs, monkeypatch):
     """The row that topk gets has all columns of the call, whichever queries are a slice."""
     monkeypatch.setattr(dsa, "QUERIES", runs)
-    key, query, weights = torch.randn(2, 24, 4), torch.randn(2, 24, 1, 4), torch.randn(2, 24, 1)
+    key = torch.randn(2, 24, 4)
+    query = torch.randn(2, 24, 1, 4)
+    weights = torch.randn(2, 24, 1)
     selection = IndexerSelection(query, weights, key, None, top_k, ties=24)
     scores = index_scores(query, key, weights)
     causal = torch.ones(24, 24, dtype=torch.bool).tril()
@@ -371,7 +374,8 @@ def test_a_block_without_an_indexer_attends_to_the_keys_of_the_block_before(way)
 
 
 def test_a_dense_layer_has_no_indexer_loss():
-    attention, hidden = layer(4), torch.randn(2, 13, 20)
+    attention = layer(4)
+    hidden = torch.randn(2, 13, 20)
     dsa.switch(attention, True)
     for indexer_warmup in (None, False, True):
         where = context(2, 13, "cpu", rope=(ROPE, 4), indexer_warmup=indexer_warmup)
@@ -385,7 +389,8 @@ def test_a_dense_layer_has_no_indexer_loss():
 @pytest.mark.parametrize("indexer_warmup", [True, False])
 def test_the_loss_of_equal_scores_is_the_baseline(indexer_warmup):
     """An indexer whose weights are 0 scores all keys alike."""
-    attention, hidden = layer(4), torch.randn(2, 13, 20)
+    attention = layer(4)
+    hidden = torch.randn(2, 13, 20)
     torch.nn.init.zeros_(attention.indexer.weights_proj.weight)
     losses = []
     run(attention, hidden, indexer_losses=losses, indexer_warmup=indexer_warmup)
@@ -395,7 +400,9 @@ def test_the_loss_of_equal_scores_is_the_baseline(indexer_warmup):
 
 def slowly(selection, query, key, scale, indexer_warmup, valid=None, visible=None):
     """Computes the loss and the recall one query at a time, in float64, with a gradient."""
-    scores, terms, captured = index_scores_slowly(selection), [], []
+    scores = index_scores_slowly(selection)
+    terms = []
+    captured = []
     for b in range(query.shape[0]):
         for t in range(query.shape[1]):
             if valid is not None and not valid[b, t]:
@@ -427,11 +434,9 @@ def index_scores_slowly(selection):
 
 def leaves(batch=2, time=9, top_k=4, mask=None, heads=3):
     """Builds a IndexerSelection whose tensors need gradients, and the attention that trains it."""
-    query, weights, key = (
-        torch.randn(batch, time, 2, 6),
-        torch.randn(batch, time, 2),
-        torch.randn(batch, time, 6),
-    )
+    query = torch.randn(batch, time, 2, 6)
+    weights = torch.randn(batch, time, 2)
+    key = torch.randn(batch, time, 6)
     tensors = [x.requires_grad_() for x in (query, weights, key)]
     return (
         IndexerSelection(*tensors, mask, top_k),
@@ -462,7 +467,8 @@ class TestIndexerLoss:
     def test_documents_and_padding_are_left_out(self, indexer_warmup, poisoned):
         document_ids = torch.tensor([[0] * 6 + [1] * 3, [2] * 9])
         ctx = context(2, 9, "cpu", document_ids=document_ids, lengths=[9, 7])
-        mask, valid = ctx.mask, ctx.valid
+        mask = ctx.mask
+        valid = ctx.valid
         selection, query, key = leaves(top_k=3, mask=mask)
         result = selection.kl_loss(query, key, 0.7, indexer_warmup, valid)
         loss, recall = slowly(selection, query, key, 0.7, indexer_warmup, valid, mask[:, 0])
@@ -514,7 +520,9 @@ class TestIndexerLoss:
 
 @pytest.mark.parametrize("indexer_warmup", [True, False])
 def test_a_call_that_trains_the_indexer_attends_densely_during_the_warm_up(indexer_warmup):
-    attention, hidden, indexer_losses = layer(), torch.randn(2, 14, 20), []
+    attention = layer()
+    hidden = torch.randn(2, 14, 20)
+    indexer_losses = []
     out = run(attention, hidden, indexer_losses=indexer_losses, indexer_warmup=indexer_warmup)
     expected = run(dense(attention) if indexer_warmup else attention, hidden)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
@@ -527,7 +535,10 @@ def test_a_call_that_trains_the_indexer_attends_densely_during_the_warm_up(index
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_indexer_loss_is_a_mean_over_the_queries_of_all_documents(indexer_warmup, packed):
     """Each document counts as if alone, and padding does not count."""
-    attention, hidden, losses, alone = layer(), torch.randn(2, 14, 20), [], []
+    attention = layer()
+    hidden = torch.randn(2, 14, 20)
+    losses = []
+    alone = []
     reference = {"document_ids": torch.arange(14).expand(2, -1) // 8} if packed else {}
     out = run(
         attention, hidden, losses, indexer_warmup=indexer_warmup, lengths=[14, 11], **reference
@@ -550,7 +561,9 @@ def test_the_indexer_loss_is_a_mean_over_the_queries_of_all_documents(indexer_wa
 
 @pytest.mark.parametrize("indexer_warmup", [True, False])
 def test_is_trained_under_autocast(indexer_warmup):
-    attention, hidden, result = layer(), torch.randn(2, 30, 20), []
+    attention = layer()
+    hidden = torch.randn(2, 30, 20)
+    result = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = run(attention, hidden, indexer_losses=result, indexer_warmup=indexer_warmup)
@@ -566,7 +579,9 @@ def test_is_trained_under_autocast(indexer_warmup):
 
 @pytest.mark.parametrize("indexer_warmup", [True, False])
 def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(indexer_warmup):
-    attention, hidden, indexer_losses = layer(), torch.randn(1, 12, 20, requires_grad=True), []
+    attention = layer()
+    hidden = torch.randn(1, 12, 20, requires_grad=True)
+    indexer_losses = []
     run(
         attention, hidden, indexer_losses=indexer_losses, indexer_warmup=indexer_warmup
     ).sum().backward(retain_graph=True)
@@ -587,9 +602,11 @@ def test_the_model_learns_neither_from_the_choice_nor_from_the_indexer_loss(inde
 
 @pytest.mark.parametrize("indexer_warmup", [True, False])
 def test_an_indexer_learns_to_find_what_attention_looks_at(indexer_warmup):
-    attention, hidden = layer(6), torch.randn(8, 32, 20)
+    attention = layer(6)
+    hidden = torch.randn(8, 32, 20)
     attention.indexer = Indexer(DSAConfig(heads=8, dim=16, top_k=6), LATENT, 20)
-    optimiser, result = torch.optim.Adam(attention.indexer.parameters(), lr=2e-2), []
+    optimiser = torch.optim.Adam(attention.indexer.parameters(), lr=2e-2)
+    result = []
     for step in range(60):
         indexer_losses = []
         run(
@@ -615,7 +632,8 @@ def test_a_compiled_call_is_one_graph(monkeypatch):
     Sequences are packed and padded, too; and there is a prompt, which gathers the selected keys.
     """
     monkeypatch.setattr(dsa, "GATHERING", 0.0)
-    attention, hidden = layer(), torch.randn(2, 21, 20)
+    attention = layer()
+    hidden = torch.randn(2, 21, 20)
     packed = torch.arange(21) // torch.tensor([[11], [7]])
     padded = {"lengths": [21, 17]}
     cases = [
@@ -675,7 +693,8 @@ def test_a_compiled_model_is_one_graph(ties):
         mtp=MTPConfig(),
         init_std=0.3,
     )
-    model, ids = LanguageModel(config), torch.randint(50, (2, 17))
+    model = LanguageModel(config)
+    ids = torch.randint(50, (2, 17))
     # In a traced call torch.topk gets whole rows, packed or not.
     document_ids = torch.arange(17).expand(2, -1) // 9 if ties == "last" else None
 

@@ -78,7 +78,8 @@ class Rig(nn.Module):
         past = cache.past if cache else None
         where = context(*ids.shape, "cpu", document_ids=document_ids, lengths=lengths, past=past)
         rows = self.addresses(ids, where, cache.ids if cache else None)
-        lookup_mask, hidden = self.addresses.lookup_mask(ids, where), self.hidden[ids]
+        lookup_mask = self.addresses.lookup_mask(ids, where)
+        hidden = self.hidden[ids]
         outs = [
             looked_up(
                 layer,
@@ -118,12 +119,14 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
     rig = Rig(**data.draw(VARIANTS)).double()
     rig.tables = [table.double() for table in rig.tables]
     rig.hidden = rig.hidden.double()
-    batch, time = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    batch = data.draw(st.integers(1, 3))
+    time = data.draw(st.integers(1, 40))
     ids = torch.randint(40, (batch, time))
     document_ids = torch.randint(2, (batch, time)).cumsum(1) if data.draw(st.booleans()) else None
     with Doubles():
         rows, out = rig(ids, document_ids=document_ids)
-    cache, done = rig.new_cache(), [0] * batch
+    cache = rig.new_cache()
+    done = [0] * batch
     ragged = data.draw(st.booleans())
     # Each call extends each sequence by a number of tokens of its own.
     while min(done) < time:
@@ -158,11 +161,9 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
 def test_forgotten_tokens_and_reordered_rows_leave_no_trace(data: st.DataObject) -> None:
     torch.manual_seed(0)
     rig = Rig(**data.draw(VARIANTS))
-    ids, cache, stored = (
-        torch.randint(40, (3, 60)),
-        rig.new_cache(),
-        torch.zeros(3, 0, dtype=torch.int64),
-    )
+    ids = torch.randint(40, (3, 60))
+    cache = rig.new_cache()
+    stored = torch.zeros(3, 0, dtype=torch.int64)
     for _ in range(data.draw(st.integers(1, 8))):
         count = data.draw(st.integers(1, 7))
         new = ids[:, stored.shape[1] : stored.shape[1] + count]
@@ -178,7 +179,8 @@ def test_forgotten_tokens_and_reordered_rows_leave_no_trace(data: st.DataObject)
         stored = stored[:, : stored.shape[1] - dropped]
         order = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3)))
         cache.select(order)
-        stored, ids = stored[order], torch.randint(40, (3, 60))
+        stored = stored[order]
+        ids = torch.randint(40, (3, 60))
     cache.reset()
     assert torch.equal(rig(ids, cache=cache)[0], rig(ids)[0])
 
@@ -199,7 +201,8 @@ def test_packed_documents_never_see_each_other(data: st.DataObject) -> None:
 
 def test_without_resets_documents_do_see_each_other() -> None:
     rig = Rig(end_of_document=False)
-    ids, document_ids = torch.arange(6)[None], torch.tensor([[0, 0, 0, 1, 1, 1]])
+    ids = torch.arange(6)[None]
+    document_ids = torch.tensor([[0, 0, 0, 1, 1, 1]])
     assert torch.equal(rig(ids, document_ids=document_ids)[0], rig(ids)[0])
 
 
@@ -208,10 +211,13 @@ def test_without_resets_documents_do_see_each_other() -> None:
 def test_padding_is_invisible(data: st.DataObject) -> None:
     torch.manual_seed(0)
     rig = Rig(**data.draw(VARIANTS))
-    ids, more = torch.randint(40, (2, data.draw(st.integers(1, 20)))), data.draw(st.integers(1, 12))
-    padded, time = torch.cat([ids, torch.randint(-100, 100, (2, more))], 1), ids.shape[1]
+    ids = torch.randint(40, (2, data.draw(st.integers(1, 20))))
+    more = data.draw(st.integers(1, 12))
+    padded = torch.cat([ids, torch.randint(-100, 100, (2, more))], 1)
+    time = ids.shape[1]
     ctx = context(*padded.shape, "cpu", lengths=[time, time])
-    rows, out = rig.addresses(padded, ctx), rig(ids)
+    rows = rig.addresses(padded, ctx)
+    out = rig(ids)
     assert torch.equal(rows[:, :, :time], out[0])
     got = rig(padded.clamp(0, 39), lengths=[time, time])[1]
     torch.testing.assert_close(got[:, :time], out[1], atol=1e-6, rtol=1e-5)
@@ -241,7 +247,9 @@ def test_layer_is_the_authors(layer: int) -> None:
         pad_id=about["pad_id"],
         bias=True,
     )
-    prefix, streams, dim = f"layer{layer}.", about["streams"], about["hidden"]
+    prefix = f"layer{layer}."
+    streams = about["streams"]
+    dim = about["hidden"]
     ours = Engram(config, dim, streams)
 
     def stacked(name: str) -> Tensor:
@@ -321,7 +329,8 @@ def test_convolution_and_its_gradients(
     The values before the first token are a cache's, and get gradients too.
     """
     halo = step * (taps - 1)
-    window, weight = torch.randn(batch, halo + time, streams, dim), torch.randn(streams, dim, taps)
+    window = torch.randn(batch, halo + time, streams, dim)
+    weight = torch.randn(streams, dim, taps)
     document_ids = torch.randint(2, (batch, halo + time)).cumsum(1) // 3 if packed else None
     change = torch.randn(batch, time, streams, dim)
 
@@ -522,16 +531,12 @@ def test_fusion_of_views_and_of_nothing(poisoned: None) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_layer_that_is_computed_again_for_its_gradients(reentrant: bool) -> None:
-    layer, where = (
-        Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2),
-        context(2, 5, "cpu"),
-    )
+    layer = Engram(EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3), 8, 2)
+    where = context(2, 5, "cpu")
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
-    hidden, memory = (
-        torch.randn(2, 5, 2, 8, requires_grad=True),
-        torch.randn(2, 5, 12, requires_grad=True),
-    )
+    hidden = torch.randn(2, 5, 2, 8, requires_grad=True)
+    memory = torch.randn(2, 5, 12, requires_grad=True)
     wanted = [hidden, memory, *layer.parameters()]
 
     def gradients(out: Tensor) -> list[Tensor]:
@@ -555,13 +560,12 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
 
     transformers sets another dtype while it loads; a caller may set another device.
     """
-    window, taps, arguments = (
-        torch.randn(2, 9, 3, 5),
-        torch.randn(3, 5, 4),
-        given_to_fuse((2, 7, 3, 5), True, True, "sign"),
-    )
+    window = torch.randn(2, 9, 3, 5)
+    taps = torch.randn(3, 5, 4)
+    arguments = given_to_fuse((2, 7, 3, 5), True, True, "sign")
     tokens = torch.randint(40, (2, 7))
-    document_ids, ctx = torch.zeros(2, 9, dtype=torch.long), context(2, 7, "cpu")
+    document_ids = torch.zeros(2, 9, dtype=torch.long)
+    ctx = context(2, 7, "cpu")
     addresses = Addresses(EngramConfig(rows_per_head=(31, 67)), torch.arange(40), 40)
     weights = [torch.randn(2, 7, 3, 5) for _ in range(2)]
 
@@ -572,7 +576,8 @@ def test_what_torch_makes_by_default_does_not_matter() -> None:
             result += with_gradients(convolve, (window, taps[..., :2]), weights)
         return [*result, addresses(tokens, ctx)]
 
-    before, expected = torch.get_default_dtype(), everything()
+    before = torch.get_default_dtype()
+    expected = everything()
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
@@ -595,17 +600,13 @@ def test_tiles_fuse_near_no_score_and_views(tiled: torch.device, poisoned: None)
 @pytest.mark.interpreted
 def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3)
-    layer, where = (
-        Engram(config, 5, 3).to(tiled),
-        context(2, 4, str(tiled), lengths=[2, 2]),
-    )
+    layer = Engram(config, 5, 3).to(tiled)
+    where = context(2, 4, str(tiled), lengths=[2, 2])
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
-    hidden, memory, weight = (
-        torch.randn(2, 4, 3, 5),
-        torch.randn(2, 4, config.memory_width),
-        torch.randn(2, 4, 3, 5),
-    )
+    hidden = torch.randn(2, 4, 3, 5)
+    memory = torch.randn(2, 4, config.memory_width)
+    weight = torch.randn(2, 4, 3, 5)
     results = []
     for kind in ("reference", "triton"):
         monkeypatch.setenv(kernels.VARIABLE, f"fuse={kind}")
@@ -618,10 +619,13 @@ def test_layer_on_tiles_is_the_layer(tiled: torch.device, monkeypatch: pytest.Mo
 
 
 def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, where = Engram(EngramConfig(conv=False), 8, 2), context(2, 5, "cpu")
+    layer = Engram(EngramConfig(conv=False), 8, 2)
+    where = context(2, 5, "cpu")
     layer.reset(std=0.5)
-    hidden, memory = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 128)
-    alone, seen = looked_up(layer, hidden, memory, where), []
+    hidden = torch.randn(2, 5, 2, 8)
+    memory = torch.randn(2, 5, 128)
+    alone = looked_up(layer, hidden, memory, where)
+    seen = []
     hook = layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
     torch.testing.assert_close(looked_up(layer, hidden, memory, where), alone)
     hook.remove()
@@ -641,18 +645,19 @@ def test_without_a_gate_a_stream(gating: str) -> None:
     There is one gate, of the streams' mean; or none, so that v = W_v memory.
     """
     config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating)
-    layer, dim, streams, valid = Engram(config, 5, 3), 5, 3, torch.arange(4).expand(2, 4) < 3
+    layer = Engram(config, 5, 3)
+    dim = 5
+    streams = 3
+    valid = torch.arange(4).expand(2, 4) < 3
     where = context(2, 4, "cpu", lengths=[3, 3])
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
     assert [name for name, _ in layer.named_parameters() if "key" in name or "query" in name] == (
         ["key_proj.weight", "gate.key_norm", "gate.query_norm"] if gating == "shared" else []
     )
-    hidden, memory, change = (
-        torch.randn(2, 4, 3, 5),
-        torch.randn(2, 4, config.memory_width),
-        torch.randn(2, 4, 3, 5),
-    )
+    hidden = torch.randn(2, 4, 3, 5)
+    memory = torch.randn(2, 4, config.memory_width)
+    change = torch.randn(2, 4, 3, 5)
 
     def plain(hidden: Tensor, memory: Tensor, p: dict[str, Tensor]) -> Tensor:
         gates = torch.ones(2, 4, dtype=hidden.dtype)
@@ -703,11 +708,9 @@ def test_one_gate_of_equal_streams_is_a_gate_a_stream() -> None:
     whole.load_state_dict(
         {name: v.repeat(3, 1) if name.startswith("gate.") else v for name, v in ours.items()}
     )
-    hidden, memory, where = (
-        torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8),
-        torch.randn(2, 5, 128),
-        context(2, 5, "cpu"),
-    )
+    hidden = torch.randn(2, 5, 1, 8).expand(2, 5, 3, 8)
+    memory = torch.randn(2, 5, 128)
+    where = context(2, 5, "cpu")
     torch.testing.assert_close(
         looked_up(shared, hidden, memory, where), looked_up(whole, hidden, memory, where)
     )
@@ -715,7 +718,8 @@ def test_one_gate_of_equal_streams_is_a_gate_a_stream() -> None:
 
 def test_whoever_watches_sees_a_gate_a_stream_whatever_the_gating() -> None:
     for gating in ("streams", "shared", "open"):
-        layer, seen = Engram(EngramConfig(gating=gating), 8, 2).bfloat16(), []
+        layer = Engram(EngramConfig(gating=gating), 8, 2).bfloat16()
+        seen = []
         layer.reset(std=0.5)
         layer.gate.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
         looked_up(
@@ -748,7 +752,8 @@ def test_bfloat16_keeps_its_dtype_and_gates_in_float32() -> None:
     layer = Engram(EngramConfig(), 16, 2).bfloat16()
     seen: list[Tensor] = []
     layer.gate.register_forward_hook(lambda module, args, out: seen.append(out))
-    hidden, memory = torch.randn(1, 5, 2, 16).bfloat16(), torch.randn(1, 5, 128)
+    hidden = torch.randn(1, 5, 2, 16).bfloat16()
+    memory = torch.randn(1, 5, 128)
     out = looked_up(layer, hidden, memory, context(1, 5, "cpu"))
     assert out.dtype == torch.bfloat16
     assert seen[0].dtype == torch.float32
@@ -785,11 +790,13 @@ def test_a_layer_of_no_width_is_refused() -> None:
 @pytest.mark.compiled
 def test_compiled_as_eager() -> None:
     rig = Rig()
-    ids, document_ids = torch.randint(40, (2, 17)), torch.randint(2, (2, 17)).cumsum(1)
+    ids = torch.randint(40, (2, 17))
+    document_ids = torch.randint(2, (2, 17)).cumsum(1)
     where = context(2, 17, "cpu", document_ids=document_ids)
     rows = torch.compile(rig.addresses, fullgraph=True, backend="aot_eager")(ids, where)
     assert torch.equal(rows, rig.addresses(ids, where))
-    hidden, memory = torch.randn(2, 17, 2, 8), torch.randn(2, 17, rig.config.memory_width)
+    hidden = torch.randn(2, 17, 2, 8)
+    memory = torch.randn(2, 17, rig.config.memory_width)
     layer = rig.layers[0]
 
     def call(hidden: Tensor, memory: Tensor) -> Tensor:

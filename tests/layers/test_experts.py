@@ -17,7 +17,8 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 
 def one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
     """Computes the experts with a plain loop."""
-    out, start = [], 0
+    out = []
+    start = 0
     for expert, count in enumerate(counts.tolist()):
         ours = rows[start : start + count]
         gate, up = (ours @ experts.gate_up[expert].to(ours.dtype)).chunk(2, -1)
@@ -54,7 +55,8 @@ def test_equal_to_a_loop_over_experts(
     dim: int, width: int, counts: list[int], dtype: torch.dtype
 ) -> None:
     experts = Experts(len(counts), dim, width).to(dtype)
-    rows, count = torch.randn(sum(counts), dim, dtype=dtype), torch.tensor(counts)
+    rows = torch.randn(sum(counts), dim, dtype=dtype)
+    count = torch.tensor(counts)
     weights = torch.randn_like(rows)
     results = []
     for run in (experts, lambda rows, count: one_by_one(experts, rows, count)):
@@ -70,7 +72,8 @@ def test_equal_to_a_loop_over_experts(
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 9))
 def test_equal_at_any_size(counts: list[int], dim: int, width: int) -> None:
-    rows, weight = torch.randn(sum(counts), dim), torch.randn(len(counts), dim, width)
+    rows = torch.randn(sum(counts), dim)
+    weight = torch.randn(len(counts), dim, width)
     parts = zip(rows.split(counts), weight, strict=True)
     expected = torch.cat([piece @ ours for piece, ours in parts])
     torch.testing.assert_close(grouped_product(rows, weight, torch.tensor(counts)), expected)
@@ -91,7 +94,8 @@ def test_what_lies_behind_the_last_expert_reaches_no_gradient(
     counts: list[int], dtype: torch.dtype
 ) -> None:
     """Padding leaves rows after the last expert that were never computed."""
-    rows, weight = torch.randn(sum(counts) + 40, 16).to(dtype), torch.randn(3, 16, 8).to(dtype)
+    rows = torch.randn(sum(counts) + 40, 16).to(dtype)
+    weight = torch.randn(3, 16, 8).to(dtype)
     rows[sum(counts) :] = torch.nan
     ours, alone = (weight.clone().requires_grad_() for _ in range(2))
     grouped_product(rows, ours, torch.tensor(counts))[: sum(counts)].sum().backward()
@@ -117,7 +121,9 @@ def test_gradients_are_those_of_the_formula() -> None:
 
 
 def test_autocast_is_followed() -> None:
-    experts, rows, counts = Experts(2, 16, 8), torch.randn(6, 16), torch.tensor([4, 2])
+    experts = Experts(2, 16, 8)
+    rows = torch.randn(6, 16)
+    counts = torch.tensor([4, 2])
     expected = one_by_one(experts, rows.bfloat16(), counts)
     with torch.autocast("cpu", torch.bfloat16):
         out = experts(rows, counts)
@@ -131,7 +137,8 @@ def test_autocast_is_followed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_without_a_break(dtype: torch.dtype) -> None:
-    experts, rows = Experts(4, 16, 8).to(dtype), torch.randn(10, 16, dtype=dtype)
+    experts = Experts(4, 16, 8).to(dtype)
+    rows = torch.randn(10, 16, dtype=dtype)
     counts = torch.tensor([3, 0, 6, 1])
     run = torch.compile(experts, fullgraph=True, backend="aot_eager")
     results = []

@@ -26,7 +26,8 @@ def streams(dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def test_reading_and_writing_by_hand():
     """A naive loop over tokens and streams."""
-    layer, values = site(), streams()
+    layer = site()
+    values = streams()
     u, mapping = layer.read(Streams(values))
     out = torch.randn(2, 7, DIM, dtype=torch.float64)
     written = layer.write(out, mapping).values
@@ -45,13 +46,15 @@ def test_reading_and_writing_by_hand():
 
 
 def test_the_exit_is_a_site_that_only_reads():
-    layer, values = site(), streams()
+    layer = site()
+    values = streams()
     assert torch.equal(layer.mixer(Streams(values)), layer.read(Streams(values))[0])
 
 
 def test_the_last_token_of_each_row():
     """What a block needs of a prompt's last tokens is what it has of all."""
-    layer, values = site(), streams()
+    layer = site()
+    values = streams()
     out = torch.randn(2, 7, DIM, dtype=torch.float64)
     _, mapping = layer.read(Streams(values))
     whole = layer.write(out, mapping).values
@@ -62,7 +65,8 @@ def test_the_last_token_of_each_row():
 
 
 def test_gradients():
-    layer, values = site(), streams()[:1, :2].clone().requires_grad_()
+    layer = site()
+    values = streams()[:1, :2].clone().requires_grad_()
 
     def update(values, *parameters):
         u, mapping = layer.read(Streams(values))
@@ -84,7 +88,8 @@ def test_initial_values():
 
 
 def test_bfloat16_streams_stay_close():
-    layer, values = site(torch.float32), streams(torch.float32)
+    layer = site(torch.float32)
+    values = streams(torch.float32)
     expected = layer.read(Streams(values))[0]
     result = layer.to(torch.bfloat16).read(Streams(values.bfloat16()))[0]
     assert result.dtype == torch.bfloat16

@@ -70,7 +70,9 @@ def plain(config: HyperConfig, site: Connection, x: torch.Tensor, sublayer) -> t
 
     Gradients come from autograd alone.
     """
-    mixer, S, out = site.mixer, config.streams, torch.empty_like(x)
+    mixer = site.mixer
+    S = config.streams
+    out = torch.empty_like(x)
     for b, t in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
         f = x[b, t].flatten()
         m = mixer.fn @ f / (f.square().mean() + 1e-6).sqrt()
@@ -99,7 +101,8 @@ class TestDeepSeekV4:
     @pytest.mark.parametrize(("dim", "time"), [(24, 7), (5, 1), (64, 33)])
     def test_coefficients_forward_and_backward(self, config, dim, time):
         streams = config.streams
-        reference, site = stirred(theirs(dim, config)), Connection(config, dim)
+        reference = stirred(theirs(dim, config))
+        site = Connection(config, dim)
         site.mixer.load_state_dict(reference.state_dict())
         x = torch.randn(2, time, streams, dim, requires_grad=True)
         pulls = (
@@ -109,7 +112,8 @@ class TestDeepSeekV4:
         )
         post, comb, u = reference(x)
         sum((a * b).sum() for a, b in zip((post, comb, u), pulls, strict=True)).backward()
-        expected, x.grad = x.grad, None
+        expected = x.grad
+        x.grad = None
         got = site.coefficients(x)
         read = (got.pre.unsqueeze(-1) * x).sum(2)
         for a, b in zip((got.post, got.comb, read), (post, comb, u), strict=True):
@@ -125,7 +129,8 @@ class TestDeepSeekV4:
         dim = 16
         layer = DeepseekV4DecoderLayer.__new__(DeepseekV4DecoderLayer)
         nn.Module.__init__(layer)
-        mix, feed = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        mix = nn.Linear(dim, dim)
+        feed = nn.Linear(dim, dim)
         layer.attn_hc, layer.ffn_hc = (stirred(theirs(dim, HyperConfig())) for _ in range(2))
         layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(dim), nn.RMSNorm(dim)
 
@@ -151,19 +156,15 @@ class TestDeepSeekV4:
 
     @pytest.mark.parametrize("config", RELEASED, ids=str)
     def test_exit(self, config):
-        reference, reduction = (
-            stirred(theirs(24, config, DeepseekV4HyperHead)),
-            StreamReduction(config, 24),
-        )
+        reference = stirred(theirs(24, config, DeepseekV4HyperHead))
+        reduction = StreamReduction(config, 24)
         reduction.load_state_dict(
             {name.removeprefix("hc_"): value for name, value in reference.state_dict().items()}
         )
         x = torch.randn(2, 5, config.streams, 24, requires_grad=True)
         close(reduction(Streams(x)), reference(x))
-        pull, parameters = (
-            torch.randn(2, 5, 24),
-            [list(module.parameters()) for module in (reduction, reference)],
-        )
+        pull = torch.randn(2, 5, 24)
+        parameters = [list(module.parameters()) for module in (reduction, reference)]
         outs = (reduction(Streams(x)), parameters[0]), (reference(x), parameters[1])
         grads = (torch.autograd.grad((y * pull).sum(), [x, *inputs]) for y, inputs in outs)
         for a, b in zip(*grads, strict=True):
@@ -172,7 +173,9 @@ class TestDeepSeekV4:
     @pytest.mark.parametrize("config", RELEASED, ids=str)
     def test_bfloat16_streams_are_read_as_theirs(self, config):
         """Their coefficients are float32, too; the stream that is read is rounded once."""
-        reference, site, seen = stirred(theirs(24, config)), Connection(config, 24), []
+        reference = stirred(theirs(24, config))
+        site = Connection(config, 24)
+        seen = []
         site.mixer.load_state_dict(reference.state_dict())
         x = torch.randn(2, 5, config.streams, 24).bfloat16()
         post, comb, u = reference(x)
@@ -212,7 +215,8 @@ class TestPaper:
 
     @pytest.mark.parametrize("streams", [1, 2, 4])
     def test_a_site_is_its_equations(self, streams):
-        S, dim = streams, 6
+        S = streams
+        dim = 6
         site = stirred(Connection(HyperConfig(streams=S, eps=0.0), dim)).double()
         x = torch.randn(1, 5, S, dim, dtype=torch.float64, requires_grad=True)
         pre, post, comb = site.mixer.fn.split([S, S, S * S])
@@ -232,7 +236,8 @@ class TestPaper:
         expected = torch.stack([self.paper(token, *rest) for token in x[0]])[None]
         ours = through(site, x, torch.sin)[0]
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
-        pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
+        pull = torch.randn_like(expected)
+        inputs = [x, *site.parameters()]
         grads = (
             torch.autograd.grad((y * pull).sum(), inputs, retain_graph=True)
             for y in (ours, expected)
@@ -264,7 +269,8 @@ class TestAlone:
         ours, _ = through(site, x, lambda u: (u @ weight).tanh())
         expected = plain(config, site, x, lambda u: (u @ weight).tanh())
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
-        pull, inputs = torch.randn_like(expected), [x, *site.parameters()]
+        pull = torch.randn_like(expected)
+        inputs = [x, *site.parameters()]
         grads = (
             torch.autograd.grad((y * pull).sum(), inputs, allow_unused=True)
             for y in (ours, expected)
@@ -323,10 +329,8 @@ class TestTraps:
     def test_zero_phi_with_equal_biases_keeps_the_streams_equal_for_ever(self):
         def trained(reset):
             torch.manual_seed(1)
-            sites, head = (
-                [Connection(HyperConfig(identity=0.0), 8, n) for n in range(4)],
-                nn.Linear(8, 8),
-            )
+            sites = [Connection(HyperConfig(identity=0.0), 8, n) for n in range(4)]
+            head = nn.Linear(8, 8)
             layers = [nn.Linear(8, 8) for _ in sites]
             for site in sites:
                 reset(site)
@@ -334,7 +338,8 @@ class TestTraps:
                 [p for m in (*sites, *layers, head) for p in m.parameters()], lr=0.5
             )
             for _ in range(30):
-                streams, hidden = expand(torch.randn(4, 8, 8), HyperConfig()).values, None
+                streams = expand(torch.randn(4, 8, 8), HyperConfig()).values
+                hidden = None
                 hidden = streams[:, :, 0]
                 for site, layer in zip(sites, layers, strict=True):
                     streams, _ = through(site, streams, lambda u, layer=layer: layer(u).tanh())
@@ -358,10 +363,8 @@ class TestTraps:
         assert gradient(16.0) < 1e-3 * gradient(HyperConfig().identity)
 
     def test_coefficients_of_bfloat16_streams_are_float32(self):
-        site, x = (
-            stirred(Connection(HyperConfig(), 32)).bfloat16(),
-            torch.randn(2, 9, 4, 32).bfloat16(),
-        )
+        site = stirred(Connection(HyperConfig(), 32)).bfloat16()
+        x = torch.randn(2, 9, 4, 32).bfloat16()
         got = site.coefficients(x)
         assert {value.dtype for value in got} == {torch.float32}
         assert (got.comb.sum(-2) - 1).abs().max() < 1e-5
@@ -377,8 +380,10 @@ class TestTraps:
     @pytest.mark.parametrize("name", KINDS)
     def test_autocast_rounds_no_coefficient(self, name):
         config = KINDS[name]
-        site, reduction = stirred(Connection(config, 32)), stirred(StreamReduction(config, 32))
-        x, weight = torch.randn(2, 9, config.streams, 32), torch.randn(32, 32) / 6
+        site = stirred(Connection(config, 32))
+        reduction = stirred(StreamReduction(config, 32))
+        x = torch.randn(2, 9, config.streams, 32)
+        weight = torch.randn(32, 32) / 6
 
         def run():
             out, handed_on = through(site, x, lambda u: (u @ weight).float())
@@ -401,14 +406,13 @@ class TestTraps:
 
     @pytest.mark.parametrize("config", [HyperConfig(), HyperConfig(kind="hc")], ids=str)
     def test_equal_streams_make_the_plain_residual_network(self, config):
-        sites, layers = (
-            [Connection(config, 12, n) for n in range(6)],
-            [nn.Linear(12, 12) for _ in range(6)],
-        )
+        sites = [Connection(config, 12, n) for n in range(6)]
+        layers = [nn.Linear(12, 12) for _ in range(6)]
         for site in sites:
             site.mixer.scale.data.zero_()  # post = 1, pre sums to 1
         hidden = torch.randn(2, 5, 12)
-        streams, single = expand(hidden, config).values, expand(hidden, None).values
+        streams = expand(hidden, config).values
+        single = expand(hidden, None).values
         for site, layer in zip(sites, layers, strict=True):
             sublayer = lambda u, layer=layer: layer(nn.functional.rms_norm(u, (12,))).tanh()  # noqa: E731
             streams, _ = through(site, streams, sublayer)
@@ -432,7 +436,8 @@ class TestTraps:
 class TestKinds:
     def test_single_pass_reads_with_the_pre_of_the_site_before(self):
         config = HyperConfig(kind="single_pass")
-        sites, seen = [stirred(Connection(config, 8, n)) for n in range(2)], []
+        sites = [stirred(Connection(config, 8, n)) for n in range(2)]
+        seen = []
         x = torch.randn(1, 3, 4, 8)
         first, handed_on = through(sites[0], x, lambda u: seen.append(u) or u.sin())
         last, carried_on = through(sites[1], first, lambda u: seen.append(u) or u.cos(), handed_on)
@@ -449,7 +454,8 @@ class TestKinds:
 
     def test_the_handed_on_pre_keeps_its_gradient(self):
         config = HyperConfig(kind="single_pass")
-        first, second = Connection(config, 8, 0), Connection(config, 8, 1)
+        first = Connection(config, 8, 0)
+        second = Connection(config, 8, 1)
         streams, handed_on = through(first, torch.randn(1, 3, 4, 8), torch.tanh)
         assert handed_on.requires_grad
         out, _ = through(second, streams.detach(), torch.tanh, handed_on)
@@ -458,7 +464,8 @@ class TestKinds:
 
     def test_hc_is_its_equations(self):
         site = stirred(Connection(HyperConfig(kind="hc"), 6, 2)).double()
-        m, x = site.mixer, torch.randn(1, 1, 4, 6, dtype=torch.float64)
+        m = site.mixer
+        x = torch.randn(1, 1, 4, 6, dtype=torch.float64)
         H = x[0, 0]
         n = H / (H.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         B = m.scale[1] * torch.tanh(n @ m.fn[1]) + m.base_post
@@ -470,7 +477,8 @@ class TestKinds:
         )
 
     def test_hc_starts_as_a_residual_network_reading_stream_site_mod_s(self):
-        site, seen = Connection(HyperConfig(kind="hc"), 6, 6), []
+        site = Connection(HyperConfig(kind="hc"), 6, 6)
+        seen = []
         x = torch.randn(2, 3, 4, 6)
         out, _ = through(site, x, lambda u: seen.append(u) or u.sin())
         close(seen[0], x[:, :, 2])
@@ -484,7 +492,8 @@ class TestKinds:
         close(through(site, x, torch.zeros_like)[0], x)
 
     def test_exits(self):
-        x, handed_on = torch.randn(2, 3, 4, 8), torch.rand(2, 3, 4)
+        x = torch.randn(2, 3, 4, 8)
+        handed_on = torch.rand(2, 3, 4)
         close(StreamReduction(HyperConfig(kind="hc"), 8)(Streams(x)), x.sum(2))
         single = StreamReduction(HyperConfig(kind="single_pass"), 8)
         close(single(Streams(x, handed_on)), (handed_on[..., None] * x).sum(2))
@@ -512,7 +521,8 @@ class TestKinds:
         site = stirred(Connection(config, 8)) if config else Residual()
         x = Streams(torch.randn(2, 5, 4 if config else 1, 8))
         u, mapping = site.read(x)
-        whole, last = site.write(u.sin(), mapping), site.write(u.sin()[:, -1:], mapping.last(None))
+        whole = site.write(u.sin(), mapping)
+        last = site.write(u.sin()[:, -1:], mapping.last(None))
         close(last.values, whole.values[:, -1:])
         if config:
             close(last.pre, whole.pre[:, -1:])
@@ -539,7 +549,8 @@ class TestHealth:
     def test_unconstrained_hc_drifts_where_mhc_stays(self):
         def gain(config):
             torch.manual_seed(3)
-            streams, combs = torch.randn(2, 16, 4, 32), []
+            streams = torch.randn(2, 16, 4, 32)
+            combs = []
             for n in range(60):
                 site = Connection(config, 32, n)
                 with torch.no_grad():
@@ -558,7 +569,8 @@ class TestHealth:
     def test_health_is_that_of_the_sites_in_the_order_they_run(self):
         config = HyperConfig(kind="hc", streams=3)
         block = Backwards(stirred(Connection(config, 8, n)) for n in range(3))
-        x, combs = torch.randn(2, 5, 3, 8), []
+        x = torch.randn(2, 5, 3, 8)
+        combs = []
         result = health(nn.Sequential(block), lambda: block(Streams(x)))
         streams = x
         for site in reversed(block):
@@ -600,7 +612,8 @@ def test_bad_configs_say_so(wrong, message):
 @pytest.mark.compiled
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    site, weight = stirred(Connection(HyperConfig(iterations=3), 24)), torch.randn(24, 24) / 5
+    site = stirred(Connection(HyperConfig(iterations=3), 24))
+    weight = torch.randn(24, 24) / 5
 
     def loss(x):
         return through(site, x, lambda u: (u @ weight).tanh())[0].square().sum()

@@ -46,7 +46,8 @@ def brute(query, key, value, scale, block, top_k, choice="token"):
             for h in range(query.shape[2]):
                 g = h * key.shape[2] // query.shape[2]
                 chooser = t // tiles.TILE * tiles.TILE if choice == "tile" else t
-                ours, asking = chooser // block, query[b, chooser, h]
+                ours = chooser // block
+                asking = query[b, chooser, h]
                 score = {
                     i: (asking @ key[b, i * block : (i + 1) * block, g].mean(0)).float().item()
                     for i in range(ours)
@@ -114,7 +115,8 @@ def run(attention, hidden, past=None, cache=None, **expected):
 def test_is_its_definition(batch, time, block, top_k, heads, choice):
     q, k, v = tensors(batch, time, *heads, value_width=5, dtype=torch.float64)
     inner = moba_of(q, k, block=block, top_k=top_k, choice=choice)
-    ours, expected = call(inner, q, k, v), brute(q, k, v, 0.4, block, top_k, choice)
+    ours = call(inner, q, k, v)
+    expected = brute(q, k, v, 0.4, block, top_k, choice)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     pull = torch.randn_like(expected)
     grads = [torch.autograd.grad((y * pull).sum(), (q, k, v)) for y in (ours, expected)]
@@ -164,7 +166,8 @@ def test_the_choice_and_the_means_carry_no_gradient():
 
 def test_decoding_reads_the_selected_blocks_only():
     q, k, v = (x.detach() for x in tensors(1, 41, 1, 1))
-    inner, history = moba_of(q, k, block=4, top_k=2), Past(1)
+    inner = moba_of(q, k, block=4, top_k=2)
+    history = Past(1)
     cache = inner.new_cache(1, 64, q.dtype, q.device)
     call(inner, q[:, :40], k[:, :40], v[:, :40], cache=cache, history=history)
     means = k[:, :40].unflatten(1, (10, 4)).mean(2)
@@ -184,7 +187,8 @@ def test_the_last_of_a_prompt_is_no_single_new_token(choice):
 
     decode="full" begins after the prompt.
     """
-    attention, hidden = layer(decode="full", choice=choice), torch.randn(2, 30, 20)
+    attention = layer(decode="full", choice=choice)
+    hidden = torch.randn(2, 30, 20)
     expected = run(attention, hidden)[:, -1:]
     for cache in (None, attention.new_cache(2, 8, hidden.dtype, hidden.device)):
         result = run(attention, hidden, None, cache, last_only=True)
@@ -198,14 +202,17 @@ def test_full_decoding_after_sparse_prefill(choice, prompts):
 
     The selection of the single tokens' tile has been cached.
     """
-    partial, decoding = layer(choice=choice), layer(decode="full", choice=choice)
+    partial = layer(choice=choice)
+    decoding = layer(decode="full", choice=choice)
     decoding.load_state_dict(partial.state_dict())
     full = GQA(partial.config, 20, ROPE)
     full.load_state_dict(partial.state_dict())
-    hidden, past = torch.randn(2, 40, 20), Past(2)
+    hidden = torch.randn(2, 40, 20)
+    past = Past(2)
     cache = decoding.new_cache(2, 8, hidden.dtype, hidden.device)
     for counts in (prompts, [1, 1], [1, 1], [1, 1], [11, 8], [1, 1]):
-        starts, time = past.lengths, max(counts)
+        starts = past.lengths
+        time = max(counts)
         new = torch.stack([hidden[row, n : n + time] for row, n in enumerate(starts)])
         out = run(decoding, new, past, cache, lengths=counts)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
@@ -216,12 +223,11 @@ def test_full_decoding_after_sparse_prefill(choice, prompts):
 
 def test_a_layer_is_full_while_it_is_given_to_be():
     """Tests full attention in one call and in pieces after a cache; then sparse attention again."""
-    attention, hidden = layer(), torch.randn(2, 23, 20)
-    expected, past, cache = (
-        run(attention, hidden),
-        Past(2),
-        attention.new_cache(2, 8, hidden.dtype, hidden.device),
-    )
+    attention = layer()
+    hidden = torch.randn(2, 23, 20)
+    expected = run(attention, hidden)
+    past = Past(2)
+    cache = attention.new_cache(2, 8, hidden.dtype, hidden.device)
     attention.full = True
     whole = run(attention, hidden)
     plain = GQA(attention.config, 20, ROPE)
@@ -242,12 +248,15 @@ def test_rows_of_any_length_may_be_switched(choice):
     Keys do not depend on attention in one layer, so that each call is as if it had never been
     switched.
     """
-    attention, hidden = layer(choice=choice), torch.randn(2, 60, 20)
-    past, cache = Past(2), attention.new_cache(2, 8, hidden.dtype, hidden.device)
+    attention = layer(choice=choice)
+    hidden = torch.randn(2, 60, 20)
+    past = Past(2)
+    cache = attention.new_cache(2, 8, hidden.dtype, hidden.device)
     calls = ([9, 14], True), ([1, 1], False), ([3, 1], True), ([1, 1], True), ([8, 20], False)
     for counts, full in (*calls, ([1, 1], True), ([1, 1], False), ([13, 13], False)):
         switch(attention, full)
-        starts, time = past.lengths, max(counts)
+        starts = past.lengths
+        time = max(counts)
         new = torch.stack([hidden[row, n : n + time] for row, n in enumerate(starts)])
         out = run(attention, new, past, cache, lengths=counts)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
@@ -257,7 +266,8 @@ def test_rows_of_any_length_may_be_switched(choice):
 
 @CHOICES
 def test_runs_of_queries_change_nothing(monkeypatch, choice):
-    attention, hidden = layer(choice=choice).double(), torch.randn(2, 23, 20, dtype=torch.float64)
+    attention = layer(choice=choice).double()
+    hidden = torch.randn(2, 23, 20, dtype=torch.float64)
     whole = run(attention, hidden)
     monkeypatch.setattr(sparse, "QUERIES", 5)
     torch.testing.assert_close(run(attention, hidden), whole, atol=1e-12, rtol=0)

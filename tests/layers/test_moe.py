@@ -180,7 +180,8 @@ def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:
     config = MoEConfig(
         routed=8, active=2, shared=1, width=5, router=RouterConfig(adaptive_mass=0.3)
     )
-    moe, hidden = MoE(config, 6), torch.randn(2, 2, 6)
+    moe = MoE(config, 6)
+    hidden = torch.randn(2, 2, 6)
     for where in (None, context(2, 2, "cpu", lengths=[2, 1])):
         expected, _ = moe(hidden, where)
         with torch.no_grad():
@@ -276,7 +277,8 @@ def test_bfloat16_stays_near_float32(kind: str) -> None:
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
-    moe, hidden = MoE(MoEConfig(), 16), torch.randn(4, 64, 16)
+    moe = MoE(MoEConfig(), 16)
+    hidden = torch.randn(4, 64, 16)
     gradients = []
     for _ in range(2):
         moe.zero_grad()
@@ -342,7 +344,8 @@ def test_a_collapsed_mixture_recovers_and_learns_with(remedy: str) -> None:
 )
 def test_compiles_without_a_break(router: RouterConfig, padded: bool, backend: str) -> None:
     moe = MoE(MoEConfig(routed=8, active=3, shared=1, width=16, router=router), 16)
-    hidden, valid = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    hidden = torch.randn(2, 9, 16)
+    valid = torch.ones(2, 9, dtype=torch.bool)
     if padded:
         valid[0, 5:] = False
     where = context(2, 9, "cpu", lengths=valid.sum(1))

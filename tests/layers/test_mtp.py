@@ -28,11 +28,14 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def test_is_the_formula_with_the_embedding_first() -> None:
-    module, ctx = MTP(6, 1e-6, Block()), context(2, 5, "cpu")
+    module = MTP(6, 1e-6, Block())
+    ctx = context(2, 5, "cpu")
     module.enorm.weight.data, module.hnorm.weight.data = torch.randn(6), torch.randn(6)
-    hidden, embedded = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    hidden = torch.randn(2, 5, 6)
+    embedded = torch.randn(2, 5, 6)
     out, aux = module(hidden, embedded, ctx)
-    of_embedding, of_hidden = module.eh_proj.weight[:, :6], module.eh_proj.weight[:, 6:]
+    of_embedding = module.eh_proj.weight[:, :6]
+    of_hidden = module.eh_proj.weight[:, 6:]
     joined = (
         normed(embedded, module.enorm.weight) @ of_embedding.T
         + normed(hidden, module.hnorm.weight) @ of_hidden.T
@@ -49,7 +52,9 @@ def test_has_the_parts_that_are_published() -> None:
 
 
 def test_depths_chain_and_every_depth_learns() -> None:
-    first, second, ctx = MTP(6, 1e-6, Block()), MTP(6, 1e-6, Block()), context(1, 4, "cpu")
+    first = MTP(6, 1e-6, Block())
+    second = MTP(6, 1e-6, Block())
+    ctx = context(1, 4, "cpu")
     hidden = torch.randn(1, 4, 6, requires_grad=True)
     one, _ = first(hidden, torch.randn(1, 4, 6), ctx)
     two, _ = second(one, torch.randn(1, 4, 6), ctx)

@@ -134,7 +134,8 @@ def brute(inner, q, k, v, hidden, scale):
             for j in columns
             for s in range(j * c.select_block, min((j + 1) * c.select_block, t + 1))
         ]
-        past, in_window = complete(t, c), slice(max(0, t - c.window + 1), t + 1)
+        past = complete(t, c)
+        in_window = slice(max(0, t - c.window + 1), t + 1)
         for h in range(g * group, (g + 1) * group):
             outs[0][b, t, h] = attended(q[b, t, h], small[0][:past], small[1][:past], scale)
             outs[1][b, t, h] = attended(q[b, t, h], k[b, columns, g], v[b, columns, g], scale)
@@ -162,7 +163,8 @@ def blocks_of(queries, small, t, c, scale):
     Scores are compared in float32, and of equal ones the later is taken.
     """
     chooser = t // tiles.TILE * tiles.TILE if c.choice == "tile" else t
-    ours, past = chooser // c.select_block, complete(chooser, c)
+    ours = chooser // c.select_block
+    past = complete(chooser, c)
     score = dict.fromkeys(range(ours + 1), 0.0)
     for query in queries[chooser]:
         for i, weight in enumerate(
@@ -199,8 +201,10 @@ def test_is_its_definition(config, time, heads, value_dim):
 
 
 def _hold(inner, config, time, heads, value_dim):
-    q, k = torch.randn(1, time, heads[0], 6), torch.randn(1, time, heads[1], 6)
-    v, hidden = torch.randn(1, time, heads[1], value_dim or 6), torch.randn(1, time, 20)
+    q = torch.randn(1, time, heads[0], 6)
+    k = torch.randn(1, time, heads[1], 6)
+    v = torch.randn(1, time, heads[1], value_dim or 6)
+    hidden = torch.randn(1, time, 20)
     got = branches(inner, q, k, v, hidden, context(1, time, "cpu", rope=(ROPE, 6)))
     for name, ours, expected in zip(
         BRANCHES, got.unbind(2), brute(inner, q, k, v, hidden, 0.4), strict=True
@@ -214,17 +218,16 @@ def _hold(inner, config, time, heads, value_dim):
 def test_gradients_are_the_definitions(choice):
     inner, (time, heads, groups) = layer(replace(SMALL, choice=choice)), (18, 4, 2)
     q, k, v = (torch.randn(1, time, n, 6, requires_grad=True) for n in (heads, groups, groups))
-    hidden, where = (
-        torch.randn(1, time, 20, requires_grad=True),
-        context(1, time, "cpu", rope=(ROPE, 6)),
-    )
+    hidden = torch.randn(1, time, 20, requires_grad=True)
+    where = context(1, time, "cpu", rope=(ROPE, 6))
     ours = call(inner, q, k, v, hidden, where)
     gates = torch.sigmoid(inner.gate_down(F.silu(inner.gate_up(hidden)))).unflatten(-1, (3, heads))
     expected = sum(
         gates[:, :, n, :, None] * x for n, x in enumerate(brute(inner, q, k, v, hidden, 0.4))
     )
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
-    pull, inputs = torch.randn_like(expected), [q, k, v, hidden, *own_parameters(inner)]
+    pull = torch.randn_like(expected)
+    inputs = [q, k, v, hidden, *own_parameters(inner)]
     for a, b in zip(
         *(torch.autograd.grad((y * pull).sum(), inputs) for y in (ours, expected)), strict=True
     ):
@@ -241,7 +244,8 @@ def test_choosing_everything_is_full_attention(time, heads, choice):
     q, k, v = (
         torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1])
     )
-    hidden, where = torch.randn(2, time, 20), context(2, time, "cpu", rope=(ROPE, 6))
+    hidden = torch.randn(2, time, 20)
+    where = context(2, time, "cpu", rope=(ROPE, 6))
 
     def full(key, value):
         three = (x.transpose(1, 2) for x in (q, key, value))
@@ -276,10 +280,8 @@ def test_is_the_naive_code_of_flash_linear_attention(heads, time):
     q, k, v = (
         torch.randn(2, time, n, 6, requires_grad=True) for n in (heads[0], heads[1], heads[1])
     )
-    hidden, where = (
-        torch.randn(2, time, 20, requires_grad=True),
-        context(2, time, "cpu", rope=(ROPE, 6)),
-    )
+    hidden = torch.randn(2, time, 20, requires_grad=True)
+    where = context(2, time, "cpu", rope=(ROPE, 6))
     ours = branches(inner, q, k, v, hidden, where)[:, :, :2]
     pairs = own_pairs(inner, hidden)[0]
     small = [torch.stack([piece.mean(1) for piece in x.split(8, 1)], 1) for x in pairs]
@@ -323,12 +325,10 @@ def test_importance_is_the_count_of_pieces(config, time):
 
 def test_a_query_before_the_first_complete_block_gets_nothing_from_the_compressed():
     inner = layer()
-    q, k, v, hidden = (
-        torch.randn(1, 9, 4, 6),
-        torch.randn(1, 9, 2, 6),
-        torch.randn(1, 9, 2, 6),
-        torch.randn(1, 9, 20),
-    )
+    q = torch.randn(1, 9, 4, 6)
+    k = torch.randn(1, 9, 2, 6)
+    v = torch.randn(1, 9, 2, 6)
+    hidden = torch.randn(1, 9, 20)
     compressed = branches(inner, q, k, v, hidden, context(1, 9, "cpu", rope=(ROPE, 6)))[:, :, 0]
     assert (compressed[:, :3] == 0).all()
     assert (compressed[:, 3:] != 0).all()
@@ -356,7 +356,8 @@ def test_the_choice_carries_no_gradient(choice):
 
 @pytest.mark.parametrize("choice", ["token", "tile"])
 def test_runs_of_queries_change_nothing(monkeypatch, choice):
-    attention, hidden = layer(replace(SMALL, choice=choice)), torch.randn(2, 23, 20)
+    attention = layer(replace(SMALL, choice=choice))
+    hidden = torch.randn(2, 23, 20)
     whole = run(attention, hidden)
     monkeypatch.setattr(sparse, "QUERIES", 5)
     torch.testing.assert_close(run(attention, hidden), whole, atol=1e-5, rtol=0)
@@ -385,7 +386,10 @@ def test_an_unknown_choice_says_so():
 def compressed_means(key, document_ids, config):
     """Compresses every document of equally packed rows, whose values are not needed, to means."""
     ctx = context(*document_ids.shape, "cpu", document_ids=document_ids)
-    segment, keys, ends, pieces = sparse.segments(ctx, config.select_block), [], [], []
+    segment = sparse.segments(ctx, config.select_block)
+    keys = []
+    ends = []
+    pieces = []
     for document in document_ids[0].unique():
         columns = (document_ids[0] == document).nonzero().flatten()
         for first in range(0, len(columns) - config.block + 1, config.stride):
@@ -394,7 +398,8 @@ def compressed_means(key, document_ids, config):
             ends.append(block[-1])
             pieces.append(segment[0, block[:: config.stride]])
     ends, pieces = (torch.stack(x).expand(len(key), -1, *x[0].shape) for x in (ends, pieces))
-    ends, keys = ends.reshape(len(key), -1), torch.stack(keys, 1)
+    ends = ends.reshape(len(key), -1)
+    keys = torch.stack(keys, 1)
     return Compressed(keys, keys, ends, pieces, torch.ones_like(ends, dtype=torch.bool), segment)
 
 
@@ -410,7 +415,8 @@ def selection_of(attention, query, blocks, ctx):
 def test_autocast_changes_no_choice(choice, packed):
     """In bfloat16, scores of neighbouring blocks would be equal."""
     inner = layer(replace(SMALL, top_k=6, choice=choice))
-    query, key = torch.randn(2, 90, 4, 6), torch.randn(2, 90, 2, 6)
+    query = torch.randn(2, 90, 4, 6)
+    key = torch.randn(2, 90, 2, 6)
     document_ids = (torch.arange(90) // 70).expand(2, -1)
     ctx = context(2, 90, "cpu", document_ids=document_ids if packed else None)
     if packed:
@@ -464,7 +470,8 @@ def test_few_tokens_read_their_blocks_and_window_only(way, references):
     _, key, value, _, _, window_key, window_value, index, positions, *_ = arguments
     read = torch.zeros(2, 41, 2, 2, dtype=torch.bool)  # of each group: its blocks, its window
     for b, t, g, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
-        first, end = 4 * max(0, int(index[b, t, g, k])), int(positions[b, t]) + 1
+        first = 4 * max(0, int(index[b, t, g, k]))
+        end = int(positions[b, t]) + 1
         read[b, first : first + 4, g, 0] = True
         read[b, max(0, end - SMALL.window) : end, g, 1] = True
     for n, pair in enumerate([(key, value), (window_key, window_value)]):

@@ -28,7 +28,8 @@ def build() -> QSA:
 def rotated(x: Tensor, position: int) -> Tensor:
     """Rotates the pairs (i, i + 2) of the first four values."""
     angles = position * 100.0 ** (-torch.arange(2, dtype=torch.float64) / 2)
-    a, b = x[..., :2], x[..., 2:4]
+    a = x[..., :2]
+    b = x[..., 2:4]
     turned = a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()
     return torch.cat([*turned, x[..., 4:]], dim=-1)
 
@@ -39,7 +40,8 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 def naive(layer: QSA, hidden: Tensor) -> Tensor:
     """Attends for one token after another; hidden is [T, D]."""
-    indexer, outs = layer.indexer, []
+    indexer = layer.indexer
+    outs = []
     both = (hidden @ indexer.index_qk_proj.weight.T).unflatten(-1, (3, 6))
     q_proj = (hidden @ layer.q_proj.weight.T).unflatten(-1, (4, 16))
     keys = (hidden @ layer.k_proj.weight.T).unflatten(-1, (2, 8))
@@ -66,7 +68,8 @@ def naive(layer: QSA, hidden: Tensor) -> Tensor:
 
 
 def test_every_token_attends_as_a_naive_loop_does():
-    layer, hidden = build(), torch.randn(1, 41, DIM, dtype=torch.float64)
+    layer = build()
+    hidden = torch.randn(1, 41, DIM, dtype=torch.float64)
     ctx = context(1, 41, "cpu", rope=(ROPE, 4))
     result, loss = layer(hidden, ctx)
     assert loss is None
@@ -89,13 +92,15 @@ def test_a_block_that_a_token_completes_is_seen_only_if_it_is_selected():
 
 
 def test_few_keys_are_all_seen():
-    layer, ctx = build(), context(1, 15, "cpu", rope=(ROPE, 4))
+    layer = build()
+    ctx = context(1, 15, "cpu", rope=(ROPE, 4))
     query, keys = layer.indexer.project(torch.randn(1, 15, DIM, dtype=torch.float64), ctx)
     assert layer.select(query, layer.indexer.blocks(keys, ctx), ctx) is None
 
 
 def test_scores_are_those_of_no_negative_product():
-    query, key = torch.randn(2, 3, 4, 6), torch.randn(2, 5, 6)
+    query = torch.randn(2, 3, 4, 6)
+    key = torch.randn(2, 5, 6)
     products = torch.einsum("btjp,bmp->btjm", query, key)
     torch.testing.assert_close(block_scores(query, key), products.relu().sum(2) / 6**0.5)
 
@@ -108,7 +113,8 @@ def test_ties_are_those_of_topk_over_the_blocks_of_the_query():
     result = best_complete(scores, first, end, 3)
     for row in range(4):
         for t in range(30):
-            start, stop = first[row, t], end[row, t]
+            start = first[row, t]
+            stop = end[row, t]
             best = scores[row, t, start:stop].topk(min(3, stop - start)).indices + start
             assert set(result[row, t].tolist()) - {-1} == set(best.tolist())
             one = best_complete(

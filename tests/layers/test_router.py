@@ -66,7 +66,8 @@ def test_v3_is_the_published_router(offset: float) -> None:
         topk_group=2,
         routed_scaling_factor=2.5,
     )
-    oracle, ours = DeepseekV3TopkRouter(config), Router(V3, 24, 16, 3)
+    oracle = DeepseekV3TopkRouter(config)
+    ours = Router(V3, 24, 16, 3)
     oracle.weight.data = ours.weight.data = torch.randn(16, 24)
     oracle.e_score_correction_bias = ours.e_score_correction_bias = torch.randn(16) + offset
     hidden = torch.randn(2, 37, 24)
@@ -100,12 +101,11 @@ def test_v4_is_the_published_router(by_id: bool) -> None:
     config = DeepseekV4Config(
         hidden_size=24, n_routed_experts=8, num_experts_per_tok=2, vocab_size=31
     )
-    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = (
-        1.5,
-        8,
-        "sqrtsoftplus",
-    )
-    hidden, ids = torch.randn(2, 13, 24), torch.randint(31, (2, 13))
+    config.routed_scaling_factor = 1.5
+    config.num_local_experts = 8
+    config.scoring_func = "sqrtsoftplus"
+    hidden = torch.randn(2, 13, 24)
+    ids = torch.randint(31, (2, 13))
     ours = Router(
         RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 24, 8, 2, 0, 31
     )
@@ -132,17 +132,16 @@ def test_v4_is_the_published_router_at_extreme_logits(level: float, by_id: bool)
     config = DeepseekV4Config(
         hidden_size=1, n_routed_experts=8, num_experts_per_tok=3, vocab_size=31
     )
-    config.routed_scaling_factor, config.num_local_experts, config.scoring_func = (
-        1.5,
-        8,
-        "sqrtsoftplus",
-    )
+    config.routed_scaling_factor = 1.5
+    config.num_local_experts = 8
+    config.scoring_func = "sqrtsoftplus"
     ours = Router(
         RouterConfig(score="sqrtsoftplus", scale=1.5, token_id_layers=int(by_id)), 1, 8, 3, 0, 31
     )
     oracle = (DeepseekV4HashRouter if by_id else DeepseekV4TopKRouter)(config)
     ours.weight.data = oracle.weight.data = level + torch.arange(8.0)[:, None] / 7
-    hidden, ids = torch.ones(1, 5, 1), torch.arange(5)[None]
+    hidden = torch.ones(1, 5, 1)
+    ids = torch.arange(5)[None]
     if by_id:
         oracle.tid2eid = ours.table
     _, weights, topk_indices = oracle(hidden, *([ids] if by_id else []))
@@ -169,7 +168,8 @@ def one_token(
     else:
         scores = [math.sqrt(math.log1p(math.exp(x))) for x in logits]
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
-    size, best_of_group = len(logits) // config.groups, 1 if config.group_score == "max" else 2
+    size = len(logits) // config.groups
+    best_of_group = 1 if config.group_score == "max" else 2
     groups = [range(g * size, (g + 1) * size) for g in range(config.groups)]
     groups.sort(
         key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:best_of_group])
@@ -190,7 +190,8 @@ def one_token(
 @st.composite
 def routers(draw) -> tuple[RouterConfig, int, int]:
     """Draws any valid config, its number of experts and how many of them are active."""
-    groups, size = draw(st.integers(1, 5)), draw(st.integers(2, 4))
+    groups = draw(st.integers(1, 5))
+    size = draw(st.integers(2, 4))
     cached = draw(st.integers(1, groups))
     active = draw(st.integers(1, cached * size))
     config = RouterConfig(
@@ -298,10 +299,8 @@ def test_gradients_are_those_of_the_formula() -> None:
 
 
 def test_logits_are_float32_whatever_surrounds_them() -> None:
-    router, hidden = (
-        Router(RouterConfig(), 64, 8, 2).bfloat16(),
-        torch.randn(1, 30, 64, dtype=torch.bfloat16),
-    )
+    router = Router(RouterConfig(), 64, 8, 2).bfloat16()
+    hidden = torch.randn(1, 30, 64, dtype=torch.bfloat16)
     expected = hidden.float() @ router.weight.float().T
     with torch.autocast("cpu", torch.bfloat16):
         routing = router(hidden)
@@ -321,7 +320,8 @@ def test_the_bias_stays_float32_when_the_model_does_not() -> None:
 
 
 def test_noise_moves_choices_in_training_only() -> None:
-    router, hidden = Router(RouterConfig(noise=1.0), 16, 8, 2), torch.randn(4, 50, 16)
+    router = Router(RouterConfig(noise=1.0), 16, 8, 2)
+    hidden = torch.randn(4, 50, 16)
     noisy = router(hidden)
     again = router(hidden)
     assert not torch.equal(noisy.topk_indices, again.topk_indices)
@@ -347,9 +347,11 @@ def test_adaptive_k_takes_the_fewest_that_hold_the_mass(seed: int, mass: float, 
     best = scores.topk(4, -1).values
     cached = within_mass(best, scores.sum(-1), mass, least)
     for row, values in enumerate(best.tolist()):
-        wanted, stored = 0, 0.0
+        wanted = 0
+        stored = 0.0
         while wanted < 4 and (stored < mass * float(scores[row].sum()) or wanted < least):
-            stored, wanted = stored + values[wanted], wanted + 1
+            stored = stored + values[wanted]
+            wanted = wanted + 1
         assert cached[row].tolist() == [slot < wanted for slot in range(4)]
 
 
@@ -366,7 +368,8 @@ def test_token_ids_decide_in_the_first_layers_alone() -> None:
     config = RouterConfig(token_id_layers=2)
     ids = torch.tensor([[5, 6, 5, 7]])
     first = Router(config, 8, 6, 2, 1, 30)
-    one, two = first(torch.randn(1, 4, 8), ids), first(torch.randn(1, 4, 8), ids)
+    one = first(torch.randn(1, 4, 8), ids)
+    two = first(torch.randn(1, 4, 8), ids)
     assert torch.equal(one.topk_indices, two.topk_indices)
     assert torch.equal(one.topk_indices[0, 0], one.topk_indices[0, 2])
     assert not torch.equal(one.weights, two.weights)  # the weights still come from the hidden state

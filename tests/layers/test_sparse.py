@@ -82,7 +82,8 @@ def behind(positions: torch.Tensor) -> Context:
 def brute(query, key, value, index, positions, block, scale):
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     for b, t, h in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
-        g, j = h * key.shape[2] // query.shape[2], h * index.shape[2] // query.shape[2]
+        g = h * key.shape[2] // query.shape[2]
+        j = h * index.shape[2] // query.shape[2]
         selected = set(index[b, t, j].tolist())
         columns = [
             c for c in range(key.shape[1]) if c // block in selected and c <= positions[b, t]
@@ -141,8 +142,12 @@ def mean(keys):
 def test_blocks_of_growing_rows_are_those_of_each_row_alone(pieces, size, parts, data):
     """Rows of different lengths are padded, cropped, reordered and removed in between."""
     torch.manual_seed(0)
-    stride, block, length = size, size * parts, sum(pieces)
-    keys, past, blocks = torch.randn(3, length, 2, 3), Past(3), Blocks(block, stride)
+    stride = size
+    block = size * parts
+    length = sum(pieces)
+    keys = torch.randn(3, length, 2, 3)
+    past = Past(3)
+    blocks = Blocks(block, stride)
     for piece in pieces:
         if data.draw(st.booleans()):
             index = data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3))
@@ -165,7 +170,10 @@ def test_blocks_of_growing_rows_are_those_of_each_row_alone(pieces, size, parts,
 
 @pytest.mark.parametrize("counts", [[17, 17], [17, 12]], ids=str)
 def test_a_block_is_computed_once(counts):
-    keys, blocks, past, computed = torch.randn(2, 17, 2, 3), Blocks(4, 2), Past(2), []
+    keys = torch.randn(2, 17, 2, 3)
+    blocks = Blocks(4, 2)
+    past = Past(2)
+    computed = []
 
     def make(x):
         computed.append(x.shape[0] * x.shape[1])
@@ -183,7 +191,9 @@ def test_a_block_is_computed_once(counts):
 @pytest.mark.parametrize("prompt", [[20, 20], [20, 17]], ids=str)
 def test_blocks_keep_their_dtype(prompt):
     """The prompt was under autocast and what follows is not."""
-    keys, blocks, past = torch.randn(2, 30, 1, 3), Blocks(4, 2), Past(2)
+    keys = torch.randn(2, 30, 1, 3)
+    blocks = Blocks(4, 2)
+    past = Past(2)
     ctx = context(2, 20, "cpu", past=past, lengths=prompt)
     blocks.update(keys[:, :20].bfloat16(), mean, ctx)
     ctx = context(2, 10, "cpu", past=past)
@@ -199,8 +209,10 @@ def test_blocks_keep_their_dtype(prompt):
 def test_gathered_is_masked(shape, shorter, dtype):
     """Compares both ways for the last tokens of a cache, with gradients."""
     query, key, value, index, positions, block, scale = case(*shape, dtype, shorter)
-    ctx, run = behind(positions), slice(0, query.shape[1])
-    key, value = key[:, : ctx.key_count], value[:, : ctx.key_count]
+    ctx = behind(positions)
+    run = slice(0, query.shape[1])
+    key = key[:, : ctx.key_count]
+    value = value[:, : ctx.key_count]
     arguments = [x.clone().requires_grad_() for x in (query, key, value)]
     masked = masked_attention(*arguments, index, Selection(index, block), ctx, run, scale)
     gathered = selected_attention(*arguments, index, positions, block, scale)
@@ -221,7 +233,8 @@ def test_few_and_many_queries_attend_alike(time, shorter, wanted, monkeypatch):
     monkeypatch.setattr(sparse, "QUERIES", 16)
     arguments = case(2, time, 4, 2, 2, 6, 6, 64, 2, 4, shorter=shorter)
     query, key, value, index, positions, block, scale = arguments
-    ctx, expected = behind(positions), brute(*arguments)
+    ctx = behind(positions)
+    expected = brute(*arguments)
     if time <= 2:
         read = torch.zeros(2, 64, 2, dtype=torch.bool)
         for b, t, j, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
@@ -245,7 +258,8 @@ def test_full_attention_is_its_definition(starts: Sequence[int], time: int, monk
     monkeypatch.setattr(sparse, "QUERIES", 4)
     length = max(starts) + time
     query = torch.randn(2, time, 6, 4)
-    key, value = torch.randn(2, length, 2, 4), torch.randn(2, length, 2, 4)
+    key = torch.randn(2, length, 2, 4)
+    value = torch.randn(2, length, 2, 4)
     positions = torch.tensor(starts)[:, None] + torch.arange(time)
     every = torch.zeros(2, time, 2, 1, dtype=torch.long)
     expected = brute(query, key, value, every, positions, length, 0.4)

@@ -100,7 +100,10 @@ def test_without_eps_what_vanishes_is_not_divided_by_zero() -> None:
 
 @both_ways
 def test_pre_mapping_is_coefficients_and_read(way: None) -> None:
-    x, m, scale, base = torch.randn(6, 3, 5), torch.randn(15, 6), torch.rand(3), torch.randn(15)
+    x = torch.randn(6, 3, 5)
+    m = torch.randn(15, 6)
+    scale = torch.rand(3)
+    base = torch.randn(15)
     u, pre, post, comb = streams.pre_mapping(x, m, scale, base, None, 4, 1e-3)
     logits = m * scale.repeat_interleave(torch.tensor([3, 3, 9]))[:, None] + base[:, None]
     torch.testing.assert_close(pre, logits[:3].sigmoid() + 1e-3)
@@ -116,12 +119,10 @@ def test_pre_mapping_is_coefficients_and_read(way: None) -> None:
 
 @both_ways
 def test_write_mixes_from_j_to_k(way: None) -> None:
-    x, out, post, comb = (
-        torch.randn(6, 3, 5),
-        torch.randn(6, 5),
-        torch.rand(3, 6),
-        torch.rand(3, 3, 6),
-    )
+    x = torch.randn(6, 3, 5)
+    out = torch.randn(6, 5)
+    post = torch.rand(3, 6)
+    comb = torch.rand(3, 3, 6)
     expected = torch.einsum("jkn,njd->nkd", comb, x) + torch.einsum("kn,nd->nkd", post, out)
     torch.testing.assert_close(streams.post_mapping(x, out, post, comb), expected)
     torch.testing.assert_close(
@@ -140,7 +141,9 @@ def test_a_site_of_tiles_is_a_site(
         Connection(HyperConfig(kind=kind, streams=3, iterations=3), 10, n).to(tiled)
         for n in range(2)
     ]
-    start, pull, result = torch.randn(2, 5, 3, 10), torch.randn(2, 3, 5, 10).transpose(1, 2), []
+    start = torch.randn(2, 5, 3, 10)
+    pull = torch.randn(2, 3, 5, 10).transpose(1, 2)
+    result = []
     for choice in ("reference", "triton"):
         asked = ",".join(f"{name}={choice}" for name in ("pre_mapping", "post_mapping"))
         monkeypatch.setitem(os.environ, kernels.VARIABLE, asked)
@@ -162,7 +165,8 @@ def test_a_site_of_tiles_is_a_site(
 @pytest.mark.compiled
 @pytest.mark.slow
 def test_compiled_backward_does_not_overflow():
-    logits, pull = (torch.randn(4, 4, 50).sign() * 20).requires_grad_(), torch.randn(4, 4, 50) * 1e4
+    logits = (torch.randn(4, 4, 50).sign() * 20).requires_grad_()
+    pull = torch.randn(4, 4, 50) * 1e4
     torch.compile(sinkhorn)(logits).backward(pull)
     assert logits.grad.isfinite().all()
     expected = torch.autograd.grad((sinkhorn(logits) * pull).sum(), logits)[0]

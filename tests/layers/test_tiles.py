@@ -103,7 +103,8 @@ def test_the_blocks_for_flex_attention(size):
     """Tests which blocks the mask of FlexAttention includes."""
     time, heads, _, choices, top_k, block = size
     index = choice_of_tiles(time, choices, top_k, block)
-    mask, width = mask_of(index, time, heads, block), -(-time // block)
+    mask = mask_of(index, time, heads, block)
+    width = -(-time // block)
     dense = block_mask(index, time, heads, block).to_dense()
     for b, h, n in torch.cartesian_prod(
         torch.arange(2), torch.arange(heads), torch.arange(index.shape[1])
@@ -117,14 +118,17 @@ def test_the_blocks_for_flex_attention(size):
 @pytest.mark.compiled
 def test_flex_attention_is_the_loop():
     """Tests one size only, because compiling takes most of a minute."""
-    time, heads, groups, choices, top_k, block = 300, 4, 2, 4, 3, 32
+    time = 300
+    heads = 4
+    groups = 2
+    choices = 4
+    top_k = 3
+    block = 32
     arguments = tensors(time, heads, groups, width=16)
     index = choice_of_tiles(time, choices, top_k, block)
     with torch.no_grad():
-        ours, expected = (
-            flex_tiles(*arguments, index, block, 0.4),
-            loop_tiles(*arguments, index, 0, block, 0.4),
-        )
+        ours = flex_tiles(*arguments, index, block, 0.4)
+        expected = loop_tiles(*arguments, index, 0, block, 0.4)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -132,11 +136,9 @@ def test_flex_attention_is_the_loop():
 @pytest.mark.compiled
 def test_a_compiled_call_is_one_graph():
     """Compiles forward, backward and a prompt, for NSA and MoBA, with packed documents, too."""
-    gqa, rope, hidden = (
-        GQAConfig(heads=4, kv_heads=2, head_dim=8),
-        RopeConfig(),
-        torch.randn(2, 150, 32),
-    )
+    gqa = GQAConfig(heads=4, kv_heads=2, head_dim=8)
+    rope = RopeConfig()
+    hidden = torch.randn(2, 150, 32)
     nsa = NSAConfig(block=4, stride=2, select_block=4, top_k=3, window=5)
     packed = (torch.arange(150) // torch.tensor([[40], [7]])).long()
     tile = MoBA(MoBAConfig(block=4, top_k=2, choice="tile"), gqa, 32, rope)
@@ -150,7 +152,8 @@ def test_a_compiled_call_is_one_graph():
 
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
-        out, expected = compiled(ours), call(theirs)
+        out = compiled(ours)
+        expected = call(theirs)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
         for y in (out, expected):
             y.square().sum().backward()
@@ -196,7 +199,9 @@ class Largest(TorchDispatchMode):
 def test_prefill_forms_no_square(kind, choice, kernels, monkeypatch):
     monkeypatch.setattr(sparse, "QUERIES", 64)
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
-    gqa, rope, time = GQAConfig(heads=2, kv_heads=1, head_dim=4), RopeConfig(), 2048
+    gqa = GQAConfig(heads=2, kv_heads=1, head_dim=4)
+    rope = RopeConfig()
+    time = 2048
     attention = MoBA(MoBAConfig(block=64, top_k=3, choice=choice), gqa, 8, rope)
     if kind == "nsa":
         attention = NSA(NSAConfig(top_k=3, window=64, choice=choice), gqa, 8, rope)

@@ -19,7 +19,9 @@ def alone(
         end_ids=ends,
         matcher=matcher,
     )
-    cache, new, ids = model.new_cache(1), list(prompt), []
+    cache = model.new_cache(1)
+    new = list(prompt)
+    ids = []
     while len(ids) < max_new_tokens:
         hidden = model.hidden(torch.tensor([new]), cache=cache, last=True)[0]
         drawn = sample_rows(model.logits(hidden)[:, 0, :vocab_size], [row])

@@ -29,7 +29,8 @@ from rorqual.serve import schema, server  # noqa: E402
 from rorqual.serve.server import Service  # noqa: E402
 
 # A loaded machine may take longer than the 5 s that httpx waits.
-POST, GET = partial(httpx.post, timeout=60), partial(httpx.get, timeout=60)
+POST = partial(httpx.post, timeout=60)
+GET = partial(httpx.get, timeout=60)
 
 TOOL = {
     "type": "function",
@@ -255,7 +256,8 @@ def test_a_schema_is_followed(client, stream, temperature):
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         finish = chunks[-1].choices[0].finish_reason
     else:
-        text, finish = answer.choices[0].message.content, answer.choices[0].finish_reason
+        text = answer.choices[0].message.content
+        finish = answer.choices[0].finish_reason
     assert finish == "stop"
     value = json.loads(text)
     assert set(value) == {"name", "age", "kind"}
@@ -293,7 +295,8 @@ def test_a_tool_that_must_be_called_is(client, choice, stream):
             assert [call.index for call in calls] == list(range(len(calls)))
         else:
             (choice_made,) = answer.choices
-            calls, content = choice_made.message.tool_calls, choice_made.message.content
+            calls = choice_made.message.tool_calls
+            content = choice_made.message.content
             finishes.append(choice_made.finish_reason)
             assert (content is None) == (finishes[-1] == "tool_calls")
         if finishes[-1] == "tool_calls":
@@ -585,7 +588,8 @@ def test_the_harness_scores_the_server_as_it_scores_the_model(address, run, fold
         for one in words
         for other in words[:3]
     ]
-    data, task = tmp_path / "data.jsonl", tmp_path / "tiny.yaml"
+    data = tmp_path / "data.jsonl"
+    task = tmp_path / "tiny.yaml"
     data.write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
     task.write_text(TASK.format(data=data), encoding="utf-8")
     manager = TaskManager(include_defaults=False)
@@ -640,7 +644,8 @@ def value_of(field, components):
     if kind == "array":
         inner = value_of(field.get("items", {}), components)
         return st.lists(inner, min_size=field.get("minItems", 0), max_size=3)
-    low, high = int(field.get("minimum", -3)), int(min(field.get("maximum", 40), 300))
+    low = int(field.get("minimum", -3))
+    high = int(min(field.get("maximum", 40), 300))
     simple = {
         "string": st.text(max_size=20),
         "integer": st.integers(max(low, -(2**40)), high),
@@ -677,7 +682,8 @@ def test_fuzzed_bodies_never_fail_the_server(run, serving):
     with serving(service) as address, httpx.Client(base_url=address, timeout=60) as http:
         routes = bodies_of(http.get("/openapi.json").json())
         assert len(routes) == 5
-        statuses, end = {}, time.monotonic() + 45
+        statuses = {}
+        end = time.monotonic() + 45
 
         @settings(
             max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck)

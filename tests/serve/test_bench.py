@@ -33,7 +33,10 @@ def whole(
 
 def test_figures_of_a_scripted_timeline_are_the_closed_forms() -> None:
     """Request i of n begins at i, says its first token after f, and k - 1 more, g apart."""
-    n, f, g, k = 20, 0.25, 0.05, 9
+    n = 20
+    f = 0.25
+    g = 0.05
+    k = 9
     outcomes = [whole(float(i), *(f + g * j for j in range(k)), due=i - 0.5) for i in range(n)]
     figures = summarise(outcomes, 40.0)
     assert (figures["completed"], figures["failed"], figures["unfinished"]) == (n, 0, 0)

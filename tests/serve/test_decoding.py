@@ -165,7 +165,8 @@ def drafting(request):
 )
 def test_drafts_change_nothing(drafting, prompts, count, ending):
     """Holds for any depth and any batch of different lengths, whichever sequence ends where."""
-    acceptance_stats, depth = AcceptanceStats(), len(drafting.mtp)
+    acceptance_stats = AcceptanceStats()
+    depth = len(drafting.mtp)
     text = drafted(drafting, prompts, max_new_tokens=count, acceptance_stats=acceptance_stats)
     assert text == together(drafting, prompts, max_new_tokens=count)
     assert (
@@ -192,17 +193,16 @@ def test_a_trained_model_accepts_its_own_drafts():
     config = ModelConfig(
         vocab_size=12, dim=32, layers=1, dense_width=64, mtp=MTPConfig(depth=2), init_std=0.1
     )
-    model, ids = LanguageModel(config), (torch.arange(25)[None] * 5 + torch.arange(4)[:, None]) % 12
+    model = LanguageModel(config)
+    ids = (torch.arange(25)[None] * 5 + torch.arange(4)[:, None]) % 12
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):
         model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
         optimizer.step()
         optimizer.zero_grad()
     for rows in (1, 3):
-        acceptance_stats, prompts = (
-            AcceptanceStats(),
-            [row[: 4 + n].tolist() for n, row in enumerate(ids[:rows])],
-        )
+        acceptance_stats = AcceptanceStats()
+        prompts = [row[: 4 + n].tolist() for n, row in enumerate(ids[:rows])]
         text = drafted(model.eval(), prompts, max_new_tokens=16, acceptance_stats=acceptance_stats)
         assert text == [row[4 + n : 20 + n].tolist() for n, row in enumerate(ids[:rows])]
         assert text == [plainly(model, prompt, 16) for prompt in prompts]
@@ -235,7 +235,8 @@ def test_a_depth_is_given_in_decoding_what_it_is_given_in_training(drafting, mon
     monkeypatch.setattr(LanguageModel, "draft", watched)
     text = drafted(drafting, [[3], [5, 10, 3, 8]], max_new_tokens=9)[0]
     monkeypatch.undo()
-    ids, depths = torch.tensor([[3, *text]]), len(drafting.mtp)
+    ids = torch.tensor([[3, *text]])
+    depths = len(drafting.mtp)
     beginning = 1
     for index in range(0, len(made), depths):
         while not torch.allclose(
@@ -253,7 +254,9 @@ def test_a_depth_is_given_in_decoding_what_it_is_given_in_training(drafting, mon
 
 def _chain(model, ids, rounds) -> list[torch.Tensor]:
     """Returns every depth's output after `ids`, if it reads all of them and last the given id."""
-    hidden, text, result = model.hidden(ids)[0], ids, []
+    hidden = model.hidden(ids)[0]
+    text = ids
+    result = []
     for depth, last, _ in rounds:
         text = torch.cat([text[:, 1:], last], 1)
         hidden = model.draft(hidden, text, depth=depth)[0]

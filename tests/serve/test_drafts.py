@@ -52,14 +52,16 @@ def guess(monkeypatch, share: float, following: dict[tuple, list[int]], *, compa
 
     `compared` receives each request and its drafts as they were.
     """
-    draw, propose = random.Random(0), Drafter.propose
+    draw = random.Random(0)
+    propose = Drafter.propose
 
     def guessed(self, requests, cache):
         drafts = propose(self, requests, cache)
         for row, request in enumerate(requests):
             if compared is not None:
                 compared(request, drafts[row].tolist())
-            ids, first = following[request.prompt], len(request.ids)
+            ids = following[request.prompt]
+            first = len(request.ids)
             for depth in range(self.depths):
                 true = ids[first + depth] if first + depth < len(ids) else 0
                 right = draw.random() < share
@@ -79,7 +81,8 @@ def following_of(model, prompts, count: int, sampling=GREEDY) -> dict[tuple, lis
 @pytest.mark.parametrize("case", some("mla", "gqa", "dsa", "nsa", "moba", "v4 on streams", "qwen4"))
 def test_ids_are_those_of_a_request_alone(case, monkeypatch):
     """Few pages, so that some are sent back; then long prompts in chunks of 17 tokens."""
-    model, sampling = drafting(case), SAMPLINGS[list(CASES).index(case) % 2]
+    model = drafting(case)
+    sampling = SAMPLINGS[list(CASES).index(case) % 2]
     prompts = texts(3, [100, 2, 100, 5], shared=0)
     guess(monkeypatch, 0.7, following_of(model, prompts, 60, sampling))
     options = {"context": 220, "drafts": True, "sampling": sampling}
@@ -116,8 +119,10 @@ def test_ids_are_those_of_a_request_alone_under_many_arrivals(case, share, monke
 @torch.no_grad()
 def drafts_of(model, ids) -> list[int]:
     """Returns the drafts after `ids`, all of which every module reads without a cache."""
-    text, drafts = torch.tensor([ids]), []
-    hidden, following = model.hidden(text[:, :-1], for_mtp=True)[0], text[:, 1:]
+    text = torch.tensor([ids])
+    drafts = []
+    hidden = model.hidden(text[:, :-1], for_mtp=True)[0]
+    following = text[:, 1:]
     for depth, module in enumerate(model.mtp):
         hidden = model.draft(hidden, following, depth=depth)[0]
         draft = model.head(module.head_input(hidden))[:, -1:].argmax(-1)
@@ -129,7 +134,9 @@ def drafts_of(model, ids) -> list[int]:
 @pytest.mark.parametrize("case", some("mla", "gqa", "v4 on streams"))
 def test_drafts_are_those_of_modules_that_read_everything(case, monkeypatch):
     """Whether prompts come in chunks, from the cache of an earlier one, or a second time."""
-    model, wrong, count = drafting(case), [], 0
+    model = drafting(case)
+    wrong = []
+    count = 0
 
     def compared(request, drafts):
         nonlocal count
@@ -151,11 +158,13 @@ def test_drafts_are_those_of_modules_that_read_everything(case, monkeypatch):
 
 
 def test_drafts_that_are_right_save_steps(monkeypatch):
-    model, prompt = drafting("gqa"), [1, 2, 3]
+    model = drafting("gqa")
+    prompt = [1, 2, 3]
     assert len(model.mtp) == 2
     guess(monkeypatch, 1.0, following_of(model, [prompt], 31))
     engine = Engine(model, drafts=True)
-    request, sizes = engine.submit(prompt, max_new_tokens=31), []
+    request = engine.submit(prompt, max_new_tokens=31)
+    sizes = []
     while not engine.idle:
         before = len(request.ids)
         assert engine.step() == [request]
@@ -209,7 +218,8 @@ def test_what_a_request_is_shown_is_the_same_with_drafts(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ends_and_biases_are_those_without_drafts(temperature, monkeypatch):
     """A stop id among accepted drafts ends the text, and none comes before min_tokens."""
-    model, prompt = drafting("gqa"), [4, 5]
+    model = drafting("gqa")
+    prompt = [4, 5]
     free = Sampling(temperature=temperature, seed=1, logit_bias=((7, 1.5), (9, -50.0)))
     ids = alone(model, prompt, max_new_tokens=30, sampling=free)
     for stop in sorted(set(ids))[:3]:
@@ -230,7 +240,8 @@ class Counting:
     """Allows what leaves the remainder of the number of ids so far by 3; is complete after 20."""
 
     def __init__(self, after=lambda: None):
-        self.count, self.after = 0, after
+        self.count = 0
+        self.after = after
 
     def mask(self):
         return torch.arange(61) % 3 == self.count % 3
@@ -245,7 +256,8 @@ class Counting:
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
 def test_a_grammar_sees_the_ids_one_by_one(share, sampling, monkeypatch):
-    model, prompt = drafting("mla"), [1, 2, 3]
+    model = drafting("mla")
+    prompt = [1, 2, 3]
     expected = alone(model, prompt, max_new_tokens=50, sampling=sampling, matcher=Counting())
     assert len(expected) == 20
     others = texts(0, [5, 9], shared=0)
@@ -261,7 +273,9 @@ def test_a_grammar_sees_the_ids_one_by_one(share, sampling, monkeypatch):
 
 
 def test_who_is_cancelled_within_a_round_gets_no_more_ids(monkeypatch):
-    model, prompt, other = drafting("gqa"), [1, 2, 3], [9]
+    model = drafting("gqa")
+    prompt = [1, 2, 3]
+    other = [9]
     expected = alone(model, prompt, max_new_tokens=50, matcher=Counting())
     guess(monkeypatch, 1.0, following_of(model, [other], 20) | {tuple(prompt): expected})
     engine = Engine(model, drafts=True)
@@ -312,7 +326,8 @@ def test_a_request_whose_logits_become_nan_ends_with_what_it_reported(share, mon
 
 
 def test_after_a_step_that_failed_the_engine_goes_on(monkeypatch):
-    model, prompts = drafting("mla"), texts(0, [3, 9], shared=0)
+    model = drafting("mla")
+    prompts = texts(0, [3, 9], shared=0)
     engine = Engine(model, drafts=True)
     for prompt in prompts:
         engine.submit(prompt, max_new_tokens=20)
@@ -361,8 +376,10 @@ def test_rows_on_a_disk_are_fetched_as_soon_as_ids_are_drawn(drafts, tmp_path, m
     model = LanguageModel(resident.config, tables=tables)
     model.load_state_dict(resident.state_dict(), strict=False)
     model.eval()
-    inside, fetched = [0], []
-    prefetch, hidden = Table.prefetch, LanguageModel.hidden
+    inside = [0]
+    fetched = []
+    prefetch = Table.prefetch
+    hidden = LanguageModel.hidden
 
     def fetching(self, ids):
         fetched.append(bool(inside[0]))
@@ -379,7 +396,8 @@ def test_rows_on_a_disk_are_fetched_as_soon_as_ids_are_drawn(drafts, tmp_path, m
     prompts = texts(1, [9, 9, 9], shared=0)
     expected = [alone(resident, prompt, max_new_tokens=20) for prompt in prompts]
     guess(monkeypatch, 0.0, following_of(resident, prompts, 20))
-    propose, announce = Drafter.propose, LanguageModel.announce
+    propose = Drafter.propose
+    announce = LanguageModel.announce
 
     def announced(self, requests, cache):
         """Announces the drafts that were replaced."""

@@ -62,11 +62,9 @@ def test_all_at_once_or_few_at_a_time(model, max_batch_size):
 
 
 def test_requests_come_and_go(model):
-    engine, draw, asked = (
-        Engine(model, max_batch_size=3, end_id=9),
-        random.Random(1),
-        prompts(7, seed=2),
-    )
+    engine = Engine(model, max_batch_size=3, end_id=9)
+    draw = random.Random(1)
+    asked = prompts(7, seed=2)
     lengths = [draw.randrange(1, 9) for _ in asked]
     requests = []
     while not engine.idle or len(requests) < len(asked):
@@ -82,7 +80,8 @@ def test_requests_come_and_go(model):
 
 
 def test_sampling_is_each_requests_own(model):
-    asked, sampling = prompts(3, seed=4), Sampling(temperature=1.0, seed=5, repetition_penalty=1.3)
+    asked = prompts(3, seed=4)
+    sampling = Sampling(temperature=1.0, seed=5, repetition_penalty=1.3)
     engine = Engine(model, max_batch_size=3)
     mixed = [
         engine.submit(asked[0], max_new_tokens=6),
@@ -149,7 +148,9 @@ def come_and_go(model, lengths: list[int], seed: int) -> None:
 
     Each must get the ids that it gets alone.
     """
-    draw, engine, requests = random.Random(seed), Engine(model, max_batch_size=3), []
+    draw = random.Random(seed)
+    engine = Engine(model, max_batch_size=3)
+    requests = []
     asked = [
         ([draw.randrange(61) for _ in range(length)], draw.randrange(2, 9)) for length in lengths
     ]
@@ -184,7 +185,8 @@ def test_blocks_of_a_long_row_that_left_are_not_taken_for_those_of_a_shorter():
     """The sequence that stays is as long as the one that joins it."""
     model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["moba"]), seed=4).eval()
     text = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
-    left, right = model.new_cache(2), model.new_cache(1)
+    left = model.new_cache(2)
+    right = model.new_cache(1)
     padded = torch.stack([text[0, :39], F.pad(text[1, :11], (0, 28))])
     model.hidden(padded, lengths=[39, 11], cache=left)
     model.hidden(text[:, 11:12], cache=left)
@@ -215,10 +217,8 @@ def poisoned(model):
     "sampling", [Sampling(temperature=0.0), Sampling(seed=3, repetition_penalty=1.2)]
 )
 def test_a_request_whose_logits_are_nan_ends_alone(poisoned, prompt, sampling):
-    asked, options = (
-        [[1, 2, 3, 4], [5, 6, 7, 8, 9]],
-        {"max_new_tokens": 6, "sampling": sampling, "vocab_size": BAD},
-    )
+    asked = [[1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    options = {"max_new_tokens": 6, "sampling": sampling, "vocab_size": BAD}
     expected = [alone(poisoned, one, **options) for one in asked]
     engine = Engine(poisoned, max_batch_size=3)
     engine.vocab_size = BAD  # so that no other request samples it
@@ -262,7 +262,8 @@ def test_a_tiny_temperature_is_greedy_and_harms_nobody(model, temperature):
     loud = copy.deepcopy(model)
     with torch.no_grad():
         loud.norm.weight.mul_(20.0)  # logits are far above 3.4
-    asked, tiny = prompts(3, seed=8), Sampling(temperature=temperature, seed=1)
+    asked = prompts(3, seed=8)
+    tiny = Sampling(temperature=temperature, seed=1)
     engine = Engine(loud, max_batch_size=3)
     requests = [engine.submit(prompt, max_new_tokens=5, sampling=tiny) for prompt in asked[:2]]
     requests.append(engine.submit(asked[2], max_new_tokens=5))
@@ -302,7 +303,8 @@ def test_what_a_prompt_says_does_not_depend_on_whom_it_was_prefilled_with(model,
 
 
 def test_what_nobody_waits_for_leaves(model):
-    engine, asked = Engine(model, max_batch_size=2), prompts(4, seed=6)
+    engine = Engine(model, max_batch_size=2)
+    asked = prompts(4, seed=6)
     requests = [engine.submit(prompt, max_new_tokens=6) for prompt in asked]
     engine.step()
     engine.cancel(requests[0])

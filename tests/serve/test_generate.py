@@ -100,7 +100,8 @@ def test_a_character_comes_whole_and_at_once(tokenizer):
     stop=st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_end_the_text_before_them(tokenizer, text, stop):
-    stream, pieces = TextStream(tokenizer, stop), []
+    stream = TextStream(tokenizer, stop)
+    pieces = []
     for token in tokenizer.encode(text):
         pieces.append(stream.push(token))
     whole = "".join([*pieces, stream.flush()])

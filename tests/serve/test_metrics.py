@@ -17,7 +17,8 @@ from rorqual.serve.generate import Run, load  # noqa: E402
 from rorqual.serve.service import Service  # noqa: E402
 
 # A loaded machine may take longer than the 5 s that httpx waits.
-POST, GET = partial(httpx.post, timeout=60), partial(httpx.get, timeout=60)
+POST = partial(httpx.post, timeout=60)
+GET = partial(httpx.get, timeout=60)
 
 
 def test_metrics_count_what_was_done(run, serving):

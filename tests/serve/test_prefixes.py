@@ -14,7 +14,8 @@ from tests.serve.test_scheduler import model_of, texts
 
 def test_a_shared_prefix_is_read_once():
     model = model_of("mla")
-    engine, prompts = Engine(model), texts(0, [30, 40, 0, 10], shared=300)
+    engine = Engine(model)
+    prompts = texts(0, [30, 40, 0, 10], shared=300)
     read = []
     hidden = model.hidden
 
@@ -34,7 +35,8 @@ def test_a_shared_prefix_is_read_once():
 
 def test_of_prompts_that_come_together_the_shared_prefix_is_read_once():
     model = model_of("mla")
-    engine, prompts = Engine(model), texts(0, [30, 40, 30, 10], shared=300)
+    engine = Engine(model)
+    prompts = texts(0, [30, 40, 30, 10], shared=300)
     expected = [alone(model, prompt, max_new_tokens=4) for prompt in prompts]
     assert engine.run(prompts, max_new_tokens=4) == expected
     assert engine.stats().prefix_tokens == 3 * 288
@@ -54,14 +56,16 @@ def test_keys_of_another_length_are_not_shared_where_frequencies_vary():
 
 
 def test_without_prefix_cache_all_is_read():
-    model, prompt = model_of("mla"), texts(0, [10], shared=200)[0]
+    model = model_of("mla")
+    prompt = texts(0, [10], shared=200)[0]
     engine = Engine(model, prefix_cache=False)
     assert engine.run([prompt], max_new_tokens=3) == engine.run([prompt], max_new_tokens=3)
     assert engine.stats().prefix_tokens == 0
 
 
 def test_the_last_token_is_always_read():
-    model, prompt = model_of("mla"), texts(0, [0], shared=128)[0]
+    model = model_of("mla")
+    prompt = texts(0, [0], shared=128)[0]
     engine = Engine(model)
     first, again = (engine.run([prompt], max_new_tokens=4)[0] for _ in range(2))
     assert first == again == alone(model, prompt, max_new_tokens=4)
@@ -80,7 +84,8 @@ def test_keys_are_equal_as_far_as_pages_are(ids, other):
         : (equal + 1) * PAGE
     ]:
         equal += 1
-    ours, theirs = keys_of(ids), keys_of(other)
+    ours = keys_of(ids)
+    theirs = keys_of(other)
     assert len(ours) == len(ids) // PAGE
     assert [a == b for a, b in zip(ours, theirs, strict=False)] == [
         page < equal for page in range(min(len(ours), len(theirs)))
@@ -90,7 +95,8 @@ def test_keys_are_equal_as_far_as_pages_are(ids, other):
 @torch.inference_mode()
 def test_prefixes_are_dropped_when_they_were_not_used_for_longest():
     model = model_of("mla", engram=EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2))
-    prefixes, prompts = Prefixes(model), [[number] * 130 for number in range(4)]
+    prefixes = Prefixes(model)
+    prompts = [[number] * 130 for number in range(4)]
     for prompt in prompts[:3]:
         cache, length = prefixes.start(prompt)
         assert length == 0

@@ -38,11 +38,14 @@ def test_nan_of_a_request_that_left_does_not_stay_in_its_row():
 @torch.no_grad()
 def test_a_loaded_cache_goes_on_as_the_one_it_was_copied_from(kind):
     """A copy of its first tokens, and a copy of that, after another text was cropped from both."""
-    model, precise = model_of(kind), nullcontext
+    model = model_of(kind)
+    precise = nullcontext
     bounds = {"rtol": 1e-4, "atol": 1e-5}
     # A state is a sum over all tokens, of which the norm after it may leave few digits.
     if kind == "delta net":
-        model, precise, bounds = model.double(), Doubles, {"rtol": 1e-8, "atol": 1e-9}
+        model = model.double()
+        precise = Doubles
+        bounds = {"rtol": 1e-8, "atol": 1e-9}
     text, other = torch.randint(61, (2, 1, 60), generator=torch.Generator().manual_seed(3))
     source = model.new_cache(1)
     slack = 64 if kind == "delta net" else 100
@@ -51,7 +54,8 @@ def test_a_loaded_cache_goes_on_as_the_one_it_was_copied_from(kind):
         model.hidden(text[:, :40], cache=source)
         whole = model.hidden(text)[0]
     for length in (17, 33, 40):
-        copy, again = model.new_cache(1), model.new_cache(1)
+        copy = model.new_cache(1)
+        again = model.new_cache(1)
         copy.reserve_slack(slack)
         copy.load(source, length)
         with precise():

@@ -57,7 +57,8 @@ def test_narrow_is_transformers_chain(seed, temperature, top_k, top_p, min_p):
 
 
 def test_penalty_is_transformers():
-    logits, ids = torch.randn(2, 11), torch.tensor([[1, 4, 4], [0, 2, 10]])
+    logits = torch.randn(2, 11)
+    ids = torch.tensor([[1, 4, 4], [0, 2, 10]])
     seen = torch.zeros(2, 11, dtype=torch.bool).scatter(1, ids, True)
     torch.testing.assert_close(
         penalise(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
@@ -89,7 +90,8 @@ def test_frequencies_follow_the_softmax():
 
 
 def test_a_row_draws_the_same_whoever_stands_beside_it():
-    logits, sampling = torch.randn(4, 50), Sampling(seed=3)
+    logits = torch.randn(4, 50)
+    sampling = Sampling(seed=3)
     together = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
     alone = torch.cat(
         [sample(logits[row : row + 1], sampling, [sampling.generator(row)]) for row in range(4)]
@@ -270,7 +272,8 @@ def test_a_grammar_allows_its_ids_alone():
 
 def test_the_tail_of_a_large_vocabulary_is_drawn():
     """In float32 a sum of 2^18 equal chances would lose its tail."""
-    logits, sampling = torch.zeros(1, 2**18), Sampling(temperature=1.0, seed=1)
+    logits = torch.zeros(1, 2**18)
+    sampling = Sampling(temperature=1.0, seed=1)
     generator = sampling.generator()
     drawn = torch.cat([sample(logits, sampling, [generator]) for _ in range(400)])
     counts = (drawn // 2**16).bincount(minlength=4)

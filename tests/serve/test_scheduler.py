@@ -37,7 +37,9 @@ def check(
     model, prompts, *, seed=0, counts: list | None = None, sampling: Sampling = GREEDY, **options
 ) -> Engine:
     """Requests come, are sent back and cancelled at random; each gets the ids it gets alone."""
-    draw, engine, requests = random.Random(seed), Engine(model, **options), []
+    draw = random.Random(seed)
+    engine = Engine(model, **options)
+    requests = []
     counts = counts or [draw.randrange(1, 12) for _ in prompts]
     while not engine.idle or len(requests) < len(prompts):
         for _ in range(draw.randrange(3)):
@@ -115,7 +117,8 @@ def test_a_header_that_all_prompts_share_makes_none_wait():
 
 
 def test_who_wants_the_whole_prompt_gets_it_despite_a_shared_prefix():
-    model, prompt = model_of("mla"), texts(0, [10], shared=200)[0]
+    model = model_of("mla")
+    prompt = texts(0, [10], shared=200)[0]
     engine = Engine(model)
     engine.run([prompt], max_new_tokens=1)
     sampling = Sampling(temperature=0.0, logprobs=1, prompt_logprobs=True)
@@ -205,7 +208,8 @@ def test_who_came_first_is_never_sent_back():
 
 def test_clients_that_hang_up_leave_nothing():
     model = model_of("mla")
-    engine, draw = Engine(model, max_batch_size=4, context=300), random.Random(0)
+    engine = Engine(model, max_batch_size=4, context=300)
+    draw = random.Random(0)
     requests = []
     for _ in range(200):
         prompt = [draw.randrange(61) for _ in range(draw.randrange(1, 200))]

@@ -269,8 +269,10 @@ def test_leaving_a_request_that_cannot_be_sampled_harms_nobody(folder, monkeypat
     with torch.no_grad():
         broken.model.embed.weight[7] = torch.nan
     service = Service(broken, max_batch_size=2, context=64)
-    engine, asked = service.worker.engine, []
-    submit, hidden = engine.submit, broken.model.hidden
+    engine = service.worker.engine
+    asked = []
+    submit = engine.submit
+    hidden = broken.model.hidden
 
     def noted(prompt, **options):
         asked.append(submit(prompt, **options))
@@ -527,7 +529,9 @@ def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
 
 
 def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
-    go, at_once, lock = threading.Event(), [], threading.Lock()
+    go = threading.Event()
+    at_once = []
+    lock = threading.Lock()
     prompt = Run.prompt
 
     def slow(self, text, **options):
@@ -553,7 +557,10 @@ def test_texts_are_tokenised_two_at_a_time_and_aside(client, monkeypatch):
 
 def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
     """A text that is being tokenised keeps its turn, though no client waits for it."""
-    go, at_once, largest, lock = threading.Event(), [], [], threading.Lock()
+    go = threading.Event()
+    at_once = []
+    largest = []
+    lock = threading.Lock()
     prompt = Run.prompt
 
     def slow(self, text, **options):
@@ -585,7 +592,8 @@ def test_who_hangs_up_leaves_no_second_thread_behind(client, monkeypatch):
 @contextlib.contextmanager
 def gated(run, monkeypatch, **sizes):
     """A server whose model runs a step only while the gate is open."""
-    service, gate = Service(run, **sizes), threading.Event()
+    service = Service(run, **sizes)
+    gate = threading.Event()
     step = service.worker.engine.step
     monkeypatch.setattr(
         service.worker.engine, "step", lambda: (gate.wait(60), time.sleep(0.01), step())[2]
@@ -906,7 +914,8 @@ def test_openais_own_client_is_understood(chat_client, chatty):
 
 
 def test_a_step_that_fails_takes_no_other_request_with_it(client, service, monkeypatch):
-    failed, step = threading.Event(), service.worker.engine.step
+    failed = threading.Event()
+    step = service.worker.engine.step
 
     def once():
         if failed.is_set():

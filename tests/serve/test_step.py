@@ -178,7 +178,8 @@ def steps(model, ids, prompt_length, capacity=4):
 @pytest.mark.parametrize("name", SIZES)
 def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
     run_on(threads, monkeypatch)
-    model, ids = build(SIZES[name]), ids_of(30)
+    model = build(SIZES[name])
+    ids = ids_of(30)
     assert fits(model)
     result, cache = steps(model, ids, 5)
     with torch.no_grad():
@@ -199,9 +200,11 @@ def test_every_step_equals_the_model(name, threads, poisoned, monkeypatch):
 def test_modules_attend_between_compiled_parts(name, threads, poisoned, monkeypatch):
     """Logits are the model's, of sequences alone and of a batch of different lengths."""
     run_on(threads, monkeypatch)
-    model, ids = build(MODULES[name]), ids_of(30, 3)
+    model = build(MODULES[name])
+    ids = ids_of(30, 3)
     for lengths in ([5], [5, 17, 9]):
-        cache, longest = model.new_cache(len(lengths)), max(lengths)
+        cache = model.new_cache(len(lengths))
+        longest = max(lengths)
         model.hidden(ids[: len(lengths), :longest], lengths=lengths, cache=cache)
         step = Decoder(model)
         for turn in range(13):
@@ -222,7 +225,9 @@ def test_sequences_of_different_lengths_get_what_each_gets_alone(
 ):
     """They get the same bits, but with Engram, whose products are torch's."""
     run_on(threads, monkeypatch)
-    model, ids, lengths = build(SIZES[name]), ids_of(75, 6), [61, 3, 60, 1, 64, 13]
+    model = build(SIZES[name])
+    ids = ids_of(75, 6)
+    lengths = [61, 3, 60, 1, 64, 13]
     prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     caches = []
     for prompt in prompts:
@@ -250,7 +255,8 @@ def test_sequences_of_different_lengths_get_what_each_gets_alone(
 
 @torch.inference_mode()
 def test_the_engine_gives_every_request_what_it_gets_alone():
-    model, prompts = build(SIZES["all of it"]), ids_of(20, 5).tolist()
+    model = build(SIZES["all of it"])
+    prompts = ids_of(20, 5).tolist()
     prompts = [prompt[: 4 + 3 * row] for row, prompt in enumerate(prompts)]
     engine = Engine(model, max_batch_size=3)
     generated = engine.run(prompts, max_new_tokens=25)
@@ -260,7 +266,8 @@ def test_the_engine_gives_every_request_what_it_gets_alone():
 
 @torch.inference_mode()
 def test_a_long_context_crosses_every_tile():
-    model, ids = build(SIZES["even sizes"]), ids_of(331)
+    model = build(SIZES["even sizes"])
+    ids = ids_of(331)
     result, _ = steps(model, ids, 250, capacity=400)
     expected = model(ids)[:, 250:]
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
@@ -268,7 +275,8 @@ def test_a_long_context_crosses_every_tile():
 
 @torch.inference_mode()
 def test_the_model_goes_on_where_the_step_stopped_and_back():
-    model, ids = build(BASE), ids_of(24)
+    model = build(BASE)
+    ids = ids_of(24)
     _, cache = steps(model, ids[:, :12], 6)
     cache.crop(2)
     middle = model(ids[:, 10:18], cache=cache)
@@ -281,7 +289,8 @@ def test_the_model_goes_on_where_the_step_stopped_and_back():
 
 @torch.inference_mode()
 def test_weights_changed_in_place_are_seen():
-    model, ids = build(BASE), ids_of(8)
+    model = build(BASE)
+    ids = ids_of(8)
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
     step = decoder(model, cache)
@@ -294,10 +303,12 @@ def test_weights_changed_in_place_are_seen():
 
 @torch.inference_mode()
 def test_three_hundred_steps_while_the_cache_grows_and_drops():
-    model, ids = build(SIZES["even sizes"]), ids_of(320)
+    model = build(SIZES["even sizes"])
+    ids = ids_of(320)
     cache = model.new_cache(1, 2)
     model.hidden(ids[:, :20], cache=cache)
-    step, result = decoder(model, cache), []
+    step = decoder(model, cache)
+    result = []
     for t in range(20, 320):
         if t % 50 == 0:  # drafts that were rejected
             for wrong in range(3):
@@ -327,14 +338,16 @@ def test_generations_in_several_threads_do_not_meet(monkeypatch):
 @pytest.mark.parametrize("asked", [1, 2])
 def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
     run_on(3, monkeypatch)
-    model, ids = build(BASE), ids_of(9)
+    model = build(BASE)
+    ids = ids_of(9)
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
     decode_step = Decoder(model)
     step = lambda ids: decode_step(ids, cache)  # noqa: E731
     step(ids[:, 7:8])
     pool = decode_step.compiled.step.pool
-    submit, calls = pool.submit, []
+    submit = pool.submit
+    calls = []
 
     def interrupted(*prompt_length):
         calls.append(prompt_length)
@@ -355,7 +368,8 @@ def test_an_interrupt_leaves_nobody_waiting(asked, monkeypatch):
 
 @torch.inference_mode()
 def test_weights_that_are_replaced_go_on_to_the_end_of_the_generation():
-    model, ids = build(BASE), ids_of(9)
+    model = build(BASE)
+    ids = ids_of(9)
     expected = model(ids)[:, 7:]
     cache = model.new_cache(1)
     model.hidden(ids[:, :7], cache=cache)
@@ -495,7 +509,8 @@ def test_other_architectures_are_the_models_own(config):
 
 @torch.inference_mode()
 def test_padding_and_documents_are_the_models_own():
-    model, ids = build(BASE), ids_of(6)
+    model = build(BASE)
+    ids = ids_of(6)
     for reference in (
         {"lengths": [5]},
         {"document_ids": torch.tensor([[0, 0, 0, 1, 1, 1]])},

@@ -24,12 +24,16 @@ def test_calls_are_read_from_text_in_pieces_of_any_size(name, size):
     text = CALLS[name]
     form = tools.format_of(text) if name != "json" else tools.JSON
     assert form.name == name
-    stream, content, calls = tools.ToolStream(form, ["f"]), "", []
+    stream = tools.ToolStream(form, ["f"])
+    content = ""
+    calls = []
     for start in range(0, len(text), size):
         piece, more = stream.push(text[start : start + size])
-        content, calls = content + piece, calls + more
+        content = content + piece
+        calls = calls + more
     piece, more = stream.flush()
-    content, calls = content + piece, calls + more
+    content = content + piece
+    calls = calls + more
     assert content.strip() == ("" if name == "json" else "So:")
     assert [call.name for call in calls] == ["f", "f"]
     assert [json.loads(call.arguments) for call in calls] == [{"a": "}"}, {"a": "é"}]

@@ -37,7 +37,8 @@ def test_tokens_come_with_their_log_probabilities(worker, run):
 
 def test_ids_that_come_together_are_handed_on_one_by_one(monkeypatch):
     """Each with its log-probabilities and experts; the last with the finish, or what failed it."""
-    model, prompt = drafting("gqa", moe=MoEConfig(routed=6, active=2, width=16)), [1, 2, 3]
+    model = drafting("gqa", moe=MoEConfig(routed=6, active=2, width=16))
+    prompt = [1, 2, 3]
     following = following_of(model, [prompt], 11)
     following[1, 2] = alone(model, [1, 2], max_new_tokens=20, matcher=Counting())
     guess(monkeypatch, 1.0, following)

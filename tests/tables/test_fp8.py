@@ -23,7 +23,8 @@ def number(code: int) -> float:
 
     It has a sign, 4 bits of exponent with bias 7, and 3 bits of fraction.
     """
-    exponent, fraction = code >> 3 & 15, code & 7
+    exponent = code >> 3 & 15
+    fraction = code & 7
     size = (1 + fraction / 8) * 2.0 ** (exponent - 7) if exponent else fraction / 8 * 2.0**-6
     return -size if code & 128 else size
 
@@ -124,7 +125,8 @@ def test_error_is_bounded_at_every_size(dtype: torch.dtype, rows: int, width: in
     """
     values = (torch.randn(rows, width) * torch.randn(rows, width).mul(8).exp2()).to(dtype)
     records = quantise(values)
-    result, exact = dequantise(records, width), values.float()
+    result = dequantise(records, width)
+    exact = values.float()
     scale = (records[:, width:].double() - 127).exp2().repeat_interleave(32, 1)
     bound = torch.where(exact.abs() >= scale / 64, exact.abs() / 16, scale / 1024)
     assert ((result - exact).abs() <= bound).all()
@@ -189,5 +191,6 @@ def test_tiles_look_up_every_byte_under_every_scale(
     # The interpreter's time depends on the number of programs, not on the work of each.
     monkeypatch.setattr(triton_rows, "_VALUES", 1 << 15)
     ids = torch.randperm(2048).to(tiled)
-    ours, expected = triton_rows.lookup(records, ids, 32), lookup.reference(records, ids, 32)
+    ours = triton_rows.lookup(records, ids, 32)
+    expected = lookup.reference(records, ids, 32)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)

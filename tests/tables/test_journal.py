@@ -13,14 +13,16 @@ from rorqual.tables.journal import Journal
 
 pytestmark = pytest.mark.engram
 
-ROWS, SIZE = 20, 12
+ROWS = 20
+SIZE = 12
 
 
 class Memory:
     """A table of bytes that records rows in the journal before it overwrites them."""
 
     def __init__(self, folder: pathlib.Path, keep: int = 3) -> None:
-        self.folder, self.keep = folder, keep
+        self.folder = folder
+        self.keep = keep
         self.rows = np.zeros((ROWS, SIZE), np.uint8)
         self.journal = Journal(folder, ROWS, SIZE, keep)
 
@@ -48,7 +50,8 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(
     table = Memory(tmp_path_factory.mktemp("undo"), keep=data.draw(st.integers(1, 4)))
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     table.journal.mark(0)
-    cached, step = {0: table.rows.copy()}, 0
+    cached = {0: table.rows.copy()}
+    step = 0
     for what in data.draw(
         st.lists(st.sampled_from(["change", "change", "mark", "rewind", "die"]), max_size=14)
     ):
@@ -74,7 +77,8 @@ def test_any_course_goes_back_to_any_mark_that_is_kept(
 
 
 def test_a_return_that_was_stopped_is_made_again(tmp_path: pathlib.Path) -> None:
-    table, ids = Memory(tmp_path), np.arange(ROWS)
+    table = Memory(tmp_path)
+    ids = np.arange(ROWS)
     table.journal.mark(0)
     for step in (1, 2, 3):
         table.change(ids[: 5 * step], np.full((5 * step, SIZE), step, np.uint8))
@@ -95,7 +99,8 @@ def test_a_return_that_was_stopped_is_made_again(tmp_path: pathlib.Path) -> None
 
 
 def test_notes_of_a_process_that_ended_are_not_written_over(tmp_path: pathlib.Path) -> None:
-    table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
+    table = Memory(tmp_path)
+    one = np.ones((1, SIZE), np.uint8)
     table.journal.mark(0)
     table.change(np.array([3]), one)
     table.killed()
@@ -117,12 +122,14 @@ def test_damaged_notes_are_refused_and_a_cut_last_one_is_not(tmp_path: pathlib.P
 
     The result is a refusal, or the rows from before.
     """
-    table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
+    table = Memory(tmp_path)
+    one = np.ones((1, SIZE), np.uint8)
     table.journal.mark(0)
     for row in (3, 4, 5):
         table.change(np.array([row]), one)
     notes = tmp_path / "undo-0"
-    whole, size = notes.read_bytes(), 24 + 8 + SIZE
+    whole = notes.read_bytes()
+    size = 24 + 8 + SIZE
     assert len(whole) == 40 + 3 * size
     for index in range(40, len(whole)):
         notes.write_bytes(
@@ -148,7 +155,9 @@ def test_a_disk_that_is_full_loses_no_later_note(
 
     Entries that are recorded afterwards are still found.
     """
-    table, one, write = Memory(tmp_path), np.ones((1, SIZE), np.uint8), os.pwrite
+    table = Memory(tmp_path)
+    one = np.ones((1, SIZE), np.uint8)
+    write = os.pwrite
     table.journal.mark(0)
     table.change(np.array([1]), one)
 
@@ -202,14 +211,16 @@ def test_notes_of_an_earlier_mark_that_are_cut_are_refused(tmp_path: pathlib.Pat
 
     Only behind the newest mark can a cut entry be one that was being written.
     """
-    table, one = Memory(tmp_path), np.ones((1, SIZE), np.uint8)
+    table = Memory(tmp_path)
+    one = np.ones((1, SIZE), np.uint8)
     table.journal.mark(0)
     for row in (3, 4):
         table.change(np.array([row]), one)
     table.journal.mark(1)
     table.change(np.array([5]), one)
     notes = tmp_path / "undo-0"
-    whole, size = notes.read_bytes(), 24 + 8 + SIZE
+    whole = notes.read_bytes()
+    size = 24 + 8 + SIZE
     for cut in range(1, size):
         notes.write_bytes(whole[:-cut])
         with pytest.raises(

@@ -19,7 +19,8 @@ from rorqual.train.optim import Optimizer
 
 pytestmark = pytest.mark.engram
 
-ROWS, WIDTH = 301, 12
+ROWS = 301
+WIDTH = 12
 
 
 def of(table: nn.Module) -> nn.ModuleDict:
@@ -35,7 +36,8 @@ def of(table: nn.Module) -> nn.ModuleDict:
 
 def pair(folder: pathlib.Path, prefetch: bool = True) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Returns the same model twice: with a resident table, and with one on disk."""
-    resident, table = Table(ROWS, WIDTH), Table.of_records(folder, ROWS, WIDTH, prefetch=prefetch)
+    resident = Table(ROWS, WIDTH)
+    table = Table.of_records(folder, ROWS, WIDTH, prefetch=prefetch)
     with torch.no_grad():
         torch.manual_seed(5)
         resident.weight.copy_(torch.randn(ROWS, WIDTH) * 0.02)
@@ -86,10 +88,8 @@ def test_rows_learn_as_resident_ones_do(
     """
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
     resident, other = pair(tmp_path, prefetch)
-    ours, theirs = (
-        Optimizer(other, OptimConfig(clip=0.1)),
-        Optimizer(resident, OptimConfig(clip=0.1)),
-    )
+    ours = Optimizer(other, OptimConfig(clip=0.1))
+    theirs = Optimizer(resident, OptimConfig(clip=0.1))
     assert ours.state.keys() == {name for name in theirs.state if not name.startswith("table.")}
     for step in range(8):
         assert train(other, ours, step, micro) == train(resident, theirs, step, micro)
@@ -143,7 +143,8 @@ def test_a_table_goes_back_to_every_mark(tmp_path: pathlib.Path) -> None:
     Then it trains on other batches and rewinds again.
     """
     _, model = pair(tmp_path)
-    optimizer, cached = Optimizer(model, OptimConfig()), {0: rows(model).clone()}
+    optimizer = Optimizer(model, OptimConfig())
+    cached = {0: rows(model).clone()}
     for step in range(1, 7):
         if step != 4:
             train(model, optimizer, step)
@@ -265,7 +266,9 @@ def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(
 ) -> None:
     """No update is lost when the next batch is prefetched before the update of this one."""
     _, model = pair(tmp_path)
-    table, ids, gradient = model["table"], torch.arange(6), torch.ones(6, WIDTH)
+    table = model["table"]
+    ids = torch.arange(6)
+    gradient = torch.ones(6, WIDTH)
 
     def add(rows: torch.Tensor, *rest: torch.Tensor) -> None:
         rows += 1
@@ -289,8 +292,10 @@ def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
     assert torch.equal(torch.rand(1), after)
     resident = Table(ROWS, WIDTH)
     resident.load_state_dict(hosted.state_dict())
-    ours, theirs = of(hosted), of(resident)
-    one, other = Optimizer(ours, OptimConfig(clip=0.1)), Optimizer(theirs, OptimConfig(clip=0.1))
+    ours = of(hosted)
+    theirs = of(resident)
+    one = Optimizer(ours, OptimConfig(clip=0.1))
+    other = Optimizer(theirs, OptimConfig(clip=0.1))
     for step in range(6):
         assert train(ours, one, step) == train(theirs, other, step)
     assert torch.equal(hosted.weight, resident.weight)
@@ -301,9 +306,11 @@ def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no device to feed")
 def test_rows_in_host_memory_feed_a_device() -> None:
-    hosted, resident = Table(ROWS, WIDTH, "host"), Table(ROWS, WIDTH).cuda()
+    hosted = Table(ROWS, WIDTH, "host")
+    resident = Table(ROWS, WIDTH).cuda()
     resident.load_state_dict(hosted.state_dict())
-    ids, scale = torch.randint(ROWS, (3, 50), device="cuda"), torch.randn(WIDTH, device="cuda")
+    ids = torch.randint(ROWS, (3, 50), device="cuda")
+    scale = torch.randn(WIDTH, device="cuda")
     for table in (hosted.train(), resident.train()):
         (table.prefetch(ids).wait() * scale).sum().backward()
     assert hosted.weight.grad.is_sparse
@@ -319,7 +326,9 @@ def test_notes_cut_anywhere_and_flipped_are_no_harm_or_are_seen(tmp_path: pathli
     An entry of another boot is refused.
     """
     _, model = pair(tmp_path)
-    table, optimizer, first = model["table"], Optimizer(model, OptimConfig()), rows(model).clone()
+    table = model["table"]
+    optimizer = Optimizer(model, OptimConfig())
+    first = rows(model).clone()
     train(model, optimizer, 1)
     after = rows(model).clone()
     notes = tmp_path / "undo-0"

@@ -26,7 +26,8 @@ def test_what_was_used_last_stays(slots: int, size: int, far: int, limit: int, s
     """
     draw = np.random.default_rng(seed)
     values = draw.integers(256, size=(60, size), dtype=np.uint8)
-    cached, used = RowCache(slots * size, size, 2**40), []
+    cached = RowCache(slots * size, size, 2**40)
+    used = []
     for _ in range(20):
         wanted = draw.permutation(60)[: draw.integers(1, limit + 1)].tolist()
         ids = np.array(wanted)

@@ -22,7 +22,8 @@ from rorqual.tables.row_file import checksums, read_rows
 pytestmark = pytest.mark.engram
 
 FP8 = torch.float8_e4m3fn
-ROWS, WIDTH = 101, 7
+ROWS = 101
+WIDTH = 7
 
 
 def damage(
@@ -162,7 +163,8 @@ def test_fragments_are_refused(content: bytes, tmp_path: pathlib.Path) -> None:
 def mutated(kind: str, raw: bytes, draw: np.random.Generator) -> bytes:
     """Returns the bytes of a file of one table with one kind of damage."""
     head = 8 + struct.unpack("<Q", raw[:8])[0]
-    position, other = int(draw.integers(head)), bytearray(raw)
+    position = int(draw.integers(head))
+    other = bytearray(raw)
     if kind == "flip":
         other[position] ^= 1 << int(draw.integers(8))
     elif kind == "cut within the header":
@@ -226,9 +228,11 @@ def test_a_thousand_harmed_tables_are_refused_before_the_first_row(tmp_path: pat
     """Each is refused with a TableError that names the table and a reason."""
     folder = write_table(tmp_path / "t", torch.randn(20, 3), shard_rows=5)
     shards = {file: file.read_bytes() for file in sorted(folder.glob("*"))}
-    draw, read = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    read = []
     for turn in range(1008):
-        kind, victim = KINDS[turn % len(KINDS)], list(shards)[int(draw.integers(4))]
+        kind = KINDS[turn % len(KINDS)]
+        victim = list(shards)[int(draw.integers(4))]
         extra = folder / "z.safetensors"
         if kind == "missing":
             victim.unlink()
@@ -357,7 +361,8 @@ def test_a_flipped_bit_among_the_rows_is_found_in_its_block(
         )
     )
     for row, bit in set(hits):
-        path, within = files[row // 650], row % 650
+        path = files[row // 650]
+        within = row % 650
         rows = min(650, 1500 - row // 650 * 650)
         raw = bytearray(path.read_bytes())
         raw[len(raw) - rows * 4000 + within * 4000 + bit // 8] ^= 1 << bit % 8
@@ -649,7 +654,8 @@ def test_compiled_reads_are_those_of_the_reference(
     rows = sum(sizes)
     whole = np.random.default_rng(0).integers(256, size=(rows, row_bytes), dtype=np.uint8)
     first_rows = np.cumsum([0, *sizes])
-    files, lost = [], np.zeros(rows, bool)
+    files = []
+    lost = np.zeros(rows, bool)
     for n, (first, end) in enumerate(itertools.pairwise(first_rows.tolist())):
         raw = bytes(n) + whole[first:end].tobytes()
         raw = raw[: max(0, len(raw) - cuts[n])]
@@ -677,7 +683,8 @@ def test_compiled_reads_are_those_of_the_reference(
 @pytest.mark.parametrize("kernels", ["", "reference"])
 def test_closed_files_give_no_row(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RORQUAL_KERNELS", kernels)
-    ids, into = np.array([0, 1]), np.full((2, 3), 0xA5, np.uint8)
+    ids = np.array([0, 1])
+    into = np.full((2, 3), 0xA5, np.uint8)
     for wait in (True, False):
         assert read_rows(np.array([-1]), np.array([0]), np.array([0, 9]), ids, into, wait) == 0
     assert (into == 0xA5).all()

@@ -165,7 +165,8 @@ def test_a_build_that_was_stopped_goes_on(
     """
     whole = draw_table(tmp_path / "whole", 40, 64, shard_rows=10)
     expected = {file.name: file.read_bytes() for file in whole.glob("*")}
-    generator, made = np.random.default_rng, []
+    generator = np.random.default_rng
+    made = []
 
     def once(seed: list[int]) -> np.random.Generator:
         made.append(seed)
@@ -174,7 +175,8 @@ def test_a_build_that_was_stopped_goes_on(
         return generator(seed)
 
     monkeypatch.setattr(np.random, "default_rng", once)
-    folder, drawn = tmp_path / "t", list[list[int]]()
+    folder = tmp_path / "t"
+    drawn = list[list[int]]()
     while not folder.exists():
         made.clear()
         try:

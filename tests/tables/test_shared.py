@@ -43,7 +43,8 @@ def copies() -> set[pathlib.Path]:
 def test_processes_share_one_copy_that_goes_with_the_last(tmp_path: pathlib.Path) -> None:
     """One process reads what another writes; a killed process releases the copy, too."""
     (values, _), before = run_of(tmp_path), copies()
-    command, pipe = [sys.executable, "-c", CHILD, str(tmp_path)], subprocess.PIPE
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    pipe = subprocess.PIPE
     children = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
     try:
         for child in children:

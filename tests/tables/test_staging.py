@@ -40,7 +40,8 @@ def test_living_tensors_never_share_memory() -> None:
 def test_the_last_view_holds_the_memory() -> None:
     staging = Staging()
     arguments = staging.take(ROWS, WIDTH, torch.float32)
-    position, view = arguments.data_ptr(), arguments[3:5].t().view(torch.int32)
+    position = arguments.data_ptr()
+    view = arguments[3:5].t().view(torch.int32)
     del arguments
     other = staging.take(ROWS, WIDTH, torch.float32)
     assert other.data_ptr() != position
@@ -90,7 +91,8 @@ def test_copies_begin_with_nothing(allocated: Callable[[], int]) -> None:
 
 
 def test_threads_get_memory_of_their_own() -> None:
-    staging, wrong = Staging(), []
+    staging = Staging()
+    wrong = []
 
     def work(number: int) -> None:
         for _ in range(200):

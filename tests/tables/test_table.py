@@ -24,7 +24,9 @@ from rorqual.tables import (
 
 pytestmark = pytest.mark.engram
 
-ROWS, WIDTH, BLOCKS = 101, 7, 64
+ROWS = 101
+WIDTH = 7
+BLOCKS = 64
 FP8 = torch.float8_e4m3fn
 
 
@@ -74,7 +76,8 @@ def test_every_placement_gives_the_same_bits(
     folder = write_table(
         tmp_path_factory.mktemp("table") / "t", stored, shard_rows=data.draw(st.integers(1, 150))
     )
-    tables, values = placements(stored, folder), numbers(stored)
+    tables = placements(stored, folder)
+    values = numbers(stored)
     for _ in range(data.draw(st.integers(1, 6))):
         shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
         ids = torch.randint(ROWS, shape)
@@ -157,7 +160,8 @@ def test_rows_stay_while_somebody_holds_them(placement: str, tmp_path: pathlib.P
 
 
 def test_memory_of_rows_that_are_gone_is_taken_again() -> None:
-    table, ids = Table(5000, 128), torch.randint(5000, (3000,))
+    table = Table(5000, 128)
+    ids = torch.randint(5000, (3000,))
     with torch.no_grad():
         rows = table.prefetch(ids).wait()
         position = rows.data_ptr()
@@ -169,7 +173,8 @@ def test_memory_of_rows_that_are_gone_is_taken_again() -> None:
 
 def test_rows_saved_for_a_backward_pass_are_not_overwritten() -> None:
     """The graph holds the rows of a frozen table under a trainable layer."""
-    table, weight = Table(5000, 128).requires_grad_(False), torch.randn(128, requires_grad=True)
+    table = Table(5000, 128).requires_grad_(False)
+    weight = torch.randn(128, requires_grad=True)
     ids = torch.randint(5000, (3000,))
     loss = (table.prefetch(ids).wait() * weight).sum()
     table.prefetch(ids.flip(0) // 2).wait()
@@ -178,7 +183,8 @@ def test_rows_saved_for_a_backward_pass_are_not_overwritten() -> None:
 
 
 def test_a_table_is_copied_and_pickled_after_a_lookup() -> None:
-    table, ids = Table(5000, 128), torch.randint(5000, (3000,))
+    table = Table(5000, 128)
+    ids = torch.randint(5000, (3000,))
     with torch.no_grad():
         expected = table.prefetch(ids).wait()
         for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
@@ -186,9 +192,12 @@ def test_a_table_is_copied_and_pickled_after_a_lookup() -> None:
 
 
 def test_gradients_of_the_device_table_are_dense_unless_asked_for_sparse_ones() -> None:
-    ids, grad = torch.tensor([[1, 4], [4, 8]]), torch.randn(2, 2, 3)
+    ids = torch.tensor([[1, 4], [4, 8]])
+    grad = torch.randn(2, 2, 3)
     expected = torch.zeros(9, 3).index_add(0, ids.flatten(), grad.view(4, 3))
-    plain, asked, switched = Table(9, 3), Table(9, 3, sparse=True), Table(9, 3)
+    plain = Table(9, 3)
+    asked = Table(9, 3, sparse=True)
+    switched = Table(9, 3)
     switched.sparse = True
     for table, sparse in ((plain, False), (asked, True), (switched, True)):
         (table.prefetch(ids).wait() * grad).sum().backward()
@@ -198,7 +207,8 @@ def test_gradients_of_the_device_table_are_dense_unless_asked_for_sparse_ones() 
 
 
 def test_gradients_of_fp8_rows_are_refused() -> None:
-    table, ids = Table(9, 32, dtype=FP8), torch.tensor([1, 4])
+    table = Table(9, 32, dtype=FP8)
+    ids = torch.tensor([1, 4])
     assert [name for name, each in table.named_parameters() if each.requires_grad] == []
     assert not table.eval().prefetch(ids).wait().any()
     with pytest.raises(ValueError, match="expected inference"):
@@ -218,7 +228,8 @@ def test_fp8_rows_on_the_device_follow_casts_of_the_model() -> None:
 
 
 def test_outside_of_training_and_inside_are_the_same_rows() -> None:
-    table, ids = Table(5000, 128), torch.randint(5000, (2, 1500))
+    table = Table(5000, 128)
+    ids = torch.randint(5000, (2, 1500))
     learned = table.prefetch(ids).wait()
     assert learned.requires_grad
     with torch.no_grad():
@@ -243,11 +254,13 @@ def test_ids_outside_the_table_are_refused(
 @given(data=st.data())
 def test_bad_ids_are_found_wherever_they_stand(data: st.DataObject) -> None:
     """Tests one id out of range among good ones, in both integer types, contiguous or not."""
-    table, dtype = Table(ROWS, 2), data.draw(st.sampled_from([torch.int64, torch.int32]))
+    table = Table(ROWS, 2)
+    dtype = data.draw(st.sampled_from([torch.int64, torch.int32]))
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     ids = torch.randint(ROWS, [*shape, 2]).to(dtype)[..., 0]
     assert torch.equal(table.prefetch(ids).wait(), table.weight[ids.long()])
-    least, largest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    least = torch.iinfo(dtype).min
+    largest = torch.iinfo(dtype).max
     bad = data.draw(st.one_of(st.integers(least, -1), st.integers(ROWS, largest)))
     ids[tuple(data.draw(st.integers(0, n - 1)) for n in shape)] = bad
     with pytest.raises(ValueError, match=f"got row id {bad}, expected 0 to {ROWS - 1}"):
@@ -263,7 +276,8 @@ def test_ids_that_are_written_to_before_the_wait_read_no_other_memory(
 
     No other memory is read.
     """
-    values, ids = torch.randn(300_000, 8), torch.zeros(70_001, dtype=torch.int64)
+    values = torch.randn(300_000, 8)
+    ids = torch.zeros(70_001, dtype=torch.int64)
     for table in (Table.of_values(values), Table(300_000, 8)):
         with torch.no_grad():
             pending = table.prefetch(ids)
@@ -369,7 +383,8 @@ def test_bad_sizes_are_refused(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.compiled
 def test_lookup_of_fp8_rows_is_one_compiled_graph() -> None:
-    records, ids = quantise(torch.randn(ROWS, BLOCKS)), torch.randint(ROWS, (3, 5))
+    records = quantise(torch.randn(ROWS, BLOCKS))
+    ids = torch.randint(ROWS, (3, 5))
     table = on_device(records)
     lookup = torch.compile(lambda rows: table.prefetch(rows).wait(), fullgraph=True)
     with torch.no_grad():

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.engram
 
 
 def test_calls_are_made_in_order_and_their_errors_are_theirs() -> None:
-    thread, seen = BackgroundThread(), []
+    thread = BackgroundThread()
+    seen = []
     assert not thread.started
     futures = [thread.submit(seen.append, n) for n in range(50)]
     failed = thread.submit(lambda: 1 // 0)
@@ -32,7 +33,9 @@ def test_calls_are_made_in_order_and_their_errors_are_theirs() -> None:
 
 
 def test_one_more_than_there_is_room_for_waits() -> None:
-    thread, gate, asked = BackgroundThread(2), threading.Event(), []
+    thread = BackgroundThread(2)
+    gate = threading.Event()
+    asked = []
 
     def submit_all() -> None:
         for n in range(3):
@@ -66,7 +69,9 @@ def test_a_call_that_cannot_be_asked_for_takes_no_room(monkeypatch: pytest.Monke
 
 
 def test_who_asks_while_it_closes_has_no_second_thread() -> None:
-    thread, gate, seen = BackgroundThread(), threading.Event(), []
+    thread = BackgroundThread()
+    gate = threading.Event()
+    seen = []
     thread.submit(gate.wait)
     thread.submit(seen.append, 1)
     closing = threading.Thread(target=thread.close)

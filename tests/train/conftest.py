@@ -41,7 +41,8 @@ CONFIG = ModelConfig(
     mtp=MTPConfig(),
     init_std=0.02,
 )
-ROWS, LENGTH = 4, 12
+ROWS = 4
+LENGTH = 12
 
 
 def make_tokens(seed: int = 0) -> Tokens:
@@ -125,10 +126,8 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    animals, places = (
-        ("whale", "otter", "heron", "lynx", "newt"),
-        ("the sea", "a river", "the marsh", "a wood"),
-    )
+    animals = ("whale", "otter", "heron", "lynx", "newt")
+    places = ("the sea", "a river", "the marsh", "a wood")
     lines = [
         json.dumps(
             {

@@ -37,7 +37,8 @@ class At(Callback):
 
     def __init__(self, step: int, what) -> None:
         super().__init__()
-        self.when, self.what = step, what
+        self.when = step
+        self.what = what
 
     def post_train_batch(self) -> None:
         if self.step == self.when:
@@ -89,7 +90,8 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path,
     torch.nn.init.zeros_(resumed.model.head.weight)
     assert run(tmp_path / "stopped", resumed) == 2 * half
 
-    result, expected = state_of(resumed), state_of(straight)
+    result = state_of(resumed)
+    expected = state_of(straight)
     assert result.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(result[name], tensor), name
@@ -213,7 +215,8 @@ def test_a_signal_saves_and_ends(small, run, tmp_path, number):
 
 
 def test_a_skipped_step_has_a_line_without_its_load_and_the_stream_goes_on(small, run, tmp_path):
-    stream, read = small.stream(), small.stream()
+    stream = small.stream()
+    read = small.stream()
     step = small.spoil(small.step(steps=5), small.nan_gradient, 3)
     assert run(tmp_path, step, stream=stream) == 5
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -373,7 +376,8 @@ def test_a_full_disk_behind_training_ends_the_run_in_a_line(
 
 
 def test_a_write_future_finishes_on_the_thread_that_asks():
-    where, gate = [], threading.Event()
+    where = []
+    gate = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         future = WriteFuture(pool.submit(gate.wait))
         future.add_done_callback(lambda _: where.append(threading.current_thread()))

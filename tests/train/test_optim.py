@@ -94,7 +94,8 @@ def test_roles():
 
 def test_tables_give_sparse_gradients_to_this_optimizer_and_dense_ones_to_others():
     model = Double()
-    table, optimizer = model.tables[0], Optimizer(model, OptimConfig())
+    table = model.tables[0]
+    optimizer = Optimizer(model, OptimConfig())
 
     def sparse() -> bool:
         table.weight.grad = None
@@ -114,7 +115,8 @@ def test_a_dense_gradient_of_rows_gives_the_step_of_a_sparse_one():
     for dense in (False, True):
         torch.manual_seed(1)
         model = Double()
-        optimizer, table = Optimizer(model, OptimConfig(clip=0.5)), model.tables[0].weight
+        optimizer = Optimizer(model, OptimConfig(clip=0.5))
+        table = model.tables[0].weight
         for step in range(3):
             gradients(model, step)
             if dense:
@@ -134,7 +136,8 @@ def test_a_tied_head_is_one_parameter():
 
 
 def test_dense_parameters_follow_torch_adamw_and_only_matrices_decay():
-    model, config = Double(), OptimConfig(lr=0.01, weight_decay=0.3, clip=1e9)
+    model = Double()
+    config = OptimConfig(lr=0.01, weight_decay=0.3, clip=1e9)
     optimizer = Optimizer(model, config)
     names = [name for name, role in roles(model).items() if role != "rows"]
     copies = {name: nn.Parameter(model.get_parameter(name).detach().clone()) for name in names}
@@ -167,10 +170,12 @@ def dense_rows(table, gradient, state, lr, betas, eps):
     """Computes Adam for each row separately, in float64."""
     for row in gradient.nonzero()[:, 0].unique().tolist():
         state["n"][row] += 1
-        n, g = state["n"][row], gradient[row]
+        n = state["n"][row]
+        g = gradient[row]
         state["m"][row] = betas[0] * state["m"][row] + (1 - betas[0]) * g
         state["v"][row] = betas[1] * state["v"][row] + (1 - betas[1]) * g * g
-        m, v = state["m"][row] / (1 - betas[0] ** n), state["v"][row] / (1 - betas[1] ** n)
+        m = state["m"][row] / (1 - betas[0] ** n)
+        v = state["v"][row] / (1 - betas[1] ** n)
         table[row] -= lr * m / (v.sqrt() + eps)
 
 
@@ -178,8 +183,10 @@ def dense_rows(table, gradient, state, lr, betas, eps):
 @pytest.mark.parametrize("rows", [40, 1, 1300])
 def test_rows_follow_adam_with_each_rows_own_count(rows, kind, monkeypatch):
     choose_kernel(kind, monkeypatch)
-    model, config = Double(rows), OptimConfig(lr=0.01, clip=1e9, weight_decay=0.5)
-    optimizer, table = Optimizer(model, config), model.tables[0].weight
+    model = Double(rows)
+    config = OptimConfig(lr=0.01, clip=1e9, weight_decay=0.5)
+    optimizer = Optimizer(model, config)
+    table = model.tables[0].weight
     expected = table.detach().double().clone()
     state = {"m": torch.zeros_like(expected), "v": torch.zeros_like(expected), "n": [0] * rows}
     for step in range(6):
@@ -193,7 +200,8 @@ def test_rows_follow_adam_with_each_rows_own_count(rows, kind, monkeypatch):
 
 def test_untouched_rows_and_their_state_stay_bit_for_bit():
     model = Double(4000)
-    optimizer, table = Optimizer(model, OptimConfig()), model.tables[0].weight
+    optimizer = Optimizer(model, OptimConfig())
+    table = model.tables[0].weight
     before = table.detach().clone()
     for step in range(3):
         gradients(model, step)
@@ -218,10 +226,12 @@ def test_row_adam_touches_nothing_else(touched, width):
     for tensor in tensors:
         tensor[index] = torch.rand(touched, width)
     copies = [tensor.double() for tensor in tensors]
-    before, gradient = counts.clone(), torch.randn(touched, width)
+    before = counts.clone()
+    gradient = torch.randn(touched, width)
     count = counts[index].double()[:, None] + 1
     row_adam.reference(*tensors, counts, index, gradient, 0.1, (0.9, 0.95), 1e-8)
-    m, v = 0.9 * copies[1][index] + 0.1 * gradient, 0.95 * copies[2][index] + 0.05 * gradient**2
+    m = 0.9 * copies[1][index] + 0.1 * gradient
+    v = 0.95 * copies[2][index] + 0.05 * gradient**2
     moved = 0.1 * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8)
     for tensor, expected in zip(tensors, (copies[0][index] - moved, m, v), strict=True):
         torch.testing.assert_close(tensor[index].double(), expected, rtol=1e-5, atol=1e-6)
@@ -235,7 +245,9 @@ def test_a_row_seen_late_moves_as_far_as_one_seen_first():
 
     A count for the whole table would give a late row a step 3 times smaller.
     """
-    table, first, second = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+    table = torch.zeros(2, 3)
+    first = torch.zeros(2, 3)
+    second = torch.zeros(2, 3)
     counts = torch.zeros(2, dtype=torch.int32)
     arguments = (table, first, second, counts)
     for _ in range(20):
@@ -259,7 +271,8 @@ def test_coalesce_adds_duplicates(index):
 
 def test_an_empty_gradient_changes_nothing():
     model = Double()
-    optimizer, before = Optimizer(model, OptimConfig()), model.tables[0].weight.detach().clone()
+    optimizer = Optimizer(model, OptimConfig())
+    before = model.tables[0].weight.detach().clone()
     model.tables[0].prefetch(torch.zeros(0, dtype=torch.long)).wait().sum().backward()
     optimizer.clip()
     optimizer.step()
@@ -286,7 +299,8 @@ def test_the_norm_is_of_everything_at_once_and_the_rows_are_clipped_with_it():
 def test_gradients_really_flow_and_accumulate_over_micro_batches():
     model = Double()
     optimizer = Optimizer(model, OptimConfig(lr=0.02))
-    ids, rows = torch.tensor([1, 2, 3, 1]), torch.tensor([7, 7, 0, 39])
+    ids = torch.tensor([1, 2, 3, 1])
+    rows = torch.tensor([7, 7, 0, 39])
     before = float(model(ids, rows).detach())
     for _ in range(20):
         optimizer.zero_grad()
@@ -323,7 +337,8 @@ def test_muon_follows_torch_muon_on_matrices():
 
     It supports two dimensions only.
     """
-    model, config = Double(), OptimConfig(kind="muon", lr=0.01, weight_decay=0.1, clip=1e9)
+    model = Double()
+    config = OptimConfig(kind="muon", lr=0.01, weight_decay=0.1, clip=1e9)
     optimizer = Optimizer(model, config)
     ours = model.blocks[0].proj.weight
     copy = nn.Parameter(ours.detach().clone())
@@ -341,14 +356,15 @@ def test_muon_follows_torch_muon_on_matrices():
 
 
 def test_muon_turns_every_expert_and_both_of_its_input_matrices_by_themselves():
-    model, lr = Double(), 0.01
-    experts, optimizer = (
-        model.blocks[0].experts,
-        Optimizer(model, OptimConfig(kind="muon", lr=lr, weight_decay=0.0)),
-    )
-    gate_up, down = experts.gate_up.detach().clone(), experts.down.detach().clone()
+    model = Double()
+    lr = 0.01
+    experts = model.blocks[0].experts
+    optimizer = Optimizer(model, OptimConfig(kind="muon", lr=lr, weight_decay=0.0))
+    gate_up = experts.gate_up.detach().clone()
+    down = experts.down.detach().clone()
     gradients(model, 0)
-    g_in, g_out = experts.gate_up.grad.clone(), experts.down.grad.clone()
+    g_in = experts.gate_up.grad.clone()
+    g_out = experts.down.grad.clone()
     optimizer.step()
     for expert in range(3):
         for half in (slice(0, 5), slice(5, 10)):
@@ -427,10 +443,8 @@ def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
 @pytest.mark.parametrize("function", [sum_rows, sum_rows.reference], ids=["chosen", "reference"])
 @pytest.mark.parametrize(("count", "width"), [(0, 3), (1, 1), (50, 17), (9000, 5)])
 def test_sum_rows_names_each_row_once(function, count, width):
-    index, values = (
-        torch.randint(0, max(1, count // 2), (count,)) * 10**9,
-        torch.randn(count, width),
-    )
+    index = torch.randint(0, max(1, count // 2), (count,)) * 10**9
+    values = torch.randn(count, width)
     before = values.clone()
     distinct, sums = function(index, values)
     assert distinct.tolist() == sorted(set(index.tolist()))
@@ -446,12 +460,14 @@ def test_sum_rows_names_each_row_once(function, count, width):
 
 
 def test_the_order_of_duplicates_does_not_matter():
-    index, values = torch.randint(0, 30, (500,)), torch.randn(500, 6)
+    index = torch.randint(0, 30, (500,))
+    values = torch.randn(500, 6)
     results = []
     for order in (torch.arange(500), torch.randperm(500)):
         torch.manual_seed(1)
         model = Double()
-        optimizer, table = Optimizer(model, OptimConfig(clip=0.5)), model.tables[0].weight
+        optimizer = Optimizer(model, OptimConfig(clip=0.5))
+        table = model.tables[0].weight
         table.grad = torch.sparse_coo_tensor(
             index[order][None], values[order], table.shape, check_invariants=False
         )
@@ -468,15 +484,11 @@ def test_rows_touched_every_step_follow_torch_adam(dtype, atol):
     After 60 steps they are as close as the rows' own rounding.
     """
     table = Table(20, 7, dtype=dtype)
-    model, config = (
-        nn.ModuleDict({"table": table}),
-        OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9),
-    )
+    model = nn.ModuleDict({"table": table})
+    config = OptimConfig(lr=0.002, betas=(0.9, 0.999), clip=1e9)
     copy = nn.Parameter(table.weight.detach().float())
-    optimizer, dense = (
-        Optimizer(model, config),
-        torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999)),
-    )
+    optimizer = Optimizer(model, config)
+    dense = torch.optim.Adam([copy], lr=0.01, betas=(0.9, 0.999))
     for _ in range(60):
         gradient = (torch.randn(20, 7) + 1.0).to(dtype)
         table.weight.grad = torch.sparse_coo_tensor(

@@ -30,7 +30,8 @@ def test_validation_is_a_mean_over_tokens_whatever_the_batches():
     labels[2] = -100
     model.train()
     model.blocks[0].eval()  # a frozen part
-    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
     result = validate(model, batches(ids, labels), 2.5, torch.float32)
     expected = nn.functional.cross_entropy(
         model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100
@@ -59,18 +60,22 @@ class Reader(nn.Module):
 
 def looked_up(ids: torch.Tensor) -> torch.Tensor:
     """Reads the language: the first value after the key, or the next ones of a key's values."""
-    first, out = 1 + NEEDLES.filler, torch.zeros_like(ids)
+    first = 1 + NEEDLES.filler
+    out = torch.zeros_like(ids)
     for row, line in enumerate(ids.tolist()):
-        text, question = line[: line.index(0)], line[line.index(0) :]
+        text = line[: line.index(0)]
+        question = line[line.index(0) :]
         hidden = [
             pair
             for pair in zip(text, text[1:], strict=False)
             if first <= pair[0] < first + NEEDLES.keys
         ]
-        values, key = [], 0
+        values = []
+        key = 0
         for index, token in enumerate(question):
             if first <= token < first + NEEDLES.keys:
-                key, values = token, [value for k, value in hidden if k == token]
+                key = token
+                values = [value for k, value in hidden if k == token]
             if values:
                 out[row, len(text) + index] = values.pop(0)
         assert key

@@ -36,7 +36,8 @@ def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
 
 
 def test_a_dry_run_leaves_no_trace(small):
-    step, stream = small.step(), small.stream()
+    step = small.step()
+    stream = small.stream()
     before = state_of(step)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     step.dry_run(next(stream), 1)
@@ -106,7 +107,8 @@ def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(small):
 
 
 def test_biases_rest_late(small):
-    step, stream = small.step(steps=4, bias_rest=0.5), small.stream()
+    step = small.step(steps=4, bias_rest=0.5)
+    stream = small.stream()
     bias = step.model.blocks[1].ffn.router.e_score_correction_bias
     run(step, stream, 1, 2)
     before = bias.clone()
@@ -173,7 +175,8 @@ def test_in_the_warm_up_the_indexers_loss_changes_no_bit_of_the_models_gradients
 
 
 def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(small, indexed):
-    step, stream = small.step(steps=5, config=indexed, indexer_alone=True), small.stream()
+    step = small.step(steps=5, config=indexed, indexer_alone=True)
+    stream = small.stream()
     first = state_of(step)
     run(step, stream, 1, 3)
     warmed = state_of(step)
@@ -190,19 +193,23 @@ def test_indexers_learn_alone_in_their_warm_up_where_that_is_asked(small, indexe
 def test_three_stages_train_the_model_then_the_indexers_then_both(small, indexed):
     """In the first every key is attended to, and nothing is measured of the indexers."""
     staged = small.without_noise(replace(indexed, dsa=replace(indexed.dsa, dense=2)))
-    step, stream = small.step(steps=9, config=staged, indexer_alone=True), small.stream()
+    step = small.step(steps=9, config=staged, indexer_alone=True)
+    stream = small.stream()
     plain = small.step(steps=9, config=replace(staged, dsa=None))
     plain.model.load_state_dict(
         {name: v for name, v in step.model.state_dict().items() if ".indexer." not in name}
     )
-    first, dense = state_of(step), run(step, stream, 1, 2)
+    first = state_of(step)
+    dense = run(step, stream, 1, 2)
     for result, expected in zip(dense, run(plain, small.stream(), 1, 2), strict=True):
         assert not [name for name in result.means if name.startswith("indexer")]
         assert torch.equal(result.means["loss"], expected.means["loss"])
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(step.model.state_dict()[name], tensor), name
-    second, alone = state_of(step), run(step, stream, 3, 5)
-    third, joint = state_of(step), run(step, stream, 6, 9)
+    second = state_of(step)
+    alone = run(step, stream, 3, 5)
+    third = state_of(step)
+    joint = run(step, stream, 6, 9)
     for result in (*alone, *joint):
         assert 0 < result.means["indexer_kl"] < 5
         assert result.means["indexer_kl_uniform"] > 0
@@ -259,7 +266,8 @@ def test_production_models_learn_in_every_part(small, production):
     The indexer of Qwen4-Exp has none: as in transformers, what it selects is not learnt.
     """
     alone = production.indexer is not None
-    step, stream = small.step(steps=16, config=production, indexer_alone=alone), small.stream()
+    step = small.step(steps=16, config=production, indexer_alone=alone)
+    stream = small.stream()
     first = state_of(step)
     early = run(step, stream, 1, 2)
     warmed = state_of(step)
@@ -292,7 +300,8 @@ def test_micro_batches_of_production_models_add_up(small, production):
     config = replace(production, mtp=None, moe=replace(production.moe, balance=balance))
     if config.csa2 is not None:  # values that are rounded differ in whole steps
         config = replace(config, csa2=replace(config.csa2, cache_formats="none"))
-    batch, results = next(small.stream()), []
+    batch = next(small.stream())
+    results = []
     for rows in (None, 1):
         step = small.step(config=config, micro_batch_size=rows)
         losses, counts = step.forward_backward(batch, 1)
@@ -339,7 +348,8 @@ def test_training_makes_indexers_find_what_attention_looks_at(small):
     for weight in (0.0, 1.0):
         indexed = replace(config, dsa=DSAConfig(heads=4, dim=16, top_k=4, weight=weight))
         model = LanguageModel(indexed, seed=5).train()
-        stream, measured = Stream(small.tokens(), small.batch_size, 24, seed=3), []
+        stream = Stream(small.tokens(), small.batch_size, 24, seed=3)
+        measured = []
         optimizer = Optimizer(model, OptimConfig(lr=1e-2, warmup=3))
         for step, batch in zip(range(80), stream, strict=False):
             optimizer.begin_step()
@@ -421,10 +431,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, what, k
 def test_nan_from_one_part_of_the_loss_skips_the_step(small, indexed, monkeypatch, piece):
     """The forward gives NaN in MTP's loss, the indexers', or the second of two micro-batches."""
     config = small.without_noise(indexed if piece == "indexer" else small.config)
-    step, stream = small.step(steps=4, config=config, micro_batch_size=2), small.stream()
+    step = small.step(steps=4, config=config, micro_batch_size=2)
+    stream = small.stream()
     run(step, stream, 1, 2)
     before = state_of(step)
-    loss, calls = LanguageModel.loss, []
+    loss = LanguageModel.loss
+    calls = []
 
     def spoilt(self, *args, **options):
         result = loss(self, *args, **options)
@@ -467,9 +479,11 @@ def test_too_many_skipped_steps_in_a_row_raise(small):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_batch_without_any_label_changes_nothing(small, kind):
     """As one of chats may be: no loss is measured, and neither decay nor momentum moves weights."""
-    step, stream = small.step(kind=kind), small.stream()
+    step = small.step(kind=kind)
+    stream = small.stream()
     run(step, stream, 1, 2)
-    before, optimizer = state_of(step), step.optimizer.state_dict()
+    before = state_of(step)
+    optimizer = step.optimizer.state_dict()
     optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}
     batch = next(stream)
     result = step(batch | {"labels": torch.full_like(batch["labels"], -100)}, 3)

@@ -189,14 +189,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(config, tmp_path
 
 def test_another_seed_draws_other_weights(config, tmp_path):
     """The rate changes nothing, so that only initial values differ."""
-    still, drawn = replace(config.optim, lr=1e-12), []
+    still = replace(config.optim, lr=1e-12)
+    drawn = []
     for seed in (1, 2):
         folder = train(
             replace(config, folder=str(tmp_path / str(seed)), seed=seed, steps=1, optim=still)
         )
         drawn.append(load_model(folder).state_dict())
     for name in ("embed.weight", "blocks.0.attention.o_proj.weight", "tables.0.weight"):
-        one, other = drawn[0][name].flatten(), drawn[1][name].flatten()
+        one = drawn[0][name].flatten()
+        other = drawn[1][name].flatten()
         assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.5, name
 
 
@@ -326,7 +328,8 @@ def test_rows_that_learn_on_the_disk_are_those_of_the_device(config, tmp_path):
         train(replace(config, steps=10, placement="device"))
     folder = train(replace(config, steps=10))
     assert losses(folder) == losses(straight)
-    ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
+    ours = load_model(folder).state_dict()
+    theirs = load_model(straight).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     elsewhere = load_model(folder, tables=TableConfig(placement="disk"))
@@ -343,7 +346,8 @@ def test_wherever_rows_learn_a_step_that_is_not_finite_leaves_them(
 
     Its third and fourth step update nothing.
     """
-    clip, loss = Optimizer.clip, LanguageModel.loss
+    clip = Optimizer.clip
+    loss = LanguageModel.loss
     batches = []  # the first is that of the engine's dry run
 
     def spoilt_clip(self):
@@ -426,7 +430,8 @@ def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypa
     config = replace(config, placement="disk")
     folder = train(replace(config, steps=3))
     straight = shutil.copytree(folder, tmp_path / "straight")
-    config, save = replace(config, steps=6), checkpoint.save_model
+    config = replace(config, steps=6)
+    save = checkpoint.save_model
 
     def stop(line: dict) -> None:
         raise RuntimeError("killed")
@@ -552,7 +557,8 @@ def test_killed_and_called_again_is_as_if_never_killed(config, tmp_path, tables)
     assert done.stdout.split()[0] in ("31", "41")
     folder = Path(config.folder)
     assert losses(folder) == losses(straight)
-    ours, theirs = load_model(folder).state_dict(), load_model(straight).state_dict()
+    ours = load_model(folder).state_dict()
+    theirs = load_model(straight).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -711,7 +717,9 @@ def test_a_run_that_cannot_be_read_yet_says_what_to_do(config, tmp_path, capsys)
 def test_reading_while_training_writes_sees_whole_checkpoints_only(config, tmp_path):
     """Each checkpoint is removed when the next exists; a read always gets one step's values."""
     config = replace(config, steps=20, save_every=1, keep=1, validate_every=0)
-    folder, read, failed = Path(config.folder), [], []
+    folder = Path(config.folder)
+    read = []
+    failed = []
     stop = threading.Event()
 
     def reader() -> None:
@@ -872,7 +880,8 @@ def test_the_best_weights_of_a_run_are_trained_on(config, tmp_path):
     best = first / "checkpoints" / "best"
     tuned = replace(config, init_from=str(best), folder=str(tmp_path / "tuned"), steps=1)
     folder = train(replace(tuned, optim=OptimConfig(lr=1e-30)))
-    expected, after = load_model(best).state_dict(), load_model(folder).state_dict()
+    expected = load_model(best).state_dict()
+    after = load_model(folder).state_dict()
     for name in expected.keys() - {n for n in expected if "e_score_correction_bias" in n}:
         assert torch.equal(expected[name], after[name]), name
     texts = {Tokenizer.load(path).backend.to_str() for path in (first, folder)}
