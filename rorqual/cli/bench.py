@@ -3,17 +3,15 @@
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rorqual.cli.parse import Positional, UsageError, emit, parse_new, split_first, take
 from rorqual.hints import choose
 from rorqual.io import write_json
-
-if TYPE_CHECKING:
-    from rorqual.serve.bench import Server
 
 EXAMPLE = "rorqual bench serve runs/demo/engram"
 USUAL_URL = "http://127.0.0.1:8000"
@@ -41,7 +39,8 @@ class Serve:
     run: Positional[str] = ""  # a run folder, a DeepSeek folder or a hub id; none: --url
     url: str | None = None  # of a server that runs; none: http://127.0.0.1:8000
     model: str | None = None  # none: the first that the server lists
-    api_key: str | None = None  # none: RORQUAL_API_KEY of the environment, or no login
+    # none: for a server on this machine RORQUAL_API_KEY of the environment, or no login
+    api_key: str | None = None
     requests: int = 64
     rate: float = math.inf  # requests a second, at random times; inf: all at once
     concurrency: int | None = 8  # requests at once at most; the others wait; none: no limit
@@ -91,12 +90,12 @@ def bench_serve(options: Serve, as_json: bool) -> int:
     if options.run:
         started = [f"--max-batch-size={options.concurrency or 8}", *_flags(options.serve)]
         served = bench.running(options.run, started)
-    api_key = os.environ.get("RORQUAL_API_KEY") if options.api_key is None else options.api_key
+    prompts = _prompts(options)
     with served as running:
         url = running.url if options.run else running
-        server = bench.Server(url, model=options.model, api_key=api_key)
+        server = bench.Server(url, model=options.model, api_key=_api_key(options, url))
         load = bench.Load(
-            prompts=_prompts(options, server),
+            prompts=prompts(server.vocab_size),
             output_tokens=options.output_tokens,
             rate=options.rate,
             concurrency=options.concurrency,
@@ -127,19 +126,34 @@ def _flags(words: tuple[str, ...]) -> list[str]:
     return [word if word.startswith("-") else f"--{word}" for word in words]
 
 
-def _prompts(options: Serve, server: "Server") -> list[dict[str, Any]]:
+def _api_key(options: Serve, url: str) -> str | None:
+    """Returns the key for a server; that of the environment goes to no other machine."""
     from rorqual.serve import bench
 
-    if options.prompts is None:
+    if options.api_key is not None or not bench.is_local(url):
+        return options.api_key
+    return os.environ.get("RORQUAL_API_KEY")
+
+
+def _prompts(options: Serve) -> Callable[[int | None], list[dict[str, Any]]]:
+    """Returns what makes the prompts for a vocabulary size; bad options raise ValueError before."""
+    from rorqual.serve import bench
+
+    if options.prompts is not None:
+        texts = bench.read_prompts(Path(options.prompts))
+        return lambda vocab_size: [texts[i % len(texts)] for i in range(options.requests)]
+    bench.check_lengths(options.input_tokens, options.shared_tokens)
+
+    def draw(vocab_size: int | None) -> list[dict[str, Any]]:
         return bench.random_prompts(
             options.requests,
             options.input_tokens,
-            server.vocab_size,
+            vocab_size,
             shared=options.shared_tokens,
             seed=options.seed,
         )
-    texts = bench.read_prompts(Path(options.prompts))
-    return [texts[i % len(texts)] for i in range(options.requests)]
+
+    return draw
 
 
 def _progress(total: int) -> Any:

@@ -179,6 +179,15 @@ def limits_of(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
+def check_lengths(tokens: int, shared: int) -> None:
+    """Raises ValueError where no prompt has so many tokens, the first `shared` of them common."""
+    if not 0 <= shared <= tokens or tokens < 1:
+        raise ValueError(
+            f"got {tokens} input tokens with {shared} shared, expected at least 1, "
+            "and at most as many shared"
+        )
+
+
 def random_prompts(
     count: int, tokens: int, vocab_size: int | None, *, shared: int = 0, seed: int = 0
 ) -> list[dict[str, Any]]:
@@ -186,11 +195,7 @@ def random_prompts(
 
     Without a vocabulary they are texts of so many words.
     """
-    if not 0 <= shared <= tokens or tokens < 1:
-        raise ValueError(
-            f"got {tokens} input tokens with {shared} shared, expected at least 1, "
-            "and at most as many shared"
-        )
+    check_lengths(tokens, shared)
     draw = random.Random(seed)
 
     def some(length: int) -> list[Any]:
@@ -232,6 +237,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return prompts
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL leads to this machine."""
+    try:
+        return httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
+    except httpx.InvalidURL:
+        return False
+
+
 class Server:
     """A server of OpenAI's protocol at a base URL, with or without /v1.
 
@@ -248,7 +261,7 @@ class Server:
             raise ValueError(f"got url {url!r}, expected http://HOST:PORT")
         self.headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         # A proxy of the environment leads away from this machine.
-        self.trust_env = parsed.host not in ("127.0.0.1", "localhost", "::1")
+        self.trust_env = not is_local(self.url)
         listed = self.get("/v1/models")
         try:
             names = [card["id"] for card in listed["data"]]
@@ -317,12 +330,14 @@ class Server:
                         to.message = _message(await answer.aread())
                     else:
                         await _listen(answer, to)
+        except (httpx.ConnectTimeout, httpx.ConnectError) as error:
+            to.failure = "no connection"
+            to.message = _reason(error)
         except (TimeoutError, httpx.TimeoutException):
             to.failure = "timeout"
             to.message = f"no end within {load.timeout:g} s"
         except httpx.RequestError as error:
-            connected = not isinstance(error, httpx.ConnectError)
-            to.failure = "hung up" if connected else "no connection"
+            to.failure = "hung up"
             to.message = _reason(error)
 
 

@@ -1,12 +1,14 @@
 """Tests `rorqual bench serve`: it starts a server, measures and ends it; mistakes are a line."""
 
 import contextlib
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,6 +49,10 @@ def test_a_run_is_served_measured_and_ended(small_run: Path, tmp_path: Path, cap
         (["serve", "--url", "http://127.0.0.1:9"], "got no connection"),
         (["serve", "--url", "localhost:80"], "expected http://HOST:PORT"),
         (["serve", "runs/nothing-there"], "runs/nothing-there"),
+        (["serve", "--url", "http://a:x"], "expected http://HOST:PORT"),
+        # What is wrong without any server is said before one is started or asked.
+        (["serve", "runs/nothing-there", "--input-tokens", "0"], "got 0 input tokens"),
+        (["serve", "runs/nothing-there", "--prompts", "no-such-file.txt"], "no-such-file.txt"),
     ],
 )
 def test_mistakes_are_a_line(words: list[str], message: str, capsys) -> None:
@@ -55,6 +61,29 @@ def test_mistakes_are_a_line(words: list[str], message: str, capsys) -> None:
     assert error.startswith("rorqual: error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere 0.0.0.0 is no address to connect to")
+def test_the_key_of_the_environment_goes_to_no_other_machine(monkeypatch, capsys) -> None:
+    seen: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["authorization"])
+            self.send_error(401)
+
+        def log_message(self, *arguments) -> None:
+            """Prints nothing."""
+
+    monkeypatch.setenv("RORQUAL_API_KEY", "secret")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for words in (["127.0.0.1"], ["0.0.0.0"], ["0.0.0.0", "--api-key", "its"]):
+            url = f"http://{words[0]}:{server.server_port}"
+            assert main(["bench", "serve", "--url", url, *words[1:]]) == 1
+            assert "got status 401" in capsys.readouterr().err
+        server.shutdown()
+    assert seen == ["Bearer secret", None, "Bearer its"]
 
 
 def answered(folder: Path) -> str:
