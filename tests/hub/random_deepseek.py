@@ -288,7 +288,3 @@ def again(folder: Path) -> PreTrainedModel:
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     loader = Mistral4ForCausalLM if kind == "mistral4" else AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=torch.float32)
-
-
-# Weights of experts that are multiplied by 16 make gradients that are sums of large terms.
-CANCELS = True

@@ -98,4 +98,3 @@ def stretched(draw: random.Random) -> dict[str, Any]:
 
 
 FAMILIES = {"deepseek_v4": oracle_config}
-CANCELS = True  # gradients of the mappings of the streams

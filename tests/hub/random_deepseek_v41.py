@@ -300,5 +300,3 @@ FAMILIES = {"deepseek_v41": family_config} if is_installed() else {}
 # What expected.safetensors says about the numbers in it.
 METADATA = {"cache_formats": "identity"}
 IDS = 300  # of the tokenizer
-# Gradients of the mappings of the streams, and of Engram's gate near a score of 0.
-CANCELS = True

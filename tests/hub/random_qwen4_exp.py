@@ -130,4 +130,3 @@ def stir(model: nn.Module, seed: int) -> None:
 
 
 FAMILIES = {"qwen4_exp": oracle_config}
-CANCELS = True  # gradients of delta net's decay, and of the gates of PLE near a score of 0
