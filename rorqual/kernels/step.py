@@ -39,7 +39,6 @@ from rorqual.kernels.vectors import (
     score_tile,
     softmax,
     sum_rows,
-    sums,
 )
 
 PLACES = (
@@ -348,14 +347,9 @@ def _attend(queries, latents, pages, length, width, summed):  # pragma: no cover
     for h in range(heads):
         softmax(scores[h], bits)
         fill(summed[h], ZERO)
-    for l in range(0, whole, 4):
-        a = latents + (pages[l // PAGE] + l % PAGE) * step
-        sums(scores, l, a, a + step, a + 2 * step, a + 3 * step, summed)
-    for l in range(whole, length):
-        key = _vector(latents + (pages[l // PAGE] + l % PAGE) * step, width)
-        for h in range(heads):
-            for i in range(summed.shape[1]):
-                summed[h, i] += scores[h, l] * key[i]
+    for l in range(0, length, PAGE):
+        count = min(PAGE, length - l)
+        sum_rows(scores[:, l:], latents + pages[l // PAGE] * step, step, count, summed)
 
 
 @compiled

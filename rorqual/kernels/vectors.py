@@ -228,10 +228,56 @@ def _sums(heads):
     return intrinsic(typed)
 
 
+def _columns(heads, vectors):
+    """Makes an intrinsic that adds sum_l weights[h, l] row l to out[h], for some columns.
+
+    They are LANES `vectors` numbers, whose sums stay in registers over all rows. Row l is at
+    `first` + l `step`.
+    """
+
+    def typed(context, weights, apart, first, step, count, out, out_apart):
+        def generate(context, builder, signature, arguments):
+            weights, apart, first, step, count, out, out_apart = arguments
+            beside = [ir.Constant(_WHOLE, 4 * LANES * v) for v in range(vectors)]
+            totals = [
+                [
+                    cgutils.alloca_once_value(builder, _load(builder, out, builder.add(at_h, more)))
+                    for more in beside
+                ]
+                for at_h in _step(builder, out_apart, heads)
+            ]
+            stride = _step(builder, apart, heads)
+            with cgutils.for_range(builder, count) as loop:
+                row = builder.add(first, builder.mul(loop.index, step))
+                values = [_load(builder, row, more) for more in beside]
+                here = builder.mul(loop.index, ir.Constant(_WHOLE, 4))
+                for h in range(heads):
+                    weight = _load(builder, weights, builder.add(stride[h], here), _FLOAT)
+                    share = _everywhere(builder, weight)
+                    for total, value in zip(totals[h], values, strict=True):
+                        product = builder.fmul(share, value, flags=_FUSED)
+                        builder.store(
+                            builder.fadd(builder.load(total), product, flags=_FUSED), total
+                        )
+            for h, at_h in enumerate(_step(builder, out_apart, heads)):
+                for total, more in zip(totals[h], beside, strict=True):
+                    _store(builder, builder.load(total), out, builder.add(at_h, more))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return intrinsic(typed)
+
+
 _dots_rows = _dots(ROWS)
 _dots_1 = _dots(1)
 _sums_rows = _sums(ROWS)
 _sums_1 = _sums(1)
+_columns_rows_4 = _columns(ROWS, 4)
+_columns_rows_1 = _columns(ROWS, 1)
+_columns_1_4 = _columns(1, 4)
+_columns_1_1 = _columns(1, 1)
+_TILE = 8  # rows that are read for some columns before the same rows are for the next ones
 
 
 @_any_order
@@ -320,17 +366,49 @@ def score_tile(queries, keys, scores, start, end):  # pragma: no cover
 
 
 @_any_order
+def _sum_tile(weights, apart, first, step, count, heads, width, out, out_apart):  # pragma: no cover
+    """Adds the sum over `count` rows to ROWS or 1 rows of `out`; all are addresses."""
+    column = 0
+    while column + 4 * LANES <= width:
+        where = first + 4 * column
+        there = out + 4 * column
+        if heads == ROWS:
+            _columns_rows_4(weights, apart, where, step, count, there, out_apart)
+        else:
+            _columns_1_4(weights, apart, where, step, count, there, out_apart)
+        column += 4 * LANES
+    while column + LANES <= width:
+        where = first + 4 * column
+        there = out + 4 * column
+        if heads == ROWS:
+            _columns_rows_1(weights, apart, where, step, count, there, out_apart)
+        else:
+            _columns_1_1(weights, apart, where, step, count, there, out_apart)
+        column += LANES
+
+
+@_any_order
 def sum_rows(weights, first, step, count, out):  # pragma: no cover
     """Adds the sum over l < count of weights[h, l] times row l to out[h].
 
-    Row l is at address `first` + l `step`; its first out.shape[1] numbers are used.
+    Row l is at address `first` + l `step`; its first out.shape[1] numbers are used. Rows are read
+    _TILE at a time, so that rows that are far apart are not read column by column from memory.
     """
-    whole = count // 4 * 4
-    for l in range(0, whole, 4):
-        a = first + l * step
-        sums(weights, l, a, a + step, a + 2 * step, a + 3 * step, out)
-    for l in range(whole, count):
-        row = matrix_at(first + l * step, 1, out.shape[1])[0]
-        for h in range(out.shape[0]):
-            for i in range(out.shape[1]):
-                out[h, i] += weights[h, l] * row[i]
+    heads, width = out.shape
+    apart = weights.strides[0]
+    out_apart = out.strides[0]
+    for l in range(0, count, _TILE):
+        rows = min(_TILE, count - l)
+        start = first + l * step
+        h = 0
+        while h < heads:
+            several = ROWS if h + ROWS <= heads else 1
+            share = weights.ctypes.data + h * apart + 4 * l
+            total = out.ctypes.data + h * out_apart
+            _sum_tile(share, apart, start, step, rows, several, width, total, out_apart)
+            h += several
+        for n in range(l, l + rows):
+            row = matrix_at(first + n * step, 1, width)[0]
+            for h in range(heads):
+                for i in range(width // LANES * LANES, width):
+                    out[h, i] += weights[h, n] * row[i]

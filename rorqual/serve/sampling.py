@@ -13,6 +13,7 @@ has logit 0 and the others become -inf at worst, and a penalty leaves a finite l
 Top-p: arXiv:1904.09751. Min-p: arXiv:2407.01082. Repetition penalty: arXiv:1909.05858.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -169,34 +170,38 @@ def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Dra
     """
     logits = logits.float()
     errors: dict[int, str] = {}
-    _refuse(logits, errors, "logits that are NaN, inf or all -inf")
+    ids = _largest(logits, errors, "logits that are NaN, inf or all -inf")
     if errors:
         logits = logits.clone()
         logits[list(errors)] = 0.0
     unmasked = logits
     logits = _mask(_adjust(logits, rows), rows, errors)
     if logits is not unmasked:
-        _refuse(logits, errors, "no id that is allowed")
+        ids = _largest(logits, errors, "no id that is allowed")
     drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
-    if not drawing:
-        ids = logits.argmax(-1)
-    else:
+    if drawing:
         index = torch.tensor(drawing, device=logits.device)
         subset = logits[index] if len(drawing) < len(rows) else logits
         subset = subset - subset.amax(-1, keepdim=True)
         chances = narrow(subset, [rows[row].sampling for row in drawing]).softmax(-1)
-        ids = draw(chances, [rows[row].generator for row in drawing])
-        if len(drawing) < len(rows):
-            ids = logits.argmax(-1).index_copy(0, index, ids)
-    return Drawn([-1 if row in errors else one for row, one in enumerate(ids.tolist())], errors)
+        drawn = draw(chances, [rows[row].generator for row in drawing])
+        for row, one in zip(drawing, drawn.tolist(), strict=True):
+            ids[row] = one
+    return Drawn([-1 if row in errors else one for row, one in enumerate(ids)], errors)
 
 
-def _refuse(logits: Tensor, errors: dict[int, str], what: str) -> None:
-    """Notes the rows without a finite largest logit."""
-    usable = logits.amax(-1).isfinite()
-    if not usable.all():
-        for row in (~usable).nonzero().flatten().tolist():
+def _largest(logits: Tensor, errors: dict[int, str], what: str) -> list[int]:
+    """Returns the id of each row's largest logit, and notes the rows where that is not finite."""
+    if logits.is_cpu:
+        # numpy's is some 20 times as fast as torch's.
+        ids = torch.from_numpy(logits.detach().numpy().argmax(-1))
+    else:
+        ids = logits.argmax(-1)
+    values = logits.gather(-1, ids[:, None])[:, 0]
+    for row, value in enumerate(values.tolist()):
+        if not math.isfinite(value):
             errors.setdefault(row, what)
+    return ids.tolist()
 
 
 def _adjust(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Float[Tensor, "B V"]:
