@@ -262,7 +262,7 @@ def _reduce(x, pre, out):  # pragma: no cover
 
 @compiled
 def _read(fn, base, scale, weight, sizes, tokens, work, clocks, me, phase):  # pragma: no cover
-    """Writes the normalised input of a sublayer to work.hidden. Two barriers."""
+    """Writes the normalised input of a sublayer to work.hidden. Two barriers at most."""
     threads = clocks.shape[0]
     count = tokens.x.shape[0]
     size = sizes.streams
@@ -273,7 +273,9 @@ def _read(fn, base, scale, weight, sizes, tokens, work, clocks, me, phase):  # p
         streams = matrix_at(tokens.x.ctypes.data, count, flat_dim)
         score_tile(streams, matrix_at(fn, rows, flat_dim), work.mapping, start, end)
         _meet(clocks, me, phase)
-    start, end = _share(count, me, threads)
+    # One token of one stream is less work than a barrier: each thread writes all of it.
+    alone = count == 1 and size == 1
+    start, end = (0, 1) if alone else _share(count, me, threads)
     weights = _vector(weight, sizes.dim)
     read = np.empty(sizes.dim, np.float32)
     for n in range(start, end):
@@ -290,7 +292,8 @@ def _read(fn, base, scale, weight, sizes, tokens, work, clocks, me, phase):  # p
         for s in range(size):
             tokens.pre[n, s] = ours[s]
         norm(read, weights, sizes.eps, work.hidden[n])
-    _meet(clocks, me, phase + 1)
+    if not alone:
+        _meet(clocks, me, phase + 1)
 
 
 @compiled
@@ -527,6 +530,8 @@ def _route(pointer, sizes, hidden, token_id, expert_ids, weights):  # pragma: no
     if sizes.groups_kept < sizes.groups:
         _best_groups(biased, sizes)
     total = np.float32(1e-20)
+    # What other threads may read is written once: several may compute the same token.
+    factors = np.empty(sizes.active, np.float32)
     for k in range(sizes.active):
         best = 0
         for e in range(1, sizes.experts):
@@ -534,13 +539,12 @@ def _route(pointer, sizes, hidden, token_id, expert_ids, weights):  # pragma: no
                 best = e
         if pointer[TABLE]:
             best = _ids_at(pointer[TABLE] + 8 * token_id * sizes.active, sizes.active)[k]
-        expert_ids[k], weights[k] = best, scores[best]
+        expert_ids[k] = best
+        factors[k] = scores[best] * np.float32(sizes.weight_scale)
         biased[best] = np.float32(-np.inf)
         total += scores[best]
     for k in range(sizes.active):
-        weights[k] *= np.float32(sizes.weight_scale)
-        if sizes.renormalise:
-            weights[k] /= total
+        weights[k] = factors[k] / total if sizes.renormalise else factors[k]
 
 
 @compiled
@@ -637,13 +641,14 @@ def _feed_forward(pointer, sizes, tokens, work, width, clocks, me, phase):  # pr
     site = pointer[FFN_FN], pointer[FFN_BASE], pointer[FFN_SCALE]
     _read(*site, pointer[FFN_NORM], sizes, tokens, work, clocks, me, phase + 1)
     if pointer[ROUTER]:
-        start, end = _share(count, me, threads)
+        start, end = (0, 1) if count == 1 else _share(count, me, threads)
         for n in range(start, end):
             hidden = work.hidden[n : n + 1]
             ids = work.expert_ids[n]
             weights = work.expert_weights[n]
             _route(pointer, sizes, hidden, tokens.ids[n], ids, weights)
-        _meet(clocks, me, phase + 3)
+        if count > 1:
+            _meet(clocks, me, phase + 3)
     plain = matrix_at(work.plain.ctypes.data, count, width)
     start, end = _share(width, me, threads)
     gate = np.empty((count, width), np.float32)
