@@ -61,7 +61,7 @@ def check(
 
 
 # What is left to the slow tests differs from one of these in nothing that a scheduler sees.
-FAST = {"mla", "dsa", "nsa tile", "v4.1", "qwen4", "moba decodes fully", "delta net"}
+FAST = {"mla", "dsa", "v4.1", "moba decodes fully", "delta net"}
 
 
 @pytest.mark.parametrize(
