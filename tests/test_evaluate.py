@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from rorqual import evaluate
 from rorqual.data import chats
 from rorqual.data.corpus import open_corpus, split
-from rorqual.data.stream import tokenise
 from rorqual.data.tokenizer import train
+from rorqual.data.tokens import tokenise
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig

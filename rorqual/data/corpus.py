@@ -112,7 +112,7 @@ def trained(folder: str | os.PathLike[str]) -> Trained | None:
         config = json.loads(path.read_text(encoding="utf-8"))
         data = config["data"]
         return Trained(
-            source=data["source"],
+            source=",".join(data.get("mixture", ())) or data["source"],
             column=data["column"],
             limit=data["limit"],
             seq_len=config["seq_len"],
@@ -263,37 +263,49 @@ class Corpus:
 
     def _clean(self) -> Iterator[tuple[str, str, float]]:
         """Yields (where it stands, text no longer than allowed, place of its first piece)."""
-        position: float | None = None
-        for where, raw in self._source.read(self.skip):
-            short = len(raw) <= self._longest
-            if self.chats and not (short and chats.is_document(raw)):
-                self.skip("no chat" if short else "chat too long", where)
-                continue
-            pieces = (
-                [(where, raw)]
-                if short
-                else files.cut(io.BytesIO(raw), where, self._longest, self.skip)
-            )
-            for _, piece in pieces:
-                position = position if isinstance(piece, files.Rest) else None
-                text = self._decoded(piece, where)
-                if text is not None:
-                    position = position_of(text) if position is None else position
-                    yield where, text, position
+        raw = self._source.read(self.skip)
+        return clean(self._only_chats(raw) if self.chats else raw, self._longest, self.skip)
 
-    def _decoded(self, piece: bytes, where: str) -> str | None:
-        if b"\0" in piece:
-            self.skip("binary or UTF-16 (a NUL byte)", where)
-            return None
-        try:
-            text = piece.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self.skip("not UTF-8", f"{where}: {piece[error.start : error.start + 4]!r}")
-            return None
-        text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
-        if not text:
-            self.skip("empty", where)
-        return text or None
+    def _only_chats(self, raw: files.Raw) -> files.Raw:
+        """Leaves out texts that are no chats, or longer than a document."""
+        for where, text in raw:
+            short = len(text) <= self._longest
+            if short and chats.is_document(text):
+                yield where, text
+            else:
+                self.skip("no chat" if short else "chat too long", where)
+
+
+def clean(raw: files.Raw, longest: int, skip: files.Skip) -> Iterator[tuple[str, str, float]]:
+    """Yields (where it stands, text of at most `longest` bytes, place of its first piece)."""
+    position: float | None = None
+    for where, whole in raw:
+        pieces = (
+            [(where, whole)]
+            if len(whole) <= longest
+            else files.cut(io.BytesIO(whole), where, longest, skip)
+        )
+        for _, piece in pieces:
+            position = position if isinstance(piece, files.Rest) else None
+            text = _decoded(piece, where, skip)
+            if text is not None:
+                position = position_of(text) if position is None else position
+                yield where, text, position
+
+
+def _decoded(piece: bytes, where: str, skip: files.Skip) -> str | None:
+    if b"\0" in piece:
+        skip("binary or UTF-16 (a NUL byte)", where)
+        return None
+    try:
+        text = piece.decode("utf-8")
+    except UnicodeDecodeError as error:
+        skip("not UTF-8", f"{where}: {piece[error.start : error.start + 4]!r}")
+        return None
+    text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff").strip()
+    if not text:
+        skip("empty", where)
+    return text or None
 
 
 def _span(places: Iterable[float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ Skip = Callable[[str, str], None]
 Raw = Iterator[tuple[str, bytes]]
 Reader = Callable[[io.BufferedIOBase, str, str, int, Skip], Raw]
 
+TOKEN_KINDS = (".bin", ".npy")  # of token ids, which `token_files` opens
 LONGEST = 2**16  # bytes of one document
 LONGEST_LINE = 2**26  # bytes of one JSON line; a longer one is left out
 _MARKS = (b"\n\n", b"\n", "。".encode(), b" ")
@@ -80,8 +81,31 @@ def listed(path: Path) -> Listed:
     return Listed(root=path, paths=tuple(paths), left=tuple(left))
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Returns the readable files below a folder in order of name, and all else with reasons."""
+def token_paths(path: Path) -> list[Path]:
+    """Returns the files of token ids that a path names, or an empty list where it names none.
+
+    Megatron's two files may be named by what they have in common. A folder with any text in it is a
+    folder of texts.
+    """
+    # These are False for a name that is too long for any file.
+    if os.path.isdir(path):
+        inside = _walk(path, TOKEN_KINDS)[0]
+        return inside if not _walk(path)[0] else []
+    if not os.path.isfile(path):
+        path = Path(f"{path}.bin")
+    elif path.suffix == ".idx":
+        path = path.with_suffix(".bin")
+    return [path] if path.suffix in TOKEN_KINDS and os.path.isfile(path) else []
+
+
+def _walk(
+    folder: Path, kinds: Container[str] | None = None
+) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Returns the files of these kinds below a folder in order of name, and all else with reasons.
+
+    Without kinds, those of texts.
+    """
+    kinds = _READERS if kinds is None else kinds
     paths: list[Path] = []
     left: list[tuple[str, str]] = []
 
@@ -95,7 +119,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         for path in (Path(here, name) for name in sorted(names)):
             if path.name.startswith("."):
                 left.append(("hidden file", printable(path)))
-            elif path.suffix.lower() in _READERS:
+            elif path.suffix.lower() in kinds:
                 paths.append(path)
             else:
                 left.append(

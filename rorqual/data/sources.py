@@ -6,7 +6,7 @@
     gcide                        the Collaborative International Dictionary of English, from
                                  Debian's dict-gcide
     hf:NAME[:CONFIG[:SPLIT]]     a Hugging Face dataset, streamed
-    a file or folder             .txt, .md, .jsonl, .parquet
+    a file or folder             .txt, .md, .jsonl, .parquet (.bin and .npy: `token_files`)
 
 `corpus.open_corpus` makes documents of them. A reader yields (place, bytes) and calls `skip(reason,
 place)` for all that it leaves out, so that everything left out is counted. Imports `files` beside
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rorqual.data import files
 from rorqual.data.files import Raw, Skip
@@ -70,6 +71,10 @@ def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> So
         return _docstrings([piece for piece in rest.split(",") if piece])
     if kind == "hf":
         return _hub(rest, column)
+    if files.token_paths(Path(name)):
+        raise ValueError(
+            f"got data {name!r}, which holds token ids, expected a text: wordnet, a file, a folder"
+        )
     if not os.path.exists(name):
         names = "wordnet, docstrings, gcide, hf:NAME, or a file or folder that exists"
         hint = (
@@ -250,13 +255,45 @@ def _entry(text: bytes) -> bytes:
     return re.sub(rb"[{}]", b"", re.sub(rb"\s*\n\s*", b"\n", plain))
 
 
-def _hub(name: str, column: str) -> Source:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubDataset:
+    """A dataset of the hub, or of a folder, and the split that is read."""
+
+    builder: Any
+    split: str
+
+    def rows(self) -> Any:
+        """Returns the rows from the beginning on: an IterableDataset with a state of its own."""
+        return self.builder.as_streaming_dataset(split=self.split)
+
+
+def hub_dataset(name: str, column: str) -> HubDataset:
+    """Finds the dataset NAME[:CONFIG[:SPLIT]].
+
+    ValueError, with a hint, where there is no such dataset, split or column.
+    """
     try:
         import datasets  # optional: the [hub] extra
     except ImportError as error:
         raise ValueError(
             f"got data 'hf:{name}', which needs the library datasets: {install('hub')}"
         ) from error
+    path, config, split = _hub_name(name)
+    try:
+        builder = datasets.load_dataset_builder(path, config or None)
+        dataset = HubDataset(builder=builder, split=split)
+        names = dataset.rows().column_names
+    except Exception as error:  # whatever a hub, a network or a dataset's files may raise
+        raise ValueError(f"hf:{name}: {files.hub_reason(error)}") from error
+    if names is not None and column not in names:
+        raise ValueError(
+            f"hf:{name}: got column {column!r}, expected one of {', '.join(names)} (--column)"
+        )
+    return dataset
+
+
+def _hub_name(name: str) -> tuple[str, str, str]:
+    """Splits NAME[:CONFIG[:SPLIT]]; the split is `train` unless another is named."""
     path, config, split, *more = (
         [*name.split(":"), "", ""] if name.count(":") < 3 else name.split(":")
     )
@@ -264,22 +301,18 @@ def _hub(name: str, column: str) -> Source:
         raise ValueError(
             f"got data 'hf:{name}', expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
         )
-    split = split or "train"
-    try:
-        builder = datasets.load_dataset_builder(path, config or None)
-        rows = builder.as_streaming_dataset(split=split)
-    except Exception as error:  # whatever a hub, a network or a dataset's files may raise
-        raise ValueError(f"hf:{name}: {files.hub_reason(error)}") from error
-    if rows.column_names is not None and column not in rows.column_names:
-        raise ValueError(
-            f"hf:{name}: got column {column!r}, "
-            f"expected one of {', '.join(rows.column_names)} (--column)"
-        )
+    return path, config, split or "train"
+
+
+def _hub(name: str, column: str) -> Source:
+    dataset = hub_dataset(name, column)
+    builder = dataset.builder
+    path = _hub_name(name)[0]
 
     def read(skip: Skip) -> Raw:
         number = 0
         try:
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(dataset.rows(), 1):
                 yield from files.cell(row, column, f"row {number}", skip)
         except Exception as error:
             raise ValueError(
@@ -291,5 +324,5 @@ def _hub(name: str, column: str) -> Source:
         license=builder.info.license or f"see the card of {path}",
         bytes=builder.info.dataset_size or builder.info.download_size,
         read=read,
-        stamp=lambda: f"{path} {builder.config_id} {split} {builder.hash}",
+        stamp=lambda: f"{path} {builder.config_id} {dataset.split} {builder.hash}",
     )

@@ -14,6 +14,7 @@ arXiv:2601.07372.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -317,3 +318,30 @@ def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     if not seen:
         raise ValueError("got no documents to train a tokenizer on, expected at least one")
     return Tokenizer(backend, {"bos_token": END, "eos_token": END, "pad_token": END})
+
+
+def token_sizes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
+    """Returns int64[vocab_size], the UTF-8 bytes of the text that each id stands for.
+
+    Exact for tokenizers that spell bytes, and for those with a piece a byte or a word; for others
+    it is the length of the id decoded by itself.
+    """
+    settings = json.loads(backend.to_str())
+    decoder = settings["decoder"] or {}
+    kinds = {piece["type"] for piece in (decoder, *decoder.get("decoders", ()))}
+    added = backend.get_added_tokens_decoder()
+    sizes = np.zeros(vocab_size, dtype=np.int64)
+    for i in range(vocab_size):
+        piece = backend.id_to_token(i)
+        if piece is None:
+            continue
+        if i in added:
+            sizes[i] = len(piece.encode("utf-8"))
+        elif "ByteLevel" in kinds:
+            sizes[i] = len(piece)  # a letter a byte
+        elif "ByteFallback" in kinds or "Metaspace" in kinds:
+            is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+            sizes[i] = 1 if is_byte else len(piece.replace("\u2581", " ").encode("utf-8"))
+        else:
+            sizes[i] = len(backend.decode([i], skip_special_tokens=False).encode("utf-8"))
+    return sizes

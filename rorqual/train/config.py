@@ -5,8 +5,10 @@ It imports no torch, so that the command line can list every option at once.
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
+from rorqual.data.mixture import read_mixture
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.model_config import ModelConfig
 
@@ -19,12 +21,19 @@ WIDEST = 512  # the largest model width for which `recipe` has a rate
 class DataConfig:
     """The text that a model is trained on, and its tokenizer."""
 
-    source: str = "wordnet"  # a corpus name, a file, a folder, or a Hugging Face dataset
+    # a corpus name, a file or folder of texts or of token ids, or a Hugging Face dataset
+    source: str = "wordnet"
+    # several sources and their shares, in place of one: wordnet:0.7,notes/:0.3
+    mixture: tuple[str, ...] = ()
     # of a jsonl, parquet or dataset source; messages: chats, with a loss on their answers alone
     column: str = "text"
     limit: int | None = None  # documents at most
     vocab_size: int | None = None  # of the tokenizer that is trained on the text; None: the model's
     tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to use instead
+    # of files of ids without a header; auto: the smallest for the tokenizer's vocabulary
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    streaming: bool = False  # hf: datasets are tokenised while the model trains, not before
+    processes: int = 1  # that tokenise; 1: this one, with the tokenizer's threads
     cache: str = "runs/cache"  # tokenizers and token files, for later runs
 
     def __post_init__(self) -> None:
@@ -38,6 +47,28 @@ class DataConfig:
                 f"vocab_size: got {self.vocab_size}, expected at least {BYTE_VOCAB_SIZE}: the "
                 "bytes and the end; try --data.vocab-size 4096"
             )
+        if self.processes < 1:
+            raise ValueError(f"processes: got {self.processes}, expected at least 1")
+        if self.mixture and self.source != "wordnet":
+            raise ValueError(
+                f"mixture: got {','.join(self.mixture)!r} and the source {self.source!r}, expected "
+                "one of them"
+            )
+        shares = self.shares
+        if self.streaming and not any(map(self.is_streamed, shares)):
+            raise ValueError(
+                f"streaming: got {', '.join(shares)}, expected a Hugging Face dataset: "
+                "--data hf:NAME"
+            )
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """The sources and the share of rows of each; they sum to 1."""
+        return read_mixture(self.mixture) if self.mixture else {self.source: Fraction(1)}
+
+    def is_streamed(self, source: str) -> bool:
+        """Whether this source is tokenised while the model trains."""
+        return self.streaming and source.startswith("hf:")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,6 @@ import torch
 
 from rorqual import checkpoint, parallel, runtime
 from rorqual import config as configs
-from rorqual.data.corpus import open_corpus
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
@@ -26,7 +25,7 @@ from rorqual.train import run_folder
 from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.scores import estimate_step_seconds
-from rorqual.train.source import Source, open_source
+from rorqual.train.source import Source, check_sources, open_source
 from rorqual.train.step import Diverged, TrainStep
 
 # Options of a model that neither its weights' shapes nor what they compute once trained depend on.
@@ -94,7 +93,7 @@ def refuse(config: TrainConfig) -> None:
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         _refuse_init(config, config.init_from)
     if config.needles is None:
-        open_corpus(config.data.source, column=config.data.column, limit=config.data.limit)
+        check_sources(config)
     run_folder.refuse_folder_of_runs(Path(config.folder))
 
 

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from rorqual.data import chats
 from rorqual.data.chats import ChatEncoder, document, read
 from rorqual.data.corpus import open_corpus
-from rorqual.data.stream import IGNORED, Stream, tokenise, validation_batches
+from rorqual.data.stream import IGNORED, Stream, validation_batches
 from rorqual.data.tokenizer import Tokenizer, train
+from rorqual.data.tokens import tokenise
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

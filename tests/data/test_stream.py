@@ -1,14 +1,8 @@
-"""Tests token files and batches: nothing is lost or doubled.
-
-Batches are the same after any stop and on any number of ranks.
-"""
+"""Tests batches: nothing is lost or doubled, after any stop and on any number of ranks."""
 
 import json
-import os
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.data import stream, tokenizer
-from rorqual.data.corpus import Corpus, open_corpus, position_of, split
-from rorqual.data.stream import IGNORED, Stream, Tokens, open_tokens, tokenise, validation_batches
-from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.stream import IGNORED, Mixture, Stream, validation_batches
+from rorqual.data.tokens import Tokens
 
 END = 7
 
@@ -68,7 +60,7 @@ def windows(
     arguments = Stream(side, 1, seq_len, seed)
     results = {}
     for row in range(count):
-        number = int(arguments._placed(np.array([row]))[0])
+        number = int(arguments.reader.placed(np.array([row]))[0])
         batch = next(arguments)
         results[number] = tuple(
             batch[name][0].tolist() for name in ("ids", "labels", "document_ids")
@@ -278,136 +270,6 @@ def test_validation_has_one_order_and_not_that_of_the_text() -> None:
     assert first[: len(side)] != sorted(first[: len(side)])
 
 
-@pytest.fixture(scope="module")
-def small() -> Tokenizer:
-    return tokenizer.train(open_corpus(limit=400).documents(), 400)
-
-
-def local(folder: Path, texts: list[str], **options: Any) -> Corpus:
-    folder.mkdir(exist_ok=True)
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return open_corpus(str(folder), duplicate_threshold=None, **options)
-
-
-def test_tokenise_keeps_every_document_on_its_side(tmp_path: Path, small: Tokenizer) -> None:
-    corpus = open_corpus(limit=400)
-    result = tokenise(corpus, small, tmp_path)
-    texts = {"train": [], "validation": []}
-    for text in corpus.documents():
-        texts[split(text)].append(text)
-    for name, side in (("train", result.train), ("validation", result.validation)):
-        read = [side.ids[a:b].tolist() for a, b in zip(side.starts, side.starts[1:], strict=False)]
-        assert {ids[0] for ids in read} == {small.end_id}
-        assert Counter(small.decode(ids[1:]) for ids in read) == Counter(texts[name])
-        assert side.bytes == sum(len(text.encode()) for text in texts[name])
-        assert side.sizes.tolist() == [len(small.decode(ids[1:]).encode()) for ids in read]
-        assert (side.documents, side.ids.dtype) == (len(texts[name]), np.uint16)
-    assert (result.vocab_size, result.end_id) == (small.vocab_size, small.end_id)
-    assert result.about["name"] == "WordNet 3.0"
-    assert "Princeton" in result.about["license"]
-
-
-def test_a_large_vocab_size_takes_four_bytes(
-    tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(small, "vocab_size", 70_000)
-    monkeypatch.setattr(
-        small, "encode_batch", lambda texts: [[69_999, len(text)] for text in texts]
-    )
-    result = tokenise(local(tmp_path / "text", ["one", "two", "three"]), small, tmp_path / "tokens")
-    assert result.train.ids.dtype == np.uint32
-    assert 69_999 in result.train.ids
-
-
-def test_what_is_there_is_opened_and_not_made_again(
-    tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = tokenise(open_corpus(limit=50), small, tmp_path)
-    monkeypatch.setattr(small, "encode_batch", None)
-    again = tokenise(open_corpus(limit=50), small, tmp_path)
-    assert again.path == first.path
-    assert again.train.digest == first.train.digest == open_tokens(first.path).train.digest
-    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
-
-
-def test_another_corpus_or_tokenizer_gets_another_folder(tmp_path: Path, small: Tokenizer) -> None:
-    other = tokenizer.train(["something else"], 260)
-    paths = {
-        tokenise(open_corpus(limit=limit), used, tmp_path / "tokens").path
-        for limit in (40, 50)
-        for used in (small, other)
-    }
-    texts = [[f"{word} {i}" for i in range(9)] for word in ("one", "two")]
-    paths |= {
-        tokenise(local(tmp_path / "text", text), small, tmp_path / "tokens").path for text in texts
-    }
-    assert len(paths) == 6
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    ["train.bin", "validation.bin", "train.starts.npy", "validation.sizes.npy", "meta.json"],
-)
-@pytest.mark.parametrize("how", ["gone", "torn", "empty"])
-def test_a_damaged_folder_is_made_anew(
-    tmp_path: Path, small: Tokenizer, spoil: str, how: str
-) -> None:
-    corpus = local(tmp_path / "text", [f"text {i}" for i in range(60)])
-    first = tokenise(corpus, small, tmp_path / "tokens")
-    digest = first.train.digest
-    content = (first.path / spoil).read_bytes()
-    (first.path / spoil).unlink()
-    if how != "gone":
-        (first.path / spoil).write_bytes(content[: -9 if how == "torn" else 0])
-    with pytest.raises(ValueError, match="got no whole token folder"):
-        open_tokens(first.path)
-    again = tokenise(corpus, small, tmp_path / "tokens")
-    assert (again.path, again.train.digest) == (first.path, digest)
-    assert (first.path / spoil).read_bytes() == content
-
-
-def test_a_stop_halfway_leaves_nothing(
-    tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(done: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tokenise(open_corpus(limit=50), small, tmp_path, progress=stop)
-    assert list(tmp_path.iterdir()) == []
-    text: list[int] = []
-    monkeypatch.setattr(stream, "_BATCH_BYTES", 500)
-    result = tokenise(open_corpus(limit=50), small, tmp_path, progress=text.append)
-    assert text == sorted(text)
-    assert len(text) > 3
-    assert text[-1] == result.train.bytes + result.validation.bytes
-
-
-def test_two_at_once_agree(tmp_path: Path, small: Tokenizer) -> None:
-    """If another process finishes first, its folder stays."""
-
-    def other(done: int) -> None:
-        tokenise(open_corpus(limit=50), small, tmp_path)
-
-    result = tokenise(open_corpus(limit=50), small, tmp_path, progress=other)
-    assert [path.name for path in tmp_path.iterdir()] == [result.path.name]
-
-
-def test_the_nearest_document_validates_where_none_would(tmp_path: Path, small: Tokenizer) -> None:
-    texts = [text for text in (f"text {i}" for i in range(30)) if split(text) == "train"]
-    result = tokenise(local(tmp_path / "text", texts), small, tmp_path / "tokens")
-    assert small.decode(result.validation.ids[1:].tolist()) == min(texts, key=position_of)
-    assert result.train.documents == len(texts) - 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 400).map(lambda i: f"text {i}"), unique=True))
-def test_ordering_keeps_every_document_on_its_side(texts: list[str]) -> None:
-    sided = [(split(text), text) for text in texts]
-    ordered = list(stream._ordered(iter(sided)))
-    assert sorted(ordered) == sorted(sided)
-
-
 BEGIN = 8
 
 
@@ -435,36 +297,48 @@ def test_a_document_ends_with_end_whichever_begins_next(seq_len: int) -> None:
     assert sorted((a, b) for a, b in pairs if b != IGNORED) == expected
 
 
-def test_documents_are_stored_with_begin(tmp_path: Path) -> None:
-    trained = tokenizer.train(["the sea"] * 9, 270)
-    backend = type(trained.backend).from_str(trained.backend.to_str())
-    backend.add_special_tokens(["<begin>"])
-    both = Tokenizer(backend, trained.settings)
-    other = Tokenizer(backend, trained.settings | {"bos_token": "<begin>"})
-    assert other.begin_id != other.end_id == both.begin_id
-    item, plain = (
-        tokenise(local(tmp_path / "text", list("abcd")), t, tmp_path / "tokens")
-        for t in (other, both)
+def mixed() -> Mixture:
+    texts = (some(9), some(5, seed=1), some(14, seed=2))
+    return Mixture(texts, (Fraction(1, 2), Fraction(1, 5), Fraction(3, 10)))
+
+
+@pytest.mark.parametrize("text", [lambda: some(12), mixed])
+def test_one_two_and_four_ranks_read_one_order_and_take_over_from_each_other(
+    text: Callable[[], Tokens | Mixture],
+) -> None:
+    """The global batch is one, whatever the ranks, and whoever read before."""
+    whole = take(Stream(text(), 4, 6, 3), 12)
+    state: dict | None = None
+    read: list[torch.Tensor] = []
+    for world in (1, 2, 4, 1, 4, 2):
+        ranks = [Stream(text(), 4 // world, 6, 3, rank, world) for rank in range(world)]
+        for rank in ranks:
+            if state is not None:
+                rank.load_state_dict(state)
+        batches = [take(rank, 2) for rank in ranks]
+        read += [torch.cat([batch[step]["labels"] for batch in batches]) for step in range(2)]
+        states = [json.loads(json.dumps(rank.state_dict())) for rank in ranks]
+        assert all(one == states[0] for one in states), "every rank saves the same state"
+        state = states[0]
+    assert all(
+        torch.equal(labels, batch["labels"]) for labels, batch in zip(read, whole, strict=True)
     )
-    assert item.path != plain.path
-    for side in (item.train, item.validation):
-        assert set(side.ids[side.starts[:-1]].tolist()) == {other.begin_id}
-        labels = flat(list(validation_batches(side, 1, 4)), "labels")
-        assert labels.count(other.end_id) == side.documents
-        assert other.begin_id not in labels
 
 
-def test_too_small_a_corpus_is_an_error(tmp_path: Path, small: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="got one document, expected at least two"):
-        tokenise(local(tmp_path / "text", ["alone"]), small, tmp_path / "tokens")
-    with pytest.raises(ValueError, match="got no documents"):
-        tokenise(local(tmp_path / "text", [""]), small, tmp_path / "tokens")
-    assert os.listdir(tmp_path / "tokens") == []
+def test_a_mixture_has_exact_shares_of_each_text_in_its_own_order() -> None:
+    mixture = mixed()
+    stream = Stream(mixture, 10, 6, 3)
+    alone = [Stream(text, 1, 6, 3 + n) for n, text in enumerate(mixture.texts)]
+    for batch in take(stream, 3):
+        texts = (batch["document_ids"] % 3).tolist()
+        assert all(len(set(row)) == 1 for row in texts), "a row is of one text"
+        assert [sum(row[0] == n for row in texts) for n in range(3)] == [5, 2, 3]
+        for row, ids in zip(texts, batch["ids"], strict=True):
+            assert torch.equal(ids, next(alone[row[0]])["ids"][0])
 
 
-def test_no_file_is_ever_executed(tmp_path: Path, small: Tokenizer) -> None:
-    """A pickle in place of an array is refused."""
-    result = tokenise(open_corpus(limit=50), small, tmp_path)
-    np.save(result.path / "train.starts.npy", np.array([Path], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="got no whole token folder"):
-        open_tokens(result.path)
+def test_a_state_of_another_mixture_is_refused() -> None:
+    state = Stream(mixed(), 2, 8).state_dict()
+    other = Mixture(mixed().texts, (Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)))
+    with pytest.raises(ValueError, match="got a state with tokens"):
+        Stream(other, 2, 8).load_state_dict(state)

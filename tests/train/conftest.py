@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rorqual.data.stream import Stream, Tokens
+from rorqual.data.stream import Stream
+from rorqual.data.tokens import Tokens
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.engram import EngramConfig

@@ -62,6 +62,11 @@ def test_a_wrong_optimizer_is_refused(change, message):
         ({"data": {"limit": 1}}, "limit: got 1"),
         ({"data": {"vocab_size": 20}}, "vocab_size: got 20"),
         ({"data": {"sauce": "x"}}, "source"),
+        ({"data": {"processes": 0}}, "processes: got 0"),
+        ({"data": {"mixture": ["wordnet"]}}, "mixture: got 'wordnet', expected TEXT:WEIGHT"),
+        ({"data": {"mixture": ["a:1"], "source": "b"}}, "got 'a:1' and the source 'b'"),
+        ({"data": {"streaming": True}}, "streaming: got wordnet, expected a Hugging Face dataset"),
+        ({"data": {"token_dtype": "int8"}}, "'int8', expected 'auto' or 'uint16' or 'uint32'"),
     ],
 )
 def test_a_wrong_training_is_refused(change, message):
