@@ -111,6 +111,78 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     )
 
 
+class Sizes(NamedTuple):
+    """Parameters of a model by how they are spread over devices; together all that there are."""
+
+    rows: int  # of Engram's tables
+    experts: tuple[int, ...]  # routed experts of each block, MTP's blocks last
+    blocks: tuple[int, ...]  # everything else of these blocks
+    embedding: int  # the embedding, and the head if it is not tied
+    others: int  # the exit of the streams and the last norm
+
+
+def sizes(config: ModelConfig) -> Sizes:
+    """Counts the parameters of every block, and those outside of blocks."""
+    depth = config.mtp.depth if config.mtp is not None else 0
+    counted = costs(config)
+    one = 0
+    if config.moe is not None:
+        one = config.moe.routed * _swiglu(config.dim, config.moe.width)
+    indices = range(config.layers + depth)
+    experts = tuple(one * config.has_experts(index) for index in indices)
+    whole = [_whole_block(config, index) for index in range(config.layers)]
+    whole += [_mtp(config, index) for index in range(depth)]
+    blocks = tuple(all_of - routed for all_of, routed in zip(whole, experts, strict=True))
+    embedding = config.vocab_size * config.dim * (1 if config.tied else 2)
+    inside = sum(blocks) + sum(experts) + embedding + counted.memory
+    return Sizes(counted.memory, experts, blocks, embedding, counted.total + counted.mtp - inside)
+
+
+def _whole_block(config: ModelConfig, index: int) -> int:
+    """Counts a block with its norms, its sites of the streams and its Engram, but for rows."""
+    block = _block(config, index)
+    total = block.matrices + block.others + (0 if config.gated_residual else 2 * config.dim)
+    if config.engram is not None and config.has_engram(index):
+        total += _engram(config.engram, config.dim, config.streams)
+    if config.hyper is not None:
+        total += 2 * _connection(config.hyper, config.dim)
+    return total
+
+
+class BlockFlops(NamedTuple):
+    """Forward FLOPs a token of one block, and of them those of its routed experts."""
+
+    total: int
+    experts: int
+
+
+def flops_by_block(config: ModelConfig, context: int = 4096) -> tuple[list[BlockFlops], int]:
+    """Returns the forward FLOPs a token of each block, and those outside of blocks.
+
+    Together they are `Costs.flops_per_token`. The products of attention and of the streams are
+    spread evenly over the blocks that have them, those of Engram over its own.
+    """
+    active = 0
+    if config.moe is not None:
+        active = 2 * config.moe.active * _swiglu(config.dim, config.moe.width)
+    attended = 2 * _attention_products(config, context)
+    mixed = 2 * _hyper_products(config) // config.layers
+    engram_blocks = 1 if config.engram is None else len(config.engram.layers)
+    looked_up = 2 * _engram_products(config) // engram_blocks
+    blocks: list[BlockFlops] = []
+    for index in range(config.layers):
+        experts = active * config.has_experts(index)
+        resting = _resting(config) * config.has_experts(index)
+        total = 2 * (_block(config, index).matrices - resting) + mixed
+        if config.delta is not None and config.has_delta(index):
+            total += 2 * _delta_products(config.delta)
+        else:
+            total += attended
+        blocks.append(BlockFlops(total + looked_up * config.has_engram(index), experts))
+    inside = sum(block.total for block in blocks)
+    return blocks, costs(config, context).flops_per_token - inside
+
+
 @dataclass(frozen=True, slots=True)
 class Parameters:
     """The parameters of a part of a model: matrices that multiply every token once, and all others.

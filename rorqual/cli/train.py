@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rorqual import config as configs
+from rorqual.cli.cluster import cluster_command
 from rorqual.cli.parse import UsageError, changed, emit, parse, read, split_first, take
 from rorqual.costs import Costs, costs
 from rorqual.hints import choose
@@ -375,20 +376,19 @@ def show(result: dict[str, Costs]) -> None:
     Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
-PLAN_ENDS = "The last lines of the answer are the commands that train what was planned."
+PLAN_ENDS = """The last lines of the answer are the commands that train what was planned.
+With a model's name first it plans that model on many devices: rorqual plan MODEL --help."""
 MACHINE = ("device", "devices", "utilisation", "step_tokens", "optimizer", "placement")
 
 
 def plan_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    if argv and not is_option(argv[0]):
+        return cluster_command(argv[0], named(argv[0]), argv[1:], as_json)
     from rorqual.experiments.budget import Budget
     from rorqual.experiments.devices import estimate
     from rorqual.experiments.plan import PlanConfig, plan_budget
 
-    if argv and not is_option(argv[0]):
-        raise UsageError(
-            f"got {argv[0]!r}, expected flags alone: rorqual plan --like {argv[0]} --rho 0.75"
-        )
     changes = read(
         PlanConfig(), argv, "plan", PLAN_ENDS, {name: f"machine.{name}" for name in MACHINE}
     )

@@ -268,7 +268,7 @@ def test_sizes_have_three_digits(count: float, message: str) -> None:
         (["params", "--base", "10000", "--factor", "0.5"], 1, "got factor 0.5"),
         (["params", "tiny", "--model.dim", "0"], 2, "dim: got 0, expected at least 1"),
         (["params", "tiny", "--model.engram.layers", "7"], 2, "expected block indices 0..2"),
-        (["plan", "tiny"], 2, "expected flags alone: rorqual plan --like tiny"),
+        (["plan", "tiny", "--rho", "0.6"], 2, "got '--rho', expected an option"),
         (["plan", "--like", "tinny"], 2, "did you mean 'tiny'"),
         (["plan", "--like", "tiny", "--device", "h10"], 2, "did you mean 'h100'"),
         (
