@@ -1,6 +1,7 @@
 # make demo    trains two small models and writes runs/demo/report.html
 # make test    linters, types, and every fast test         (SLOW=1: the slow tests too)
 # make lint    the linters and types alone
+# make docs    builds the documentation site into site/ and checks its links
 # make wheel   builds the wheel and tries it in an environment of its own
 # make venv    .venv with everything that work on rorqual needs; make demo installs less
 
@@ -10,6 +11,7 @@ LINTED ?=
 PY := .venv/bin/python
 DEMO := .venv/demo-installed
 TEST := .venv/test-installed
+DOCS := .venv/docs-installed
 export OMP_NUM_THREADS ?= 1
 export PIP_ROOT_USER_ACTION ?= ignore
 
@@ -17,10 +19,14 @@ export PIP_ROOT_USER_ACTION ?= ignore
 # machine would fill the first screen that a user sees.
 INSTALL := $(PY) -m pip --disable-pip-version-check -qq install --only-binary=:all:
 PINNED := $(INSTALL) -c constraints.txt
+VENV = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+    { echo "got $$($(PYTHON) --version), expected 3.11 or later: make demo PYTHON=python3.12" >&2; exit 1; }; \
+    $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || \
+    $(PYTHON) -m venv --clear .venv
 CHECKSUM := { pwd; cksum pyproject.toml constraints.txt Makefile; }
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint wheel venv
+.PHONY: demo test lint docs wheel venv
 
 venv: $(TEST)
 
@@ -31,10 +37,7 @@ venv: $(TEST)
 $(DEMO): pyproject.toml constraints.txt Makefile
 	@if $(CHECKSUM) | cmp -s - $@; then touch $@; exit 0; fi; \
 	set -e; rm -f $@; \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "got $$($(PYTHON) --version), expected 3.11 or later: make demo PYTHON=python3.12" >&2; exit 1; }; \
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || \
-	    $(PYTHON) -m venv --clear .venv; \
+	$(VENV); \
 	echo "installing into .venv (once; the first time takes a few minutes)"; \
 	$(INSTALL) --no-index --no-deps "torch==2.13.*" 2>/dev/null || $(PINNED) "torch==2.13.*"; \
 	$(PINNED) hatchling editables; \
@@ -55,6 +58,19 @@ $(TEST): $(DEMO)
 	$(INSTALL) --no-deps nemo-automodel==0.7.0 || \
 	    echo "nemo-automodel is not reachable: the tests that compare with it will be skipped"; \
 	$(CHECKSUM) > $@
+
+# The site is built of files alone: it needs neither torch nor rorqual installed.
+$(DOCS): pyproject.toml constraints.txt Makefile
+	@if $(CHECKSUM) | cmp -s - $@; then touch $@; exit 0; fi; \
+	set -e; rm -f $@; \
+	$(VENV); \
+	echo "installing what builds the site"; \
+	$(PINNED) $$($(PY) -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'); \
+	$(CHECKSUM) > $@
+
+docs: $(DOCS)
+	$(PY) scripts/build_site.py
 
 demo: $(DEMO)
 	$(PY) -m rorqual demo

@@ -471,7 +471,7 @@ def test_blocks_say_what_they_are_and_what_they_need() -> None:
         assert text.count("<!-- needs:") == sum(bool(block.needs) for block in result), page
         assert {reason for block in result for reason in block.needs} <= NEEDS, page
         for block in result:
-            assert block.language in ("", "sh", "python"), page
+            assert block.language in ("", "sh", "python", "math"), page
             if not block.language:  # a drawing or a formula
                 assert not re.search(
                     r"^\s*(rorqual [a-z]|python |make |import |from )", block.body, re.MULTILINE

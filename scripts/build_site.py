@@ -1,0 +1,533 @@
+"""Builds the documentation site, English and Chinese, and checks its links.
+
+    python scripts/build_site.py          writes site/; needs what [docs] in pyproject.toml lists
+    python scripts/build_site.py --check  checks the links of a site that was built
+
+The pages are Markdown files that read well in the repository, too. A copy of them goes to
+build/site, where links to source files become links to pages that show them, each page without a
+Chinese version gets its English text under a Chinese note, and the pages of the API reference are
+written. Then zensical builds both languages with warnings as errors, and every link, anchor and
+picture of the result must exist. Nothing is loaded from another host.
+"""
+
+import argparse
+import ast
+import html.parser
+import json
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ROOT / "docs" / "site"
+WORK = ROOT / "build" / "site"
+SITE = ROOT / "site"
+LANGUAGES = {"en": "English", "zh": "中文"}
+# Of the Chinese site, as seen from the English one, and the other way round.
+OTHER = {"en": "zh/", "zh": "../"}
+NO_CHINESE = '!!! note "本页尚无中文版"\n    以下为英文原文。\n\n'
+ENGLISH_TITLE = "{}（英文）"
+DESCRIPTION = {
+    "en": "Sparse language models, one paper a file: train, study and serve them.",
+    "zh": "稀疏语言模型：一篇论文一个文件，可训练、可研究、可部署。",
+}
+LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>[^)\s]+)(?P<after>\))")
+FENCE = re.compile(r"^\s*(```|~~~)")
+HAN = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+WRAPPED = re.compile(rf"(?<={HAN})\n *(?={HAN})")
+FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FORMULA = re.compile(r"\$`([^`\n]+)`\$")
+PICTURES = (".png", ".svg", ".jpg")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the site: a file of the repository, its name on the site, and its titles."""
+
+    file: str
+    name: str
+    titles: dict[str, str]
+    english: bool = False
+
+    def source(self, language: str) -> str:
+        """Returns the file that has the page's text in a language."""
+        if language == "en" or self.english:
+            return self.file
+        return "docs/zh/" + posixpath.basename(self.file)
+
+    def title(self, language: str) -> str:
+        """Returns the title; a Chinese one says that the page is in English."""
+        title = self.titles[language]
+        return ENGLISH_TITLE.format(title) if language == "zh" and self.english else title
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the navigation with its pages; `api` marks the generated ones."""
+
+    titles: dict[str, str]
+    pages: tuple[Page, ...]
+    api: bool
+
+
+def settings() -> dict[str, Any]:
+    return tomllib.loads((SETTINGS / "site.toml").read_text(encoding="utf-8"))
+
+
+def sections() -> list[Section]:
+    """Returns the navigation of docs/site/site.toml."""
+    result = []
+    for section in settings()["section"]:
+        pages = tuple(
+            Page(page["file"], page_name(page["file"]), titles(page), page.get("english", False))
+            for page in section["pages"]
+        )
+        result.append(Section(titles(section), pages, section.get("api", False)))
+    return result
+
+
+def titles(entry: dict[str, Any]) -> dict[str, str]:
+    return {language: entry[language] for language in LANGUAGES}
+
+
+def page_name(file: str) -> str:
+    """Returns the name of a page on the site. A README is a page like others, not an index."""
+    if file == "README.md":
+        return "commands.md"
+    return posixpath.basename(file).lower()
+
+
+# Links
+
+
+class Links:
+    """Rewrites the links of pages from the repository's folders to the site's.
+
+    Source files that pages link to are collected in `sources`.
+    """
+
+    def __init__(self, pages: list[Page], repo_url: str, branch: str) -> None:
+        self.repo_url = repo_url
+        self.branch = branch
+        self.sources: set[str] = set()
+        self.pictures: set[str] = set()
+        # (language, name) of the page that a file's text is on.
+        self.names: dict[str, tuple[str, str]] = {}
+        for page in pages:
+            if not page.english:
+                self.names[page.source("zh")] = ("zh", page.name)
+            self.names[page.file] = ("en", page.name)
+
+    def rewrite(self, text: str, file: str, language: str, name: str) -> str:
+        """Returns the text of `file` with links for the page `name` of a language's site."""
+        lines = []
+        fenced = False
+        for line in text.splitlines():
+            fenced ^= bool(FENCE.match(line))
+            if not fenced:
+                line = LINK.sub(
+                    lambda match: (
+                        match["before"]
+                        + self.target(match["target"], file, language, name)
+                        + match["after"]
+                    ),
+                    line,
+                )
+            lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    def target(self, target: str, file: str, language: str, name: str) -> str:
+        """Returns what a link in `file` leads to on the site."""
+        split = urlsplit(target)
+        if split.scheme or target.startswith("#"):
+            return target
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), split.path))
+        anchor = f"#{split.fragment}" if split.fragment else ""
+        here = posixpath.dirname(name) or "."
+        if path in self.names:
+            of, page = self.names[path]
+            # A Chinese page leads to the Chinese site, where English pages are, too.
+            if of == "zh" and language == "en":
+                return outside("en", here, html_name(page)) + anchor
+            return posixpath.relpath(page, here) + anchor
+        if not (ROOT / path).is_file():
+            raise ValueError(f"{file}: got a link to {target}, expected a file of the repository")
+        if path.endswith(PICTURES):
+            self.pictures.add(path)
+            return posixpath.relpath(path.removeprefix("docs/"), here)
+        return self.source(path, language, here) + self.line(split.fragment)
+
+    def source(self, path: str, language: str, here: str) -> str:
+        """Returns the address of a source file: the repository's, or a page that shows it."""
+        if self.repo_url:
+            return f"{self.repo_url}/blob/{self.branch}/{path}"
+        self.sources.add(path)
+        if language == "en":
+            return posixpath.relpath(source_name(path), here)
+        return outside(language, here, html_name(source_name(path)))
+
+    def line(self, fragment: str) -> str:
+        """Returns the anchor of a line of a source file, `L12` as GitHub names it."""
+        if self.repo_url or not fragment:
+            return f"#{fragment}" if fragment else ""
+        return "#__codelineno-0-" + fragment.removeprefix("L")
+
+
+def outside(language: str, here: str, page: str) -> str:
+    """Returns the way from a folder of one language's site to a page of the other's."""
+    return posixpath.normpath(posixpath.join(posixpath.relpath(".", here), OTHER[language], page))
+
+
+def source_name(path: str) -> str:
+    return f"source/{path}.md"
+
+
+def html_name(name: str) -> str:
+    return name.removesuffix(".md") + ".html"
+
+
+# Formulas
+
+
+def with_formulas(text: str) -> str:
+    """Replaces ```math blocks and $`inline formulas`$, both as GitHub shows them, by MathML."""
+    text = FORMULA_BLOCK.sub(lambda match: f"<div>{mathml(match[1], 'block')}</div>", text)
+    return FORMULA.sub(lambda match: mathml(match[1], "inline"), text)
+
+
+def mathml(latex: str, display: str) -> str:
+    """Returns MathML, which browsers draw without a script."""
+    # Only pages with formulas need the package.
+    from latex2mathml.converter import convert
+
+    result = convert(latex.strip(), display=display)
+    # Markdown reads the text between tags, too.
+    return result.replace("*", "&#42;").replace("_", "&#95;")
+
+
+# The API reference
+
+
+def public_names() -> dict[str, list[str]]:
+    """Returns the public names of each module, by its dotted name; those of `rorqual.__all__`.
+
+    A module that is public itself has the names that tests/golden/public.json lists.
+    """
+    tree = ast.parse((ROOT / "rorqual/__init__.py").read_text(encoding="utf-8"))
+    (listed,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MODULES"
+    ]
+    golden = ROOT / "tests/golden/public.json"
+    members = json.loads(golden.read_text(encoding="utf-8"))["python"]
+    result: dict[str, list[str]] = {}
+    for name, target in listed.items():
+        module, _, attribute = target.partition(":")
+        names = result.setdefault(module, [])
+        names += [n for n in ([attribute] if attribute else members[name]) if n not in names]
+    return dict(sorted(result.items()))
+
+
+def module_file(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
+def summaries(module: str) -> dict[str, str]:
+    """Returns the first line of the docstring of each class and function of a module."""
+    tree = ast.parse((ROOT / module_file(module)).read_text(encoding="utf-8"))
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    result = {
+        node.name: (ast.get_docstring(node) or "").partition("\n")[0]
+        for node in tree.body
+        if isinstance(node, kinds)
+    }
+    return result | {"": (ast.get_docstring(tree) or "").partition("\n")[0]}
+
+
+API_INDEX = {
+    "en": "# API reference\n\nEvery public name of `rorqual`, by the module that defines it. "
+    "`import rorqual as rq` gives them all; each is loaded on its first use.\n",
+    "zh": "# API 参考\n\n`rorqual` 的全部公开名字，按定义它的模块排列。`import rorqual as rq` "
+    "即可使用，首次用到时才加载。说明取自源码中的英文文档字符串。\n",
+}
+API_HEADER = {
+    "en": "| name | what it is |\n| --- | --- |\n",
+    "zh": "| 名字 | 说明 |\n| --- | --- |\n",
+}
+
+
+def api_pages(language: str) -> dict[str, str]:
+    """Returns the generated pages, an index and one for each module, with links as in docs/."""
+    index = API_INDEX[language]
+    result = {}
+    for module, names in public_names().items():
+        summary = summaries(module)
+        name = f"api/{module}.md"
+        source = f"[{module_file(module)}](../{module_file(module)})"
+        options = {"members": names, "heading_level": 2}
+        result[name] = (
+            f"# {module}\n\n{source}\n\n::: {module}\n    options: {json.dumps(options)}\n"
+        )
+        index += f"\n## [{module}]({module}.md)\n\n{summary['']}\n\n{API_HEADER[language]}"
+        for public in names:
+            line = summary.get(public, "").replace("|", "\\|")
+            index += f"| [`{public}`]({module}.md#{module}.{public}) | {line} |\n"
+    return {"api/index.md": index} | result
+
+
+# Staging and building
+
+
+def stage(language: str, links: Links) -> None:
+    """Writes the pages of a language to build/site, and the configuration that builds them."""
+    folder = WORK / language / "docs"
+    for section in sections():
+        for page in section.pages:
+            file = page.source(language)
+            text = (ROOT / file).read_text(encoding="utf-8")
+            text = with_formulas(links.rewrite(text, file, language, page.name))
+            # Between Chinese characters a browser would show the end of a line as a space.
+            text = WRAPPED.sub("", text)
+            if language == "zh" and page.english:
+                title, _, rest = text.partition("\n")
+                text = f"{title}\n\n{NO_CHINESE}{rest}"
+            write(folder / page.name, text)
+    for name, text in api_pages(language).items():
+        # The generated pages link to each other as they stand, and to source files.
+        text = re.sub(
+            r"\]\(\.\./(rorqual/[^)]*)\)",
+            lambda match: f"]({links.source(match[1], language, 'api')})",
+            text,
+        )
+        write(folder / name, text)
+    shutil.copytree(SETTINGS / "overrides", WORK / language / "overrides")
+    shutil.copy(SETTINGS / "extra.css", folder)
+    config = yaml.safe_dump(configuration(language), allow_unicode=True, sort_keys=False)
+    write(WORK / language / "mkdocs.yml", config)
+
+
+def stage_files(links: Links) -> None:
+    """Writes what pages link to: pictures in both languages, source files in the English one."""
+    for path in sorted(links.pictures):
+        for language in LANGUAGES:
+            copy = WORK / language / "docs" / path.removeprefix("docs/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, copy)
+    for path in sorted(links.sources):
+        code = (ROOT / path).read_text(encoding="utf-8")
+        kind = "python" if path.endswith(".py") else "text"
+        text = f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n"
+        text += f'`````` {{.{kind} linenums="1"}}\n{code}``````\n'
+        write(WORK / "en" / "docs" / source_name(path), text)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def navigation(language: str) -> list[dict[str, Any]]:
+    """Returns the navigation as the builder wants it; a section of one page is that page."""
+    result: list[dict[str, Any]] = []
+    for section in sections():
+        title = section.titles[language]
+        pages: list[Any] = [{page.title(language): page.name} for page in section.pages]
+        if section.api:
+            overview = {"en": "All names", "zh": "全部名字"}[language]
+            pages = [{overview: "api/index.md"}]
+            pages += [{module: f"api/{module}.md"} for module in public_names()]
+        result.append({title: section.pages[0].name if len(pages) == 1 else pages})
+    return result
+
+
+def configuration(language: str) -> dict[str, Any]:
+    """Returns the builder's configuration of a language."""
+    (other,) = LANGUAGES.keys() - {language}
+    palette = [
+        {
+            "media": f"(prefers-color-scheme: {kind})",
+            "scheme": scheme,
+            "toggle": {"icon": icon, "name": name},
+        }
+        for kind, scheme, icon, name in (
+            ("light", "default", "lucide/sun", {"en": "Dark", "zh": "深色"}[language]),
+            ("dark", "slate", "lucide/moon", {"en": "Light", "zh": "浅色"}[language]),
+        )
+    ]
+    return {
+        "site_name": "rorqual",
+        "site_description": DESCRIPTION[language],
+        "site_dir": "out",
+        "use_directory_urls": False,
+        "theme": {
+            "variant": "modern",
+            "language": language,
+            "font": False,
+            "custom_dir": "overrides",
+            "palette": palette,
+            "features": [
+                "content.code.copy",
+                "navigation.footer",
+                "navigation.tabs",
+                "navigation.top",
+                "search.highlight",
+                "toc.follow",
+            ],
+        },
+        "extra": {
+            "generator": False,
+            # The theme shows its switch where there are alternates; ours, in docs/site/overrides,
+            # leads to the same page.
+            "alternate": [
+                {"name": LANGUAGES[other], "link": OTHER[language] + "index.html", "lang": other}
+            ],
+            "languages": [{"name": LANGUAGES[other], "link": OTHER[language], "lang": other}],
+        },
+        "extra_css": ["extra.css"],
+        "nav": navigation(language),
+        "markdown_extensions": [
+            "admonition",
+            "attr_list",
+            "md_in_html",
+            "tables",
+            {"toc": {"permalink": True}},
+            {"pymdownx.highlight": {"anchor_linenums": True}},
+            "pymdownx.superfences",
+        ],
+        "plugins": ["search", {"mkdocstrings": {"handlers": {"python": handler()}}}],
+    }
+
+
+def handler() -> dict[str, Any]:
+    """Returns how docstrings are read: plain text in our own form, from files, without imports."""
+    return {
+        "paths": [str(ROOT)],
+        "options": {
+            "allow_inspection": False,
+            "docstring_style": None,
+            "extensions": [str(ROOT / "scripts/docstrings.py")],
+            "filters": ["!^_"],
+            "members_order": "source",
+            "separate_signature": True,
+            "show_if_no_docstring": True,
+            "show_labels": False,
+            "show_root_heading": False,
+            "show_root_toc_entry": False,
+            "show_signature_annotations": True,
+            "show_source": False,
+        },
+    }
+
+
+def build() -> None:
+    """Builds both languages into site/."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    options = settings()
+    pages = [page for section in sections() for page in section.pages]
+    links = Links(pages, options["repo_url"], options["branch"])
+    for language in LANGUAGES:
+        stage(language, links)
+    stage_files(links)
+    for language in LANGUAGES:
+        command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+        done = subprocess.run(
+            [*command, "--config-file", "mkdocs.yml"],
+            cwd=WORK / language,
+            env=os.environ | {"NO_COLOR": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise ValueError(f"zensical ({language}):\n{done.stdout}")
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.copytree(WORK / "en/out", SITE)
+    shutil.copytree(WORK / "zh/out", SITE / "zh")
+
+
+# Checking
+
+
+class Document(html.parser.HTMLParser):
+    """What a page of HTML offers and wants: ids, links, and files that a browser loads."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value for name, value in attrs if value is not None}
+        self.ids |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag == "link" and values.get("rel") != "canonical" and "href" in values:
+            self.loaded.append(values["href"])
+        elif "src" in values:
+            self.loaded.append(values["src"])
+
+
+def problems(site: Path) -> Iterator[str]:
+    """Yields what is wrong: links into nothing, missing anchors, files from other hosts."""
+    documents = {path: Document(path) for path in sorted(site.rglob("*.html"))}
+    for path, document in documents.items():
+        # It is shown for any address, so that its relative links lead nowhere.
+        if path.name == "404.html":
+            continue
+        here = path.relative_to(site)
+        for address in document.loaded:
+            if urlsplit(address).netloc:
+                yield f"{here}: loads {address} from another host"
+        for address in {*document.links, *document.loaded}:
+            split = urlsplit(address)
+            if split.scheme or split.netloc:
+                continue
+            target = (path.parent / unquote(split.path)).resolve() if split.path else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_relative_to(site.resolve()) or not target.is_file():
+                yield f"{here}: {address} leads to no file"
+                continue
+            anchor = unquote(split.fragment)
+            if anchor and target.suffix == ".html" and anchor not in documents[target].ids:
+                yield f"{here}: {address} has no such anchor"
+    for path in sorted(site.rglob("*.css")):
+        for address in re.findall(
+            r"(?:url\(|@import)\s*[\"']?(https?://[^\"')]+)", path.read_text()
+        ):
+            yield f"{path.relative_to(site)}: loads {address} from another host"
+
+
+def main() -> int:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--check", action="store_true", help="check links only")
+    options = parser.parse_args()
+    try:
+        if not options.check:
+            build()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    wrong = list(problems(SITE.resolve()))
+    print("\n".join(wrong), file=sys.stderr)
+    pages = len(list(SITE.rglob("*.html")))
+    print(f"{pages} pages in {SITE.relative_to(ROOT)}/, {len(wrong)} broken links")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""Tests the plan of the documentation site, and scripts/build_site.py, without building anything.
+
+`make docs`, which `.ci/run` calls, builds it with warnings as errors and checks every link.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+spec = importlib.util.spec_from_file_location("build_site", ROOT / "scripts" / "build_site.py")
+assert spec is not None and spec.loader is not None
+site: ModuleType = importlib.util.module_from_spec(spec)
+# Dataclasses look their module up.
+sys.modules["build_site"] = site
+spec.loader.exec_module(site)
+
+PAGES = [page for section in site.sections() for page in section.pages]
+
+
+def links() -> "site.Links":
+    return site.Links(PAGES, "", "main")
+
+
+def test_the_navigation_names_every_page_once() -> None:
+    files = [page.file for page in PAGES]
+    assert len(set(files)) == len(files)
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert {file for file in files if file.startswith("docs/")} == pages
+    names = [page.name for page in PAGES]
+    assert len(set(names)) == len(names)
+
+
+def test_every_page_has_a_title() -> None:
+    for page in PAGES:
+        for language in site.LANGUAGES:
+            file = page.source(language)
+            first = (ROOT / file).read_text(encoding="utf-8").partition("\n")[0]
+            assert first.startswith("# "), file
+            assert page.titles[language].strip(), file
+
+
+def test_chinese_pages_exist_where_the_navigation_says_so() -> None:
+    chinese = {path.name for path in (ROOT / "docs/zh").glob("*.md")}
+    translated = {page.file.rpartition("/")[2] for page in PAGES if not page.english}
+    assert chinese == translated
+    for page in PAGES:
+        assert page.title("zh").endswith("（英文）") == page.english, page.file
+
+
+def test_every_public_name_is_on_a_page_of_the_reference() -> None:
+    listed = site.public_names()
+    names = {name for names in listed.values() for name in names}
+    assert {"LanguageModel", "Run", "Costs", "PRESETS"} <= names
+    for module, offered in listed.items():
+        assert (ROOT / site.module_file(module)).is_file(), module
+        missing = [
+            name for name in offered if not name.isupper() and name not in site.summaries(module)
+        ]
+        assert not missing, f"{module} defines no {missing}"
+    pages = site.api_pages("en")
+    assert pages.keys() == {"api/index.md"} | {f"api/{module}.md" for module in listed}
+    for module, offered in listed.items():
+        assert all(f"({module}.md#{module}.{name})" in pages["api/index.md"] for name in offered)
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "language", "name", "result"),
+    [
+        ("train.md#chats", "docs/index.md", "en", "index.md", "train.md#chats"),
+        ("docs/train.md", "README.md", "en", "commands.md", "train.md"),
+        ("zh/moe.md", "docs/index.md", "en", "index.md", "zh/moe.html"),
+        ("docs/zh/README.md", "README.md", "en", "commands.md", "zh/commands.html"),
+        # A Chinese page stays on the Chinese site, which has the English pages, too.
+        ("../train.md", "docs/zh/README.md", "zh", "commands.md", "train.md"),
+        ("../engram.md", "docs/zh/README.md", "zh", "commands.md", "engram.md"),
+        ("../images/gates.png", "docs/zh/README.md", "zh", "commands.md", "images/gates.png"),
+        ("../CONTRIBUTING.md", "docs/index.md", "en", "index.md", "contributing.md"),
+        ("#words", "docs/glossary.md", "en", "glossary.md", "#words"),
+        ("https://example.org/a.md", "docs/hub.md", "en", "hub.md", "https://example.org/a.md"),
+        (
+            "../rorqual/model.py#L3",
+            "docs/learn.md",
+            "en",
+            "learn.md",
+            "source/rorqual/model.py.md#__codelineno-0-3",
+        ),
+        (
+            "../../rorqual/model.py",
+            "docs/zh/learn.md",
+            "zh",
+            "learn.md",
+            "../source/rorqual/model.py.html",
+        ),
+    ],
+)
+def test_links_lead_to_pages_of_the_site(
+    target: str, file: str, language: str, name: str, result: str
+) -> None:
+    assert links().target(target, file, language, name) == result
+
+
+def test_links_to_source_files_lead_to_the_repository_where_it_has_an_address() -> None:
+    hosted = site.Links(PAGES, "https://example.org/rorqual", "main")
+    result = hosted.target("../rorqual/model.py#L3", "docs/learn.md", "en", "learn.md")
+    assert result == "https://example.org/rorqual/blob/main/rorqual/model.py#L3"
+    assert not hosted.sources
+
+
+def test_a_link_into_nothing_is_refused_and_code_is_left_alone() -> None:
+    with pytest.raises(ValueError, match=r"docs/index\.md: got a link to none\.md"):
+        links().rewrite("[a](none.md)\n", "docs/index.md", "en", "index.md")
+    code = "```\n[a](none.md)\n```\n"
+    assert links().rewrite(code, "docs/index.md", "en", "index.md") == code
+
+
+def test_chinese_lines_join_without_a_space() -> None:
+    text = "一行，\n  两行\n\n- 三\n- 四 a\n五\n"
+    assert site.WRAPPED.sub("", text) == "一行，两行\n\n- 三\n- 四 a\n五\n"
+
+
+def test_formulas_become_mathml() -> None:
+    pytest.importorskip("latex2mathml", reason="the extra [docs] is not installed")
+    text = site.with_formulas("x $`a_i * b`$\n\n```math\n\\frac{a}{b}\n```\n")
+    assert "<msub><mi>a</mi><mi>i</mi></msub>" in text
+    assert "*" not in text and "_" not in text
+    assert '<div><math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
+    assert "<mfrac>" in text
+
+
+def test_broken_links_and_other_hosts_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top">a</h1><a href="b.html#here">b</a><a href="b.html#gone">b</a>'
+        '<a href="c.html">c</a><a href="#top">a</a><a href="https://example.org">out</a>'
+        '<a href="../outside.html">o</a><script src="https://example.org/x.js"></script>'
+    )
+    (tmp_path / "b.html").write_text('<p id="here"></p><img src="none.png">')
+    (tmp_path / "a.css").write_text("@import url(https://example.org/x.css);")
+    (tmp_path.parent / "outside.html").write_text("")
+    assert sorted(site.problems(tmp_path)) == [
+        "a.css: loads https://example.org/x.css from another host",
+        "a.html: ../outside.html leads to no file",
+        "a.html: b.html#gone has no such anchor",
+        "a.html: c.html leads to no file",
+        "a.html: loads https://example.org/x.js from another host",
+        "b.html: none.png leads to no file",
+    ]
