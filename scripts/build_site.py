@@ -67,8 +67,11 @@ class Page:
         return "docs/zh/" + posixpath.basename(self.file)
 
     def title(self, language: str) -> str:
-        """Returns the title; a Chinese one says that the page is in English."""
-        title = self.titles[language]
+        """Returns the title in a language."""
+        return self.marked(self.titles[language], language)
+
+    def marked(self, title: str, language: str) -> str:
+        """Returns a title that says, in Chinese, that the page is in English if it is."""
         return ENGLISH_TITLE.format(title) if language == "zh" and self.english else title
 
 
@@ -348,7 +351,11 @@ def navigation(language: str) -> list[dict[str, Any]]:
             overview = {"en": "All names", "zh": "全部名字"}[language]
             pages = [{overview: "api/index.md"}]
             pages += [{module: f"api/{module}.md"} for module in public_names()]
-        result.append({title: section.pages[0].name if len(pages) == 1 else pages})
+        if len(pages) == 1:
+            (page,) = section.pages
+            result.append({page.marked(title, language): page.name})
+        else:
+            result.append({title: pages})
     return result
 
 
@@ -523,7 +530,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     wrong = list(problems(SITE.resolve()))
-    print("\n".join(wrong), file=sys.stderr)
+    for line in wrong:
+        print(line, file=sys.stderr)
     pages = len(list(SITE.rglob("*.html")))
     print(f"{pages} pages in {SITE.relative_to(ROOT)}/, {len(wrong)} broken links")
     return int(bool(wrong))
