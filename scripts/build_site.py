@@ -47,7 +47,8 @@ FENCE = re.compile(r"^\s*(```|~~~)")
 HAN = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 WRAPPED = re.compile(rf"(?<={HAN})\n *(?={HAN})")
 FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FORMULA = re.compile(r"\$`([^`\n]+)`\$")
+# Not within a longer code span, which shows how a formula is written.
+FORMULA = re.compile(r"(?<!`)\$`([^`\n]+)`\$(?!`)")
 PICTURES = (".png", ".svg", ".jpg")
 
 

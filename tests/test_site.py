@@ -130,6 +130,8 @@ def test_formulas_become_mathml() -> None:
     assert "*" not in text and "_" not in text
     assert '<div><math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
     assert "<mfrac>" in text
+    code = "written ``$`x`$``"
+    assert site.with_formulas(code) == code
 
 
 def test_broken_links_and_other_hosts_are_reported(tmp_path: Path) -> None:
