@@ -17,7 +17,7 @@ OPTIONAL = {  # what an extra or the user brings, and what takes long to load an
     "peft", "pyarrow", "starlette", "tensorboard", "transformers", "triton", "uvicorn",
 }  # fmt: skip
 MAY_DISTRIBUTE = {
-    "parallel.py",
+    "distributed.py",
     "checkpoint.py",
     "train",
 }  # nothing else may know that there are other ranks

@@ -452,7 +452,9 @@ def test_the_examples_of_help_run(
     monkeypatch.chdir(pages_folder)
     # Processes that train are started in test_trainer.py; this test checks the parsing of the words
     # and its errors.
-    monkeypatch.setattr("rorqual.parallel.torchrun", lambda flags, command: print(*flags, *command))
+    monkeypatch.setattr(
+        "rorqual.distributed.torchrun", lambda flags, command: print(*flags, *command)
+    )
     for line in help_examples()[name]:
         type_it(line, capsys)
 

@@ -173,16 +173,16 @@ def launch_command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(LAUNCH_HELP)
         return 0
-    from rorqual import parallel
+    from rorqual import distributed
 
     try:
-        flags, words = parallel.torchrun_flags(argv)
+        flags, words = distributed.torchrun_flags(argv)
     except ValueError as error:
         raise UsageError(f"{error}: rorqual launch --nproc-per-node 2 tiny --data notes/") from None
     from rorqual.train.trainer import refuse
 
     refuse(train_options([word for word in words if word != "--json"]))
-    parallel.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
+    distributed.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
 
 

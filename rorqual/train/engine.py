@@ -24,7 +24,7 @@ from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLog
 from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor
 
-from rorqual import checkpoint, parallel
+from rorqual import checkpoint, distributed
 from rorqual.data.needles import NeedleStream
 from rorqual.data.stream import Stream
 from rorqual.train.metrics import MetricsWriter, Validation
@@ -273,7 +273,7 @@ def _state_to_save(train_module: TrainModule, train_state: dict[str, Any]) -> di
     state = module.state_dict_to_save()
     wrong = checkpoint.not_finite(state)
     is_wrong = torch.tensor(wrong is not None, device=module.step.device, dtype=torch.int)
-    if parallel.total(is_wrong).item():
+    if distributed.total(is_wrong).item():
         raise Diverged(
             f"step {step}: got {wrong or 'a tensor of another rank'} that is not finite, so it "
             "was not saved; the checkpoint before it stays: lower --optim.lr or raise "
@@ -306,7 +306,7 @@ class CheckpointCallback(CheckpointerCallback):
     def pre_train(self) -> None:
         super().pre_train()
         self.train_step.optimizer.rewind(self.step)
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             saved = self.checkpointer.find_checkpoints(self.save_folder)
             self._checkpoints = [path for step, path in saved if step <= self.step]
         self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
@@ -391,7 +391,7 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     logging.getLogger("olmo_core").setLevel(logging.CRITICAL)
     config = step.config
     folder = Path(config.folder) / "checkpoints"
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         checkpoint.recover(folder)
     saving = CheckpointCallback(config.save_every, config.keep)
     trainer = Trainer(
@@ -404,7 +404,7 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
         callbacks={**callbacks, "checkpointer": saving},
         max_duration=Duration.steps(config.steps),
         metrics_collect_interval=config.log_every,
-        cancel_check_interval=1 if parallel.world() == 1 else 10,
+        cancel_check_interval=1 if distributed.world() == 1 else 10,
     )
     try:
         trainer.fit()

@@ -39,7 +39,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 
-from rorqual import checkpoint, parallel, runtime
+from rorqual import checkpoint, distributed, runtime
 from rorqual.io import write_text
 from rorqual.train.config import TrainConfig
 from rorqual.train.source import Source
@@ -90,7 +90,7 @@ class MetricsWriter:
             runtime.log(f"{self.folder}: resuming at step {step:,} of {self.steps:,}")
         if self.estimate is not None and self.steps - step > FIRST_STEPS:
             self._log_time_left(step, self.estimate(), "a forward pass")
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             trim_metrics(self.folder / METRICS, step)
             self._events = EventFile(self.folder / "tensorboard", step + 1)
 
@@ -136,7 +136,7 @@ class MetricsWriter:
             for name, value in line.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if self._events is not None:

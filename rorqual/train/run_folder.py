@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rorqual import checkpoint, parallel, runtime
+from rorqual import checkpoint, distributed, runtime
 from rorqual import config as configs
 from rorqual.io import lock, remove_partial
 from rorqual.train.config import TrainConfig
@@ -154,7 +154,7 @@ def start_run(folder: Path, config: TrainConfig) -> None:
         raise ValueError(
             f"{folder} holds another run ({what} differ): choose another --folder, or remove it"
         )
-    if parallel.rank() != 0:
+    if distributed.rank() != 0:
         return
     if differing and (folder / "learning").is_dir():
         shutil.rmtree(folder / "learning")
@@ -176,7 +176,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     The lock is released when its process ends, even if it is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if parallel.rank() != 0:
+    if distributed.rank() != 0:
         yield
         return
     refusal = f"{folder}: another process trains here; wait, or choose another --folder"

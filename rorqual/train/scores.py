@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rorqual import parallel
+from rorqual import distributed
 from rorqual.data.needles import DEPTHS, column, grade
 from rorqual.train.step import autocast, unchanged_random_state
 
@@ -37,7 +37,7 @@ def validate(
             )
             loss = model.loss(ids, labels, document_ids=document_ids)  # type: ignore[operator]
             sums += torch.stack([loss.next_token.double() * loss.tokens, loss.tokens.double()])
-    nats, tokens = parallel.total(sums).tolist()
+    nats, tokens = distributed.total(sums).tolist()
     if not tokens:
         raise ValueError(
             "got no validation documents, expected some: use a larger corpus, or no limit"
@@ -67,7 +67,7 @@ def needle_accuracy(
                     batch["ids"].to(device), document_ids=batch["document_ids"].to(device)
                 )
                 counts += grade(logits.argmax(-1).cpu(), batch).to(device)
-            right, questions = parallel.total(counts).T.tolist()
+            right, questions = distributed.total(counts).T.tolist()
             accuracies[column(task, seq_len)] = sum(right) / sum(questions)
             accuracies["accuracy"] += accuracies[column(task, seq_len)] / len(exams)
             for depth in range(DEPTHS):

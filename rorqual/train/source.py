@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from rorqual import checkpoint, parallel, runtime
+from rorqual import checkpoint, distributed, runtime
 from rorqual import config as configs
 from rorqual.data import chats
 from rorqual.data.corpus import Corpus, open_corpus
@@ -85,8 +85,8 @@ class TextSource:
 
     def stream(self, config: TrainConfig) -> Stream:
         """Returns this rank's endless training batches."""
-        rank = parallel.rank()
-        world = parallel.world()
+        rank = distributed.rank()
+        world = distributed.world()
         rows = config.batch_size // world
         return Stream(self.text, rows, config.seq_len, config.seed, rank, world)
 
@@ -99,8 +99,8 @@ class TextSource:
         return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
 
     def _validation_batches(self, config: TrainConfig, whole: bool) -> Iterator[dict[str, Tensor]]:
-        rank = parallel.rank()
-        world = parallel.world()
+        rank = distributed.rank()
+        world = distributed.world()
         rows = config.batch_size // world
         batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
         tokens_per_batch = config.batch_size * config.seq_len
@@ -163,16 +163,16 @@ class NeedleSource(NamedTuple):
 
     def stream(self, config: TrainConfig) -> NeedleStream:
         """Returns this rank's endless training batches."""
-        rank = parallel.rank()
-        world = parallel.world()
+        rank = distributed.rank()
+        world = distributed.world()
         rows = config.batch_size // world
         return NeedleStream(self.needles, rows, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the shares of right answers to the held-out questions; always to all of them."""
         del whole
-        rank = parallel.rank()
-        world = parallel.world()
+        rank = distributed.rank()
+        world = distributed.world()
         questions = exams(self.needles, config.batch_size, config.seq_len, rank, world)
         return needle_accuracy(model, questions, runtime.dtype(config.dtype))
 
@@ -211,17 +211,17 @@ def open_source(config: TrainConfig) -> Source:
         data = _data_for(data, limit)
         # Rank 0 runs first: the others find its files in the cache.
         with _progress_bar(data) as progress:
-            source = parallel.first(lambda: prepare(data, progress=progress))
+            source = distributed.first(lambda: prepare(data, progress=progress))
     if source.vocab_size > limit:
         whose = "needles'" if config.needles is not None else "tokenizer's"
         raise ValueError(
             f"model.vocab_size: got {limit}, expected at least the {whose} {source.vocab_size}; "
             f"try --model.vocab-size {source.vocab_size}"
         )
-    if config.batch_size % parallel.world():
+    if config.batch_size % distributed.world():
         raise ValueError(
             f"batch_size: got {config.batch_size}, "
-            f"expected a multiple of the {parallel.world()} ranks"
+            f"expected a multiple of the {distributed.world()} ranks"
         )
     runtime.log(str(source))
     if isinstance(source, TextSource) and (skipped := source.tokens.about["skipped"]):
@@ -287,7 +287,7 @@ def _progress_bar(data: DataConfig) -> Iterator[Callable[[int], None] | None]:
     On a terminal it is a bar, elsewhere a line of the log every half a minute; nothing where the
     files are there already.
     """
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         yield None
         return
     bar = Progress(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual import parallel, runtime
+from rorqual import distributed, runtime
 from rorqual.layers import dsa
 from rorqual.layers.balance import max_violation, update_bias
 from rorqual.layers.hyper import health
@@ -70,7 +70,7 @@ class TrainStep:
 
         # FSDP has averaged the gradients over ranks, except those of Engram's tables.
         for name in self.optimizer.rows:
-            parallel.mean_rows(self.optimizer.parameters[name])
+            distributed.mean_rows(self.optimizer.parameters[name])
         grad_norm = self.optimizer.clip()
 
         # Update, or skip the step.
@@ -89,7 +89,7 @@ class TrainStep:
             self.skipped_in_a_row = 0
             self.optimizer.step(rate)
             if expert_counts is not None:
-                expert_counts = parallel.total(expert_counts)
+                expert_counts = distributed.total(expert_counts)
                 self.balance_experts(expert_counts, step)
                 values["max_violation"] = max(max_violation(counts) for counts in expert_counts)
         if self.skipped:
@@ -106,7 +106,7 @@ class TrainStep:
         expert_counts = None
         on_device = [batch[name].to(self.device) for name in ("ids", "labels", "document_ids")]
         # A batch of chats may have no label.
-        label_count = parallel.total((on_device[1] != IGNORED).sum()).clamp_min(1)
+        label_count = distributed.total((on_device[1] != IGNORED).sum()).clamp_min(1)
         size = self.config.micro_batch_size or len(on_device[0])
         for ids, labels, document_ids in zip(*(t.split(size) for t in on_device), strict=True):
             with autocast(self.device, self.dtype):
@@ -115,7 +115,7 @@ class TrainStep:
                     ids, labels, document_ids=document_ids, indexer_warmup=indexer_warmup
                 )
             # Ranks average their gradients, so the share is that of the mean rank's labels.
-            share = loss.tokens * parallel.world() / label_count
+            share = loss.tokens * distributed.world() / label_count
             (self.minimised(loss, step) * share).backward()
             for name, value in named_losses(loss).items():
                 losses[name] = losses.get(name, 0.0) + value.detach() * share
@@ -152,7 +152,7 @@ class TrainStep:
         finite = torch.stack(
             [value.detach().to(self.device).isfinite() for value in values.values()]
         )
-        wrong = parallel.total((~finite).int()).tolist()
+        wrong = distributed.total((~finite).int()).tolist()
         return {name for name, count in zip(values, wrong, strict=True) if count}
 
     def skip(self, step: int, what: str) -> None:

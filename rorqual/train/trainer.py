@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rorqual import checkpoint, parallel, runtime
+from rorqual import checkpoint, distributed, runtime
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.model import LanguageModel
@@ -67,16 +67,16 @@ def train(
     if run_folder.finished_with_more_steps(config):
         return folder
     refuse(config)
-    joined = parallel.join(device)
+    joined = distributed.join(device)
     try:
         with run_folder.explain_full_disk(folder), run_folder.exclusive(folder):
             run_folder.start_run(folder, config)
             _train(config, device, on_metrics)
-            if parallel.rank() == 0:
+            if distributed.rank() == 0:
                 (folder / checkpoint.UNDER_WAY).unlink()
     finally:
         if joined:
-            parallel.leave()
+            distributed.leave()
     return folder
 
 
@@ -148,11 +148,11 @@ def _train(
     with ExitStack() as open_tables:
         model = _build_model(config, source, device, open_tables)
         step = TrainStep(model, Optimizer(model, config.optim), config)
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             checkpoint.describe_model(folder, model.config, source.tokenizer)
 
         def estimate() -> float:
-            rows = config.batch_size // parallel.world()
+            rows = config.batch_size // distributed.world()
             micro_batch_size = min(config.micro_batch_size or rows, rows)
             return estimate_step_seconds(
                 model, source.vocab_size, rows, micro_batch_size, config.seq_len, step.dtype
@@ -204,8 +204,8 @@ def _build_model(
         model.load_state_dict(checkpoint.load_model(config.init_from).state_dict())
         _log_warmup(config)
     model = model.to(device)
-    if parallel.world() > 1:
-        parallel.shard(model)
+    if distributed.world() > 1:
+        distributed.shard(model)
     return model
 
 
@@ -235,9 +235,9 @@ def _build_tables(
     """
     if config.placement == "device" or shape.engram is None:
         return None
-    if parallel.world() > 1:
+    if distributed.world() > 1:
         raise ValueError(
-            f"placement: got {config.placement} with {parallel.world()} ranks, "
+            f"placement: got {config.placement} with {distributed.world()} ranks, "
             "expected device: ranks would write one file, and exchange on the device"
         )
     width = shape.engram.head_dim

@@ -619,7 +619,7 @@ def test_launch_hands_everything_on(
 ) -> None:
     asked: list[tuple[list[str], list[str]]] = []
     monkeypatch.setattr(
-        "rorqual.parallel.torchrun", lambda flags, command: asked.append((flags, command))
+        "rorqual.distributed.torchrun", lambda flags, command: asked.append((flags, command))
     )
     words = ["tiny", "--steps", "3", "--data", "wordnet", "--json"]
     assert (

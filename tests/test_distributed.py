@@ -1,4 +1,4 @@
-"""Tests parallel.py: two gloo processes compute the numbers of one process with both batches.
+"""Tests distributed.py: two gloo processes compute the numbers of one process with both batches.
 
 Run as a script, this file is the two processes.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rorqual import checkpoint, parallel
+from rorqual import checkpoint, distributed
 from rorqual import config as configs
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.data.needles import exams
@@ -105,16 +105,16 @@ def steps(
     eps = 1e-8 if model.config is CONFIG else 1e-3
     optimizer = Optimizer(model, OptimConfig(kind=kind, lr=1e-2, clip=0.5, eps=eps))
     norms = []
-    share = ROWS // parallel.world()
+    share = ROWS // distributed.world()
     for step in range(STEPS):
         ids = torch.randint(
             0, 300, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step)
         )
-        mine = ids[parallel.rank() * share : (parallel.rank() + 1) * share]
+        mine = ids[distributed.rank() * share : (distributed.rank() + 1) * share]
         optimizer.begin_step()
         model.loss(mine[:, :-1], mine[:, 1:]).total.backward()
         for name in optimizer.rows:
-            parallel.mean_rows(optimizer.parameters[name])
+            distributed.mean_rows(optimizer.parameters[name])
         norms.append(float(optimizer.clip()))
         optimizer.step()
     return model, optimizer, norms
@@ -162,28 +162,28 @@ def found_in(folder: Path) -> dict[str, float]:
 
 def one_of_two(folder: Path) -> None:
     """Runs one of the two processes; rank 0 writes the results to compare."""
-    parallel.join(torch.device("cpu"))
+    distributed.join(torch.device("cpu"))
     for name, (of, kind, experts) in CASES.items():
         model, optimizer, norms = steps(
-            of, kind, lambda model, experts=experts: parallel.shard(model, experts=experts)
+            of, kind, lambda model, experts=experts: distributed.shard(model, experts=experts)
         )
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         state |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
-        checkpoint.save_state(folder / name, state, {"norms": norms, "rank": parallel.rank()})
+        checkpoint.save_state(folder / name, state, {"norms": norms, "rank": distributed.rank()})
         for tensor in state.values():
             tensor.zero_()
-        assert checkpoint.load_state(folder / name, state)["rank"] == parallel.rank()
+        assert checkpoint.load_state(folder / name, state)["rank"] == distributed.rank()
         checkpoint.save_state(folder / f"{name}_again", state, {})
         checkpoint.save_model(folder / f"{name}_model", model)
     exchange(folder)
     uneven = LanguageModel(replace(CONFIG, moe=replace(CONFIG.moe, routed=5)))
     with pytest.raises(ValueError, match="got 2 ranks, expected a divisor of 5 experts"):
-        parallel.shard(uneven, experts=True)
+        distributed.shard(uneven, experts=True)
     for name in ("two", "two_bfloat16", "two_needles"):
         train(config_of(folder, name))
     with spoilt_third_step(rank=1):
         train(config_of(folder, "two_skips"))
-    parallel.leave()
+    distributed.leave()
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def spoilt_third_step(rank: int) -> Iterator[None]:
 
     def spoilt(self, batch, step):
         losses, expert_counts = forward_backward(self, batch, step)
-        if parallel.rank() == rank and step == 3:
+        if distributed.rank() == rank and step == 3:
             losses["loss"] = losses["loss"] * torch.nan
         return losses, expert_counts
 
@@ -209,18 +209,18 @@ def exchange(folder: Path) -> None:
     experts = Experts(4, 6, 5)
     torch.nn.init.normal_(experts.down, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(experts.gate_up, generator=torch.Generator().manual_seed(2))
-    counts = torch.tensor([[3, 0, 2, 0], [1, 4, 0, 0]][parallel.rank()])
+    counts = torch.tensor([[3, 0, 2, 0], [1, 4, 0, 0]][distributed.rank()])
     rows = torch.randn(
-        5, 6, generator=torch.Generator().manual_seed(parallel.rank())
+        5, 6, generator=torch.Generator().manual_seed(distributed.rank())
     ).requires_grad_()
     expected = experts(rows, counts)
-    mine = slice(2 * parallel.rank(), 2 * parallel.rank() + 2)
+    mine = slice(2 * distributed.rank(), 2 * distributed.rank() + 2)
     ours = Experts(2, 6, 5)
     ours.gate_up.data, ours.down.data = (
         experts.gate_up[mine].detach().clone(),
         experts.down[mine].detach().clone(),
     )
-    result = parallel.Exchange()(rows, counts, ours)
+    result = distributed.Exchange()(rows, counts, ours)
     torch.testing.assert_close(result, expected)
     weight = torch.arange(30.0).view(5, 6)
     (grad,) = torch.autograd.grad((expected * weight).sum(), rows, retain_graph=True)
@@ -228,9 +228,9 @@ def exchange(folder: Path) -> None:
     torch.testing.assert_close(rows.grad, grad)
     for name, parameter in experts.named_parameters():
         (both,) = torch.autograd.grad((expected * weight).sum(), parameter, retain_graph=True)
-        both = parallel.total(both)[mine] / 2
+        both = distributed.total(both)[mine] / 2
         torch.testing.assert_close(dict(ours.named_parameters())[name].grad, both)
-    (folder / f"exchanged{parallel.rank()}").touch()
+    (folder / f"exchanged{distributed.rank()}").touch()
 
 
 def _end_with(work: Callable) -> None:
@@ -430,15 +430,15 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
 
 
 def test_alone_nothing_is_exchanged():
-    assert (parallel.rank(), parallel.world()) == (0, 1)
+    assert (distributed.rank(), distributed.world()) == (0, 1)
     tensor = torch.ones(3)
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    assert parallel.total(tensor) is tensor
-    assert parallel.first(lambda: 5) == 5
-    parallel.mean_rows(parameter)
+    assert distributed.total(tensor) is tensor
+    assert distributed.first(lambda: 5) == 5
+    distributed.mean_rows(parameter)
     assert parameter.grad is None
-    assert not parallel.join(torch.device("cpu"))
-    parallel.leave()
+    assert not distributed.join(torch.device("cpu"))
+    distributed.leave()
 
 
 if __name__ == "__main__":
