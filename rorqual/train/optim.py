@@ -14,7 +14,7 @@ al. 2024, arXiv 2502.16982; rows: arXiv 2601.07372.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,25 @@ def coalesce(gradient: Tensor) -> Tensor:
     )
 
 
+def _has_whole_matrices(tensor: Tensor) -> bool:
+    """Whether this rank's part of a stack consists of whole matrices."""
+    if not isinstance(tensor, DTensor):
+        return True
+    return tensor.dim() > 2 and all(
+        placement.is_replicate() or getattr(placement, "dim", None) == 0
+        for placement in tensor.placements
+    )
+
+
+def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Groups tensors by the mesh of ranks that they are sharded over, if they are."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        groups.setdefault(mesh, []).append(tensor)
+    return list(groups.values())
+
+
 class Optimizer:
     """Updates all parameters of a model, each by the optimizer of its role.
 
@@ -198,9 +217,10 @@ class Optimizer:
         decayed = [name for name in self.dense if role[name] in ("matrix", "decayed")]
         plain = [name for name in self.dense if name not in decayed]
         groups = [
-            {"params": [self.parameters[n] for n in names], "weight_decay": decay}
+            {"params": parameters, "weight_decay": decay}
             for names, decay in ((decayed, config.weight_decay), (plain, 0.0))
-            if names
+            # One fused update takes tensors of one mesh of ranks.
+            for parameters in _by_mesh(self.parameters[n] for n in names)
         ]
         self.adamw = (
             torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
@@ -262,10 +282,11 @@ class Optimizer:
             if parameter.grad is not None:
                 parameter.grad = coalesce(parameter.grad)
         gradients = list(self._gradients())
-        sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-        norm = nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
-        if sharded:
-            norm = torch.hypot(norm, nn.utils.get_total_norm(sharded).full_tensor())  # type: ignore[attr-defined]
+        norm = torch.zeros((), device=gradients[0].device if gradients else None)
+        for group in _by_mesh(gradients):
+            of_group = nn.utils.get_total_norm(group)
+            whole = of_group.full_tensor() if isinstance(of_group, DTensor) else of_group
+            norm = torch.hypot(norm, whole.to(norm.device))
         factor = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.device))
@@ -301,17 +322,26 @@ class Optimizer:
         assert parameter.grad is not None
         average = self.state[f"{name}.momentum"].lerp_(parameter.grad, 1 - momentum)
         update = parameter.grad.lerp(average, momentum)
-        whole = update.full_tensor() if isinstance(update, DTensor) else update
+        # Whole matrices are updated where they are. A part of a matrix is not enough.
+        target: Tensor = parameter
+        gathered = None
+        if isinstance(update, DTensor) and isinstance(parameter, DTensor):
+            if _has_whole_matrices(update):
+                target = parameter.to_local()
+                update = update.to_local()
+            else:
+                gathered = update
+                update = update.full_tensor()
         stack = (
-            whole.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else whole
+            update.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else update
         )
         # A gate and an up projection in one tensor are two matrices.
         turned = orthogonalise(stack)
         turned = turned.transpose(-2, -3).flatten(-2) if name.endswith("gate_up") else turned
-        if isinstance(update, DTensor):
-            turned = distribute_tensor(turned, update.device_mesh, update.placements)
-        parameter.mul_(1 - lr * self.config.weight_decay)
-        parameter.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(stack.shape[-2:])))
+        if gathered is not None:
+            turned = distribute_tensor(turned, gathered.device_mesh, gathered.placements)
+        target.mul_(1 - lr * self.config.weight_decay)
+        target.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(stack.shape[-2:])))
 
     def _update_rows(self, name: str, lr: float) -> None:
         table = self.parameters[name]
