@@ -60,6 +60,21 @@ class Loss(NamedTuple):
     indexer_loss: IndexerLoss | None = None
 
 
+class Target(NamedTuple):
+    """What one head predicts at each position."""
+
+    labels: Int[Tensor, "B T"]
+    tokens: Int[Tensor, ""]  # number of labels that are targets
+    following: Int[Tensor, "B T"] | None = None  # the ids that a depth of MTP reads
+    # Where the positions are one of several parts of the sequences: `tokens` counts those of all,
+    # and the mean of the parts' losses is that of the whole.
+    parts: int = 1
+
+    @classmethod
+    def of(cls, labels: Int[Tensor, "B T"], following: Int[Tensor, "B T"] | None = None):
+        return cls(labels, (labels != IGNORED).sum(), following)
+
+
 class Aux(NamedTuple):
     """A block's outputs besides the streams, for losses and measures; None if it lacks the part."""
 
@@ -458,16 +473,50 @@ class LanguageModel(nn.Module):
         labels[t] follows ids[t]; -100 is no target. If `indexer_warmup` is True, DSA's indexers are
         in their warm-up; they are trained only in training mode.
         """
+        return self.loss_of_targets(
+            ids,
+            self.targets(ids, labels, document_ids),
+            document_ids=document_ids,
+            lengths=lengths,
+            indexer_warmup=indexer_warmup,
+        )
+
+    def targets(self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], document_ids=None):
+        """Returns the Target of the next token, and one for each depth of MTP.
+
+        Depth k reads the ids up to t + k, whether they are labels or not, and predicts label t + k,
+        within one document.
+        """
+        result = [Target.of(labels)]
+        following = ahead(ids, document_ids, 0)
+        following[:, -1:] = labels[:, -1:].clamp_min(0)
+        for _ in self.mtp:
+            labels = ahead(labels, document_ids, IGNORED)
+            result.append(Target.of(labels, following))
+            following = ahead(following, document_ids, 0)
+        return result
+
+    def loss_of_targets(
+        self,
+        ids: Int[Tensor, "B T"],
+        targets: Sequence[Target],
+        *,
+        document_ids=None,
+        lengths=None,
+        indexer_warmup: bool = False,
+        cache: Cache | None = None,
+    ) -> Loss:
+        """Computes `loss` for targets that are known; with a cache the ids follow those in it."""
         training = self.training and self.config.indexer is not None
         shared_kwargs = {
             "document_ids": document_ids,
             "lengths": lengths,
             "indexer_warmup": indexer_warmup if training else None,
+            "cache": cache,
         }
         hidden, auxes = self.hidden(ids, for_mtp=True, **shared_kwargs)
-        tokens = (labels != IGNORED).sum()
-        next_token = self._nats(self.head_input(hidden), labels)
-        mtp, more = self._mtp_loss(ids, hidden, labels, shared_kwargs)
+        next_token = self._nats(self.head_input(hidden), targets[0])
+        mtp, more = self._mtp_loss(hidden, targets[1:], shared_kwargs)
         auxes = auxes + more
         routings = [aux.routing for aux in auxes if aux.routing is not None]
         balance: dict[str, Tensor] = {}
@@ -486,30 +535,22 @@ class LanguageModel(nn.Module):
         if indexer_loss is not None and self.config.indexer is not None:
             total = total + self.config.indexer.weight * indexer_loss.loss
         counts = torch.stack([routing.counts() for routing in routings]) if routings else None
-        return Loss(total, next_token, mtp, balance, counts, tokens, indexer_loss)
+        return Loss(total, next_token, mtp, balance, counts, targets[0].tokens, indexer_loss)
 
-    def _nats(self, normed: Tensor, labels: Tensor) -> Tensor:
-        summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels.flatten())
-        return summed / (labels != IGNORED).sum().clamp_min(1)
+    def _nats(self, normed: Tensor, target: Target) -> Tensor:
+        labels = target.labels.flatten()
+        summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels)
+        mean = summed / target.tokens.clamp_min(1)
+        return mean if target.parts == 1 else mean * target.parts
 
-    def _mtp_loss(self, ids, hidden, labels, shared_kwargs) -> tuple[Tensor | None, list[Aux]]:
-        """Computes the mean MTP loss over depths.
-
-        Depth k reads the ids up to t + k, whether they are labels or not, and predicts label t + k,
-        within one document.
-        """
+    def _mtp_loss(self, hidden, targets, shared_kwargs) -> tuple[Tensor | None, list[Aux]]:
+        """Computes the mean MTP loss over depths."""
         if self.config.mtp is None:
             return None, []
-        document_ids = shared_kwargs["document_ids"]
         nats = []
         auxes = []
-        following = ahead(ids, document_ids, 0)
-        target = labels
-        following[:, -1:] = labels[:, -1:].clamp_min(0)
-        for depth, module in enumerate(self.mtp):
-            hidden, aux = self.draft(hidden, following, depth=depth, **shared_kwargs)
-            following = ahead(following, document_ids, 0)
-            target = ahead(target, document_ids, IGNORED)
+        for depth, (module, target) in enumerate(zip(self.mtp, targets, strict=True)):
+            hidden, aux = self.draft(hidden, target.following, depth=depth, **shared_kwargs)
             nats.append(self._nats(cast(MTP, module).head_input(hidden), target))
             auxes.append(aux)
         return torch.stack(nats).mean(), auxes

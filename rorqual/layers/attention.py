@@ -129,7 +129,8 @@ class MLA(nn.Module):
         if ctx.cache is None:
             return latent
         cached = ctx.cache.attention.latent.append(latent, ctx)
-        return cached if ctx.past else latent
+        # Those that other ranks fill carry gradients (context_parallel.py).
+        return cached if ctx.past or cached.requires_grad else latent
 
     def query_latent(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T R"]:
         """Returns what queries are made of: norm(W_dq x), or x if there is no W_dq."""
@@ -301,7 +302,8 @@ class GQA(nn.Module):
         if ctx.cache is not None:
             cache = ctx.cache.attention
             cached = cache.keys.append(key, ctx), cache.values.append(value, ctx)
-            key, value = cached if ctx.past else (key, value)
+            # Those that other ranks fill carry gradients (context_parallel.py).
+            key, value = cached if ctx.past or cached[0].requires_grad else (key, value)
         return query, key, value, gate
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:

@@ -32,7 +32,8 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
     if not routing.fixed and (
         config.sequence or config.expert or config.device or config.communication
     ):
-        load = _load(routing, active)  # [B, E]
+        whole: Routing = routing if routing.whole is None else routing.whole
+        load = _load(whole, active)  # [B, E]
         shares = routing.scores / (routing.scores.sum(-1, keepdim=True) + SUM_EPS)
         if config.sequence:
             terms["sequence"] = config.sequence * _mean(
@@ -46,7 +47,7 @@ def losses(routing: Routing, config: BalanceConfig, active: int) -> dict[str, Fl
             loads = load.unflatten(-1, (config.devices, -1)).mean(-1)
             terms["device"] = config.device * _mean((loads * of_device).sum(-1), routing)
         if config.communication:
-            sent = _sent(routing, config.devices) * config.devices / config.device_limit
+            sent = _sent(whole, config.devices) * config.devices / config.device_limit
             terms["communication"] = config.communication * _mean(
                 (sent * of_device).sum(-1), routing
             )

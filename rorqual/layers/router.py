@@ -17,7 +17,7 @@ al. 1701.06538; as many experts as a token needs: Huang et al. 2403.07652; selec
 Roller et al. 2106.04426.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class Routing(NamedTuple):
     logits: Float[Tensor, "B T E"]  # without noise
     valid: Bool[Tensor, "B T"] | None = None  # False at padding; None: no padding
     fixed: bool = False  # selected by token id: no balance loss could change it
+    # The routing of the whole sequences of which these tokens are a part; None: of these tokens.
+    whole: Any = None
 
     def select(self, rows: Int[Tensor, "B 1"], columns: Int[Tensor, "B T2"]) -> "Routing":
         """Returns the routing of these tokens."""

@@ -100,7 +100,8 @@ class _Project(torch.autograd.Function):
     def forward(ctx, flat, weight, eps):
         mean = torch.linalg.vector_norm(flat, dim=-1).square() / flat.shape[-1]
         inverse = (mean + eps).rsqrt()  # [N]
-        projected = (weight @ flat.T).mul_(inverse)  # [K, N]
+        # Not in place: selective activation checkpointing stores the results of products.
+        projected = (weight @ flat.T) * inverse  # [K, N]
         ctx.save_for_backward(flat, weight, inverse, projected)
         return projected
 
