@@ -1,19 +1,24 @@
 """Distributes a model over several processes.
 
-    shard      FSDP2: every block's parameters are sharded over the ranks and gathered while it runs
-    Exchange   expert parallelism: one all-to-all sends tokens to their experts, another returns
-               the results
-    mean_rows  gathers a table's row gradients of all ranks: tables are replicated on every rank
-    torchrun   runs a command in several processes, and restarts it when one of them dies
+    parallelize  makes a model run on a mesh of ranks with the axes replicate, shard, context and
+                 expert: FSDP2 and HSDP, expert and context parallelism, activation checkpointing,
+                 torch.compile
+    Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
+                 the results
+    mean_rows    gathers a table's row gradients of all ranks: tables are replicated on every rank
+    together     raises an error of one rank on every rank
+    torchrun     runs a command in several processes, and restarts it when one of them dies
 
 Parallelism is applied from outside; model code does not depend on it. The mathematics is that of
 one process with the batches of all ranks concatenated.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from dataclasses import replace
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,20 +29,47 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import (
-    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from rorqual import runtime
+from rorqual.context_parallel import split_sequences
+from rorqual.distributed_config import DistributedConfig, refuse_layout
+from rorqual.layers.context import Context
 from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE
-from rorqual.tables import Table
+from rorqual.layers.mtp import MTP
+from rorqual.layers.streams import Streams
+from rorqual.model import Block, LanguageModel
+from rorqual.tables import Handle, Table
 
 T = TypeVar("T")
+
+AXES = ("replicate", "shard", "context", "expert")
+
+# Operators whose results selective activation checkpointing stores: products, attention, and what
+# other ranks sent.
+STORED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+}
 
 
 def rank() -> int:
@@ -78,6 +110,16 @@ def torchrun_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = _torchrun_parser().parse_args(argv).training_script_args
     offset = len(argv) - len(words) - 1
     return list(argv[:offset]), list(argv[offset:])
+
+
+def torchrun_ranks(flags: Sequence[str]) -> int | None:
+    """Returns the number of processes that these flags ask for; None where they leave it open."""
+    asked = _torchrun_parser().parse_args([*flags, "-m", "rorqual"])
+    fewest, _, largest = str(asked.nnodes).partition(":")
+    numbers = (fewest, str(asked.nproc_per_node))
+    if largest not in ("", fewest) or not all(number.isdigit() for number in numbers):
+        return None
+    return int(numbers[0]) * int(numbers[1])
 
 
 def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
@@ -137,6 +179,44 @@ def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     return summed
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raises the error of one rank on every rank, so that none waits for one that has ended.
+
+    Every rank calls it. The others raise a ValueError that names the first rank and its message.
+    """
+    if world() == 1:
+        if error is not None:
+            raise error
+        return
+    wrong = torch.tensor(int(error is not None))
+    dist.all_reduce(wrong)
+    if not wrong:
+        return
+    messages: list[str | None] = [None] * world()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None:
+        raise error
+    number, message = next((n, text) for n, text in enumerate(messages) if text is not None)
+    raise ValueError(f"rank {number}: {message}")
+
+
+def together(work: Callable[..., T]) -> Callable[..., T]:
+    """Makes a call that raises ValueError on one rank raise it on every rank."""
+
+    @functools.wraps(work)
+    def agreed(*args: Any, **kwargs: Any) -> T:
+        error = None
+        result: Any = None
+        try:
+            result = work(*args, **kwargs)
+        except ValueError as raised:
+            error = raised
+        raise_together(error)
+        return result
+
+    return agreed
+
+
 def mean_rows(table: nn.Parameter) -> None:
     """Replaces a table's sparse gradient by the mean over all ranks.
 
@@ -174,107 +254,228 @@ def _no_rows(table: Tensor) -> Tensor:
     )
 
 
-def shard(model: nn.Module, mesh: DeviceMesh | None = None, experts: bool = False) -> nn.Module:
-    """Shards the model over the ranks in place, block by block.
+def make_mesh(config: DistributedConfig, device_type: str) -> DeviceMesh:
+    """Returns the mesh of all ranks, with the axes AXES. ValueError where the ranks do not fit."""
+    sizes = config.sizes(world())
+    return init_device_mesh(device_type, tuple(sizes[axis] for axis in AXES), mesh_dim_names=AXES)
 
-    `loss` and `forward` gather the parameters that they need, in their own dtype. Gradients are
-    reduced in float32: matrix products in bfloat16 come from autocast, as on one rank. A policy
-    that cast parameters would also cast the rotary tables and the residual streams' coefficients.
-    Engram's tables are not sharded (`mean_rows`). experts: every rank keeps some experts and
-    receives their tokens, instead of gathering all experts.
+
+def parallelize(
+    model: LanguageModel, mesh: DeviceMesh | None, config: DistributedConfig
+) -> LanguageModel:
+    """Makes the model run on the ranks of `mesh`, in place; without a mesh on this rank alone.
+
+    Parameters are sharded over the ranks that share them, block by block. `loss` and `forward`
+    gather those that they need, in their own dtype. Gradients are reduced in float32: matrix
+    products in bfloat16 come from autocast, as on one rank. A policy that cast parameters would
+    also cast the rotary tables and the residual streams' coefficients. Experts are split over the
+    axis `expert` and then sharded over the other ranks. Engram's tables are whole on every rank
+    (`mean_rows`). ValueError for a layout that the model cannot have.
     """
-    device = next(model.parameters()).device
-    mesh = mesh or init_device_mesh(device.type, (world(),))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    if experts:
-        _cut_experts(model, mesh)
-    apart = (Table, Experts) if experts else Table
-    ignored = {
-        p for module in model.modules() if isinstance(module, apart) for p in module.parameters()
-    }
-    for block in (*model.blocks, *(module.block for module in model.mtp)):  # type: ignore[misc, union-attr]
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    assert isinstance(model, FSDPModule)
-    register_fsdp_forward_method(model, "loss")
+    refuse_layout(model.config, config, 1 if mesh is None else mesh.size())
+    blocks = _blocks(model)
+    for block in blocks:
+        if config.compile == "block":
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if config.activation_checkpointing != "none":
+            _checkpoint(block, selective=config.activation_checkpointing == "selective")
+    if mesh is not None:
+        if model.addresses is not None:
+            model.prepare = together(model.prepare)  # type: ignore[method-assign]
+        if config.context > 1:
+            split_sequences(model, mesh.get_group("context"))
+        _shard(model, blocks, mesh)
     return model
 
 
-def _cut_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Gives rank r of W the r-th range of E / W experts of every MoE.
+def _blocks(model: LanguageModel) -> list[Block]:
+    drafting = [cast(MTP, module).block for module in model.mtp]
+    return [cast(Block, block) for block in (*model.blocks, *drafting)]
 
-    An Exchange sends the experts their tokens.
+
+def _checkpoint(block: Block, selective: bool) -> None:
+    """Makes backward compute the block again instead of storing what is in it.
+
+    Its hooks run once: FSDP's, which gather its parameters, are outside.
     """
-    for mixture in (module for module in model.modules() if isinstance(module, MoE)):
-        if mixture.config.routed % mesh.size():
-            raise ValueError(
-                f"got {mesh.size()} ranks, expected a divisor of {mixture.config.routed} experts"
-            )
-        for name, parameter in list(mixture.experts.named_parameters()):
-            cut = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-            mixture.experts.register_parameter(name, nn.Parameter(cut))
-        mixture.exchange = Exchange(mesh.get_group())
+    forward = block.forward
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    def run(values: Tensor, x: Streams, ctx: Context) -> Any:
+        del values
+        return forward(x, ctx)
+
+    def recomputed(x: Streams, ctx: Context) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(x, ctx)
+        if ctx.rows is not None:
+            # They are looked up once: that may be an exchange between ranks.
+            rows = ctx.rows.wait()
+            ctx = replace(ctx, rows=Handle(lambda: rows))
+        # A tensor among the arguments tells the device whose random numbers are drawn again.
+        return checkpoint(run, x.values, x, ctx, **options)
+
+    block.forward = recomputed  # type: ignore[method-assign]
+
+
+def _policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    del ctx, args, kwargs
+    stored = operator in STORED
+    return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _shard(model: LanguageModel, blocks: Sequence[Block], mesh: DeviceMesh) -> None:
+    """Shards parameters by FSDP2, or by HSDP where there are replicas.
+
+    Split experts are sharded over the ranks of a replica that have the same ones, all else over all
+    ranks of a replica.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    replicas, _, _, experts_over = mesh.shape
+    ignored = {
+        p for module in model.modules() if isinstance(module, Table) for p in module.parameters()
+    }
+    mixtures = [block.ffn for block in blocks if isinstance(block.ffn, MoE)]
+    if experts_over > 1:
+        # Split and sharding need meshes of one root.
+        ranks = mesh.mesh.reshape(replicas, -1, experts_over)
+        sparse = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("replicate", "copy", "expert"))
+        # The norm of gradients is summed over both at once.
+        sparse["copy", "expert"]._flatten()
+        copies = sparse["replicate", "copy"] if replicas > 1 else sparse["copy"]
+        for mixture in mixtures:
+            _split_experts(mixture, sparse["expert"])
+            if copies.size() > 1:
+                fully_shard(mixture.experts, mesh=copies, mp_policy=policy)
+            else:
+                ignored |= set(mixture.experts.parameters())
+    dense = DeviceMesh(
+        mesh.device_type, mesh.mesh.reshape(replicas, -1), mesh_dim_names=("replicate", "rank")
+    )
+    dense = dense if replicas > 1 else dense["rank"]
+    for block in blocks:
+        fully_shard(block, mesh=dense, mp_policy=policy, ignored_params=ignored)
+    fully_shard(model, mesh=dense, mp_policy=policy, ignored_params=ignored)
+    register_fsdp_forward_method(model, "loss")
+
+
+def _split_experts(mixture: MoE, mesh: DeviceMesh) -> None:
+    """Gives rank r of W the r-th range of E / W experts; an Exchange sends tokens to them."""
+    experts = mixture.experts
+    for name, parameter in list(experts.named_parameters()):
+        split = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        experts.register_parameter(name, nn.Parameter(split))
+    # Its hooks are FSDP's; the weights that it has are this rank's.
+    with torch.device("meta"):
+        local = Experts(
+            experts.down.shape[0], experts.down.shape[2], experts.down.shape[1], experts.limit
+        )
+    forward = functools.partial(_apply_local, experts, local)
+    experts.forward = forward  # type: ignore[method-assign]
+    mixture.exchange = Exchange(mesh.get_group())
+
+
+def _apply_local(
+    experts: Experts, local: Experts, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "N D"]:
+    """Applies this rank's experts; `local` only says how."""
+    weights = {
+        name: weight.to_local() if isinstance(weight, DTensor) else weight
+        for name, weight in experts.named_parameters()
+    }
+    return functional_call(local, weights, (rows, counts))
 
 
 class Exchange:
     """Sends tokens to the ranks of their experts and returns the results; fits `MoE.exchange`."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+        self.group = dist.group.WORLD if group is None else group
 
     def __call__(
         self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"], experts: Experts
-    ) -> Float[Tensor, "N D"]:
-        """Applies the experts of all ranks to `rows`.
+    ) -> Callable[[], Float[Tensor, "N D"]]:
+        """Starts to send `rows` to the experts of all ranks; call what it returns for the results.
 
-        rows: tokens sorted by expert, counts[e] of them for expert e of all E. Returns the experts'
-        outputs in the same order.
+        rows: tokens sorted by expert, counts[e] of them for expert e of all E. The experts' outputs
+        are in the same order. `experts` are this rank's.
         """
         ranks = dist.get_world_size(self.group)
         sent = counts.view(ranks, -1)  # [W, E / W]
-        due = torch.empty_like(sent)
-        dist.all_to_all_single(due, sent.contiguous(), group=self.group)
-        out_sizes = sent.sum(1).tolist()
-        in_sizes = due.sum(1).tolist()
-        arrived = _AllToAll.apply(rows, in_sizes, out_sizes, self.group, float(ranks))
-        expert = (
-            torch.arange(due.shape[1], device=rows.device)
-            .repeat(ranks)
-            .repeat_interleave(due.flatten())
-        )
-        # Tokens arrive by rank, experts need them by expert.
-        order = expert.argsort(stable=True)
-        local_weights = {
-            name: p.to_local() if isinstance(p, DTensor) else p
-            for name, p in experts.named_parameters()
-        }
-        made = functional_call(experts, local_weights, (arrived[order], due.sum(0)))
-        made = torch.empty_like(made).index_copy(0, order, made)
-        return _AllToAll.apply(made, out_sizes, in_sizes, self.group, 1.0 / ranks)
+        equal = [1] * ranks
+        due = _finished(_all_to_all(sent, equal, equal, self.group))
+        out_sizes, in_sizes = torch.stack([sent.sum(1), due.sum(1)]).tolist()
+        to_experts = _Transfer(out_sizes, in_sizes, self.group, float(ranks))
+        on_the_way = _Start.apply(rows, to_experts)
+
+        def results() -> Tensor:
+            arrived = _Wait.apply(on_the_way, to_experts)
+            expert = torch.arange(due.shape[1], device=rows.device).repeat(ranks)
+            # Tokens arrive by rank, experts need them by expert.
+            order = expert.repeat_interleave(due.flatten()).argsort(stable=True)
+            made = experts(arrived[order], due.sum(0))
+            made = torch.empty_like(made).index_copy(0, order, made)
+            back = _Transfer(in_sizes, out_sizes, self.group, 1.0 / ranks)
+            return _Wait.apply(_Start.apply(made, back), back)
+
+        return results
 
 
-class _AllToAll(torch.autograd.Function):
-    """Differentiable all-to-all of rows by rank.
+def _all_to_all(rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: Any) -> Tensor:
+    """Starts to send out_sizes[r] rows to each rank r; the result is being filled."""
+    return torch.ops._c10d_functional.all_to_all_single(
+        rows.contiguous(), in_sizes, out_sizes, group.group_name
+    )
+
+
+def _finished(on_the_way: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(on_the_way)
+
+
+class _Transfer:
+    """An all-to-all of rows by rank and, backward, that of their gradients.
 
     `scale` turns an expert's gradients, which all ranks add to, into their mean.
     """
 
-    @staticmethod
-    def forward(
-        ctx, rows: Tensor, in_sizes: list[int], out_sizes: list[int], group, scale: float
-    ) -> Tensor:
-        ctx.sizes = (in_sizes, out_sizes)
-        ctx.group = group
-        ctx.scale = scale
-        received = rows.new_empty(sum(in_sizes), rows.shape[1])
-        dist.all_to_all_single(received, rows.contiguous(), in_sizes, out_sizes, group=group)
-        return received
+    def __init__(self, out_sizes: list[int], in_sizes: list[int], group: Any, scale: float) -> None:
+        self.out_sizes = out_sizes
+        self.in_sizes = in_sizes
+        self.group = group
+        self.scale = scale
+        self.gradient: Tensor | None = None  # on the way back
+
+
+class _Start(torch.autograd.Function):
+    """Starts a transfer; its backward waits for the gradients, which `_Wait` has sent back."""
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        in_sizes, out_sizes = ctx.sizes
-        received = grads[0].new_empty(sum(out_sizes), grads[0].shape[1])
-        dist.all_to_all_single(
-            received, (grads[0] * ctx.scale).contiguous(), out_sizes, in_sizes, group=ctx.group
+    def forward(ctx, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return _all_to_all(rows, transfer.out_sizes, transfer.in_sizes, transfer.group)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        on_the_way = ctx.transfer.gradient
+        ctx.transfer.gradient = None
+        return _finished(on_the_way), None
+
+
+class _Wait(torch.autograd.Function):
+    """Waits for a transfer; its backward starts to send the gradients back."""
+
+    @staticmethod
+    def forward(ctx, on_the_way: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return _finished(on_the_way)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        transfer.gradient = _all_to_all(
+            grads[0] * transfer.scale, transfer.in_sizes, transfer.out_sizes, transfer.group
         )
-        return received, None, None, None, None
+        # Only of the right shape: _Start takes the gradients from the transfer.
+        return grads[0], None

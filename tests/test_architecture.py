@@ -18,6 +18,7 @@ OPTIONAL = {  # what an extra or the user brings, and what takes long to load an
 }  # fmt: skip
 MAY_DISTRIBUTE = {
     "distributed.py",
+    "context_parallel.py",
     "checkpoint.py",
     "train",
 }  # nothing else may know that there are other ranks

@@ -1,6 +1,6 @@
-"""Tests distributed.py: two gloo processes compute the numbers of one process with both batches.
+"""Tests distributed.py: several gloo processes compute the numbers of one with all batches.
 
-Run as a script, this file is the two processes.
+Run as a script, this file is the processes: two that train in many ways, four in many layouts.
 """
 
 import json
@@ -18,19 +18,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rorqual import checkpoint, distributed
 from rorqual import config as configs
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.data.needles import exams
-from rorqual.layers.attention import MLAConfig
+from rorqual.distributed_config import DistributedConfig
+from rorqual.layers.attention import GQAConfig, MLAConfig
 from rorqual.layers.balance import BalanceConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.experts import Experts
 from rorqual.layers.hyper import HyperConfig
-from rorqual.layers.moe import MoEConfig
+from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.presets import preset
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
@@ -141,6 +145,13 @@ def config_of(folder: Path, name: str) -> TrainConfig:
             dtype="bfloat16",
             model=replace(CONFIG, hyper=HyperConfig(kind="single_pass", streams=2)),
         )
+    if name == "two_experts":
+        return replace(whole, distributed=DistributedConfig(expert=2))
+    if name.endswith("context"):
+        # With Muon, whose matrices of experts and attention are sharded in different ways.
+        layout = DistributedConfig(context=2 if name == "two_context" else 1)
+        optim = OptimConfig(kind="muon", lr=1e-3)
+        return replace(whole, model=DENSE, optim=optim, distributed=layout)
     if name.endswith("needles"):  # three batches of an exam, for two ranks
         needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=5)
         return replace(
@@ -160,13 +171,123 @@ def found_in(folder: Path) -> dict[str, float]:
     }
 
 
+def spread_as(layout: DistributedConfig) -> Callable[[LanguageModel], LanguageModel]:
+    """Returns what parallelizes a model in this layout over all ranks."""
+    mesh = distributed.make_mesh(layout, "cpu")
+    return lambda model: distributed.parallelize(model, mesh, layout)
+
+
+def bad_ids() -> None:
+    """Gives one rank an id that no tokenizer has, which both ranks refuse."""
+    model = spread_as(DistributedConfig())(LanguageModel(CONFIG))
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    ids[0, 3] = 300 * distributed.rank()
+    with pytest.raises(ValueError, match="got id 300, expected one of the 300") as raised:
+        model.loss(ids, ids)
+    assert str(raised.value).startswith("Engram" if distributed.rank() else "rank 1: Engram")
+
+
+# Layouts of four ranks. The axis `shard` has those that are left.
+LAYOUTS = {
+    "fsdp": DistributedConfig(),
+    "experts": DistributedConfig(expert=4, activation_checkpointing="selective"),
+    "experts_fsdp": DistributedConfig(expert=2),
+    "experts_hsdp": DistributedConfig(replicate=2, expert=2, activation_checkpointing="block"),
+    "context_fsdp": DistributedConfig(context=2),
+    "context_experts": DistributedConfig(context=2, expert=2, activation_checkpointing="block"),
+}
+DENSE = replace(
+    CONFIG,
+    dsa=None,
+    moe=MoEConfig(
+        routed=4,
+        active=2,
+        width=8,
+        shared=1,
+        first_dense=1,
+        balance=BalanceConfig(sequence=0.01, communication=0.01, devices=2, z_loss=1e-3),
+    ),
+    # The slope of a gate reaches 500 where keys and queries are orthogonal: rounding errors grow.
+    engram=replace(CONFIG.engram, end_of_document=True, dilation=1, gating="open"),
+)
+GROUPED = replace(
+    DENSE,
+    mla=None,
+    gqa=GQAConfig(heads=2, kv_heads=1, head_dim=8, window=7, sinks=True),
+)
+TOKENS = 16
+
+
+def spread_batch(step: int, parts: int, number: int) -> dict[str, torch.Tensor]:
+    """Returns a part of a batch whose sequences have documents and different numbers of labels."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 300, (ROWS, TOKENS + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    for row in range(ROWS):
+        labels[row, : 3 * row] = -100
+    starts = torch.rand(ROWS, TOKENS, generator=generator) < 0.15
+    batch = {"ids": ids[:, :-1], "labels": labels, "document_ids": starts.long().cumsum(1)}
+    return {name: value.chunk(parts)[number] for name, value in batch.items()}
+
+
+def twenty_steps(
+    model_config: ModelConfig, layout: DistributedConfig | None, micro_batch_size: int | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Returns the losses of 20 steps, and then the gradients of another batch by name.
+
+    No token uses expert 3. Balance losses of micro-batches, as those of ranks, are weighted by
+    their labels.
+    """
+    model = LanguageModel(model_config, seed=2)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.router.e_score_correction_bias[3] = -100.0
+    rank = (0, 1)
+    if layout is not None:
+        model = spread_as(layout)(model)
+        rank = layout.data_rank(distributed.rank(), distributed.world())
+    optim = OptimConfig(lr=1e-3, eps=1e-4, warmup=0)
+    config = TrainConfig(
+        model=model_config,
+        optim=optim,
+        steps=40,
+        batch_size=ROWS,
+        micro_batch_size=micro_batch_size,
+    )
+    step = TrainStep(model, Optimizer(model, optim), config)
+    losses = []
+    for number in range(1, 21):
+        result = step(spread_batch(number, rank[1], rank[0]), number)
+        total = distributed.total(result.means["total"])
+        losses.append(float(total) / distributed.world())
+    step.forward_backward(spread_batch(21, rank[1], rank[0]), 21)
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("tables."):
+            distributed.mean_rows(parameter)
+        grad = parameter.grad
+        assert grad is not None, name
+        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad.to_dense()
+        gradients[name] = whole
+    return losses, gradients
+
+
+def one_of_four(folder: Path) -> None:
+    """Runs one of four processes; rank 0 writes the losses and gradients to compare."""
+    distributed.join(torch.device("cpu"))
+    for name, layout in LAYOUTS.items():
+        losses, gradients = twenty_steps(GROUPED if name == "context_fsdp" else DENSE, layout)
+        if distributed.rank() == 0:
+            torch.save((losses, gradients), folder / f"{name}.pt")
+    distributed.leave()
+
+
 def one_of_two(folder: Path) -> None:
     """Runs one of the two processes; rank 0 writes the results to compare."""
     distributed.join(torch.device("cpu"))
     for name, (of, kind, experts) in CASES.items():
-        model, optimizer, norms = steps(
-            of, kind, lambda model, experts=experts: distributed.shard(model, experts=experts)
-        )
+        layout = DistributedConfig(expert=2 if experts else 1)
+        model, optimizer, norms = steps(of, kind, spread_as(layout))
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         state |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
         checkpoint.save_state(folder / name, state, {"norms": norms, "rank": distributed.rank()})
@@ -178,8 +299,9 @@ def one_of_two(folder: Path) -> None:
     exchange(folder)
     uneven = LanguageModel(replace(CONFIG, moe=replace(CONFIG.moe, routed=5)))
     with pytest.raises(ValueError, match="got 2 ranks, expected a divisor of 5 experts"):
-        distributed.shard(uneven, experts=True)
-    for name in ("two", "two_bfloat16", "two_needles"):
+        spread_as(DistributedConfig(expert=2))(uneven)
+    bad_ids()
+    for name in ("two", "two_experts", "two_context", "two_bfloat16", "two_needles"):
         train(config_of(folder, name))
     with spoilt_third_step(rank=1):
         train(config_of(folder, "two_skips"))
@@ -220,7 +342,7 @@ def exchange(folder: Path) -> None:
         experts.gate_up[mine].detach().clone(),
         experts.down[mine].detach().clone(),
     )
-    result = distributed.Exchange()(rows, counts, ours)
+    result = distributed.Exchange()(rows, counts, ours)()
     torch.testing.assert_close(result, expected)
     weight = torch.arange(30.0).view(5, 6)
     (grad,) = torch.autograd.grad((expected * weight).sum(), rows, retain_graph=True)
@@ -244,20 +366,20 @@ def _end_with(work: Callable) -> None:
     os._exit(0)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
-    for rank in range(2):
+    for rank in range(ranks):
         if (child := os.fork()) == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "GLOO_SOCKET_IFNAME": "lo",
             }
-            _end_with(lambda: one_of_two(folder))
+            _end_with(lambda: (one_of_two if ranks == 2 else one_of_four)(folder))
         children.append(child)
     raise SystemExit(any(os.waitpid(child, 0)[1] for child in children))
 
@@ -271,16 +393,52 @@ def folder(tmp_path_factory) -> Path:
         for n in range(300)
     )
     (folder / "text.jsonl").write_text("\n".join(lines))
+    run_processes(folder, 2)
+    return folder
+
+
+def run_processes(folder: Path, ranks: int) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, __file__, str(folder), str(ranks)]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, start_new_session=True
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> Path:
+    """The folder with the results of the four processes."""
+    folder = tmp_path_factory.mktemp("four")
+    run_processes(folder, 4)
     return folder
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_four_ranks_are_those_of_one(layouts):
+    """Compares losses and, after 20 steps, gradients: with uneven loads, an expert without any."""
+    alone = {}
+    for name, layout in LAYOUTS.items():
+        model = GROUPED if name == "context_fsdp" else DENSE
+        size = ROWS // layout.data_rank(0, 4)[1]
+        if (model, size) not in alone:
+            alone[model, size] = twenty_steps(model, None, size)
+        expected, gradients = alone[model, size]
+        assert not gradients["blocks.1.ffn.experts.down"][3].any()
+        losses, ours = torch.load(layouts / f"{name}.pt")
+        assert losses == pytest.approx(expected, abs=1e-5), name
+        assert ours.keys() == gradients.keys()
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        for key, gradient in gradients.items():
+            assert (ours[key] - gradient).norm() <= 1e-5 * norm, (name, key)
 
 
 @pytest.mark.slow
@@ -315,7 +473,7 @@ def test_exchange_carries_rows_and_gradients(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "close"), [("", 1e-4), ("_bfloat16", 1e-2)])
+@pytest.mark.parametrize(("name", "close"), [("", 1e-4), ("_context", 1e-4), ("_bfloat16", 1e-2)])
 def test_training_on_two_ranks_is_training_on_one(folder, name, close):
     train(config_of(folder, f"one{name}"))
     one = folder / f"one{name}"
@@ -429,6 +587,88 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
     )
 
 
+@pytest.mark.slow
+def test_training_with_split_experts_is_training_with_whole_ones(folder):
+    assert losses(folder / "two_experts") == pytest.approx(losses(folder / "two"), rel=1e-4)
+    ours, theirs = (
+        checkpoint.load_model(folder / name).state_dict() for name in ("two_experts", "two")
+    )
+    for name, tensor in theirs.items():
+        if ROUNDING not in name:
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+NOISY = replace(CONFIG.moe, router=RouterConfig(noise=0.3))
+
+
+@pytest.mark.parametrize("kind", ["block", "selective"])
+@pytest.mark.parametrize("change", [{"moe": NOISY}, {"dsa": None, "moe": DENSE.moe}])
+def test_recomputed_activations_change_no_bit(kind, change):
+    """Noise of the router is drawn again alike; counts of experts and rows do not double."""
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    results = []
+    for layout in (
+        DistributedConfig(),
+        DistributedConfig(activation_checkpointing=kind),
+    ):
+        model = LanguageModel(replace(CONFIG, **change), seed=1)
+        distributed.parallelize(model, None, layout)
+        torch.manual_seed(5)
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.total.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((loss, gradients, torch.get_rng_state()))
+    (loss, gradients, state), (again, ours, state_again) = results
+    assert torch.equal(loss.total, again.total)
+    assert torch.equal(loss.counts, again.counts)
+    assert torch.equal(state, state_again)
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (ours[name] is None), name
+        assert gradient is None or torch.equal(gradient, ours[name]), name
+
+
+def test_selective_checkpointing_stores_products_and_recomputes_the_rest():
+    """Counts operators of a step; a block that is recomputed repeats its products, too."""
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    counts = {}
+    for kind in ("none", "selective", "block"):
+        model = LanguageModel(DENSE, seed=1)
+        layout = DistributedConfig(activation_checkpointing=kind)
+        distributed.parallelize(model, None, layout)
+        with Counted() as counted:
+            model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
+        counts[kind] = counted
+    assert counts["none"].products == counts["selective"].products < counts["block"].products
+    assert counts["none"].others < min(counts["selective"].others, counts["block"].others)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.others = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in distributed.STORED:
+            self.products += 1
+        else:
+            self.others += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_error_of_one_call_is_raised_as_it_is_alone():
+    def refuse(number: int) -> int:
+        if number < 0:
+            raise ValueError("got less than 0")
+        return number
+
+    assert distributed.together(refuse)(3) == 3
+    with pytest.raises(ValueError, match="got less than 0"):
+        distributed.together(refuse)(-1)
+
+
 def test_alone_nothing_is_exchanged():
     assert (distributed.rank(), distributed.world()) == (0, 1)
     tensor = torch.ones(3)
@@ -442,4 +682,4 @@ def test_alone_nothing_is_exchanged():
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -161,6 +161,7 @@ checkpoint, --max-restarts times (3). Batches are those of one process: \
 
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
   rorqual launch --nproc-per-node gpu --max-restarts 10 small --data notes/
+  rorqual launch --nproc-per-node 4 tiny --data notes/ --distributed.expert 4
 
 What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, \
 since torchrun
@@ -181,7 +182,10 @@ def launch_command(argv: list[str]) -> int:
         raise UsageError(f"{error}: rorqual launch --nproc-per-node 2 tiny --data notes/") from None
     from rorqual.train.trainer import refuse
 
-    refuse(train_options([word for word in words if word != "--json"]))
+    # What is launched is a training, whether that is said or not.
+    words = words[1:] if words[0] == "train" else words
+    options = train_options([word for word in words if word != "--json"])
+    refuse(options, distributed.torchrun_ranks(flags))
     distributed.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
 

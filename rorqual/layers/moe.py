@@ -23,7 +23,9 @@ from rorqual.model_config import MoEConfig as MoEConfig
 
 SMALL_BATCH = 8  # slots; up to so many, one product for each slot is faster than a grouped one
 
-Exchange = Callable[[Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Float[Tensor, "N D"]]
+Exchange = Callable[
+    [Float[Tensor, "N D"], Int[Tensor, " E"], Experts], Callable[[], Float[Tensor, "N D"]]
+]
 
 
 class Slots(NamedTuple):
@@ -121,7 +123,8 @@ class MoE(nn.Module):
     """A feed-forward of routed experts and an optional shared SwiGLU.
 
     If `exchange` is set, it runs the experts in place of a direct call: exchange(rows, counts,
-    experts) returns rows in the same order. Expert parallelism puts its all-to-all there and splits
+    experts) starts, and what it returns is called for the results, rows in the same order. The
+    shared experts are computed in between. Expert parallelism puts its all-to-all there and splits
     `experts` over the ranks.
     """
 
@@ -155,23 +158,27 @@ class MoE(nn.Module):
         rows = hidden.flatten(0, 1)
         weights = routing.weights.flatten(0, 1)
         if self._few(routing):
-            out = (
-                self.experts.small_batch(rows, routing.topk_indices.flatten(0, 1))
-                * weights[..., None]
-            ).sum(1)
+            slots = None
+            of_slots = self.experts.small_batch(rows, routing.topk_indices.flatten(0, 1))
         else:
             # The number of rows would depend on the values, which breaks a traced graph in two.
             droppable = self.config.router.adaptive_mass is not None or routing.valid is not None
             slots = sort_slots(routing, droppable and not torch.compiler.is_compiling())
-            run = self.exchange or (lambda rows, counts, experts: experts(rows, counts))
-            out = _Gather.apply(
-                run(_Scatter.apply(rows, slots), slots.counts, self.experts), weights, slots
-            )
+            spread = _Scatter.apply(rows, slots)
+            if self.exchange is not None:
+                exchanged = self.exchange(spread, slots.counts, self.experts)
+        # Rows may be on their way to the ranks of their experts meanwhile.
+        shared = None if self.shared is None else self.shared(hidden)
+        if shared is not None and self.shared_gate is not None:
+            shared = shared * self.shared_gate(hidden).sigmoid()
+        if slots is None:
+            out = (of_slots * weights[..., None]).sum(1)
+        else:
+            here = self.exchange is None
+            results = self.experts(spread, slots.counts) if here else exchanged()
+            out = _Gather.apply(results, weights, slots)
         out = out.to(hidden.dtype).view_as(hidden)
-        if self.shared is not None:
-            shared = self.shared(hidden)
-            if self.shared_gate is not None:
-                shared = shared * self.shared_gate(hidden).sigmoid()
+        if shared is not None:
             out = out + shared
         return (out if self.norm is None else self.norm(out)), routing
 

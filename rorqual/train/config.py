@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rorqual.data.mixture import read_mixture
 from rorqual.data.needle_config import NeedleConfig
+from rorqual.distributed_config import DistributedConfig
 from rorqual.model_config import ModelConfig
 
 BYTE_VOCAB_SIZE = 257  # the smallest vocabulary that can express any text: the bytes and the end
@@ -124,6 +125,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
     placement: Literal["device", "host", "disk"] = "device"  # Engram's rows; disk: FOLDER/learning
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     threads: int | None = None  # None: as many as torch uses
     bias_rest: float = 0.05  # share of the last steps, in which router biases do not change
     mtp_late: float | None = None  # MTP's weight in the last third of the steps; None: as before

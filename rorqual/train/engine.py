@@ -103,8 +103,9 @@ class Loader(DataLoaderBase):
         super().__init__(
             work_dir=str(work_dir),
             global_batch_size=stream.batch_size * stream.seq_len * stream.world,
-            dp_world_size=stream.world,
-            dp_rank=stream.rank,
+            # Ranks that share sequences count too: each has a part of their tokens.
+            dp_world_size=distributed.world(),
+            dp_rank=distributed.rank(),
         )
 
     @property

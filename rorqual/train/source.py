@@ -85,8 +85,7 @@ class TextSource:
 
     def stream(self, config: TrainConfig) -> Stream:
         """Returns this rank's endless training batches."""
-        rank = distributed.rank()
-        world = distributed.world()
+        rank, world = _data_rank(config)
         rows = config.batch_size // world
         return Stream(self.text, rows, config.seq_len, config.seed, rank, world)
 
@@ -99,8 +98,7 @@ class TextSource:
         return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
 
     def _validation_batches(self, config: TrainConfig, whole: bool) -> Iterator[dict[str, Tensor]]:
-        rank = distributed.rank()
-        world = distributed.world()
+        rank, world = _data_rank(config)
         rows = config.batch_size // world
         batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
         tokens_per_batch = config.batch_size * config.seq_len
@@ -163,16 +161,14 @@ class NeedleSource(NamedTuple):
 
     def stream(self, config: TrainConfig) -> NeedleStream:
         """Returns this rank's endless training batches."""
-        rank = distributed.rank()
-        world = distributed.world()
+        rank, world = _data_rank(config)
         rows = config.batch_size // world
         return NeedleStream(self.needles, rows, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the shares of right answers to the held-out questions; always to all of them."""
         del whole
-        rank = distributed.rank()
-        world = distributed.world()
+        rank, world = _data_rank(config)
         questions = exams(self.needles, config.batch_size, config.seq_len, rank, world)
         return needle_accuracy(model, questions, runtime.dtype(config.dtype))
 
@@ -189,6 +185,11 @@ class NeedleSource(NamedTuple):
 
 
 Source = TextSource | NeedleSource
+
+
+def _data_rank(config: TrainConfig) -> tuple[int, int]:
+    """Returns which of how many parts of every batch this rank reads."""
+    return config.distributed.data_rank(distributed.rank(), distributed.world())
 
 
 def open_source(config: TrainConfig) -> Source:
@@ -218,11 +219,10 @@ def open_source(config: TrainConfig) -> Source:
             f"model.vocab_size: got {limit}, expected at least the {whose} {source.vocab_size}; "
             f"try --model.vocab-size {source.vocab_size}"
         )
-    if config.batch_size % distributed.world():
-        raise ValueError(
-            f"batch_size: got {config.batch_size}, "
-            f"expected a multiple of the {distributed.world()} ranks"
-        )
+    _, parts = _data_rank(config)
+    if config.batch_size % parts:
+        whose = f"{parts} ranks" if config.distributed.context == 1 else f"{parts} groups of ranks"
+        raise ValueError(f"batch_size: got {config.batch_size}, expected a multiple of the {whose}")
     runtime.log(str(source))
     if isinstance(source, TextSource) and (skipped := source.tokens.about["skipped"]):
         counts = sorted(skipped.items(), key=lambda item: -item[1])

@@ -17,6 +17,7 @@ import torch
 from rorqual import checkpoint, distributed, runtime
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.distributed_config import refuse_layout
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.tables import Table, write_rows
@@ -66,7 +67,7 @@ def train(
         return folder
     if run_folder.finished_with_more_steps(config):
         return folder
-    refuse(config)
+    refuse(config, runtime.ranks()[1])
     joined = distributed.join(device)
     try:
         with run_folder.explain_full_disk(folder), run_folder.exclusive(folder):
@@ -80,16 +81,19 @@ def train(
     return folder
 
 
-def refuse(config: TrainConfig) -> None:
+def refuse(config: TrainConfig, ranks: int | None) -> None:
     """Raises ValueError for errors of a config beyond its single values, and writes nothing.
 
-    These are tables elsewhere for a model without any, an unknown text, and a folder of runs.
+    `ranks` is the number of processes that will train, None where it is not known yet.
+    These are tables elsewhere for a model without any, a layout that the model or the number of
+    ranks does not allow, an unknown text, and a folder of runs.
     """
     if config.placement != "device" and config.model.engram is None:
         raise ValueError(
             f"placement: got {config.placement} for a model without Engram, "
             "expected device, or a model with rows: --model.engram default"
         )
+    refuse_layout(config.model, config.distributed, ranks)
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         _refuse_init(config, config.init_from)
     if config.needles is None:
@@ -152,7 +156,8 @@ def _train(
             checkpoint.describe_model(folder, model.config, source.tokenizer)
 
         def estimate() -> float:
-            rows = config.batch_size // distributed.world()
+            _, parts = config.distributed.data_rank(distributed.rank(), distributed.world())
+            rows = config.batch_size // parts
             micro_batch_size = min(config.micro_batch_size or rows, rows)
             return estimate_step_seconds(
                 model, source.vocab_size, rows, micro_batch_size, config.seq_len, step.dtype
@@ -204,9 +209,9 @@ def _build_model(
         model.load_state_dict(checkpoint.load_model(config.init_from).state_dict())
         _log_warmup(config)
     model = model.to(device)
-    if distributed.world() > 1:
-        distributed.shard(model)
-    return model
+    several = distributed.world() > 1
+    mesh = distributed.make_mesh(config.distributed, device.type) if several else None
+    return distributed.parallelize(model, mesh, config.distributed)
 
 
 def _log_warmup(config: TrainConfig) -> None:

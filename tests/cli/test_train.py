@@ -631,7 +631,13 @@ def test_launch_hands_everything_on(
     assert command == ["rorqual", "train", *words]
     assert main(["launch", "tiny", "--data", "no/such/text"]) == 1, "before any process is started"
     assert "no/such/text" in capsys.readouterr().err
+    four = ["--nproc-per-node", "4", "train", "tiny", "--distributed.expert"]
+    assert main(["launch", *four, "3"]) == 1
+    assert "got 4 ranks" in capsys.readouterr().err
     assert len(asked) == 1
+    assert main(["launch", *four, "4"]) == 0
+    assert asked[1][1] == ["rorqual", "train", "tiny", "--distributed.expert", "4"]
+    assert main(["launch", "--nproc-per-node", "gpu", *four[2:], "4"]) == 0, "as many as there are"
     for help in ([], ["--help"]):
         assert main(["launch", *help]) == 0
         assert "rorqual launch --nproc-per-node 2 tiny" in capsys.readouterr().out

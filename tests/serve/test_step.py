@@ -488,7 +488,7 @@ def patch(model: LanguageModel) -> None:
 
 
 def exchange(model: LanguageModel) -> None:
-    model.blocks[1].ffn.exchange = lambda rows, counts, experts: experts(rows, counts)
+    model.blocks[1].ffn.exchange = lambda rows, counts, experts: lambda: experts(rows, counts)
 
 
 @pytest.mark.parametrize(
