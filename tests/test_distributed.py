@@ -658,6 +658,32 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compiled(call, backend="aot_eager"))
+    config = replace(
+        DENSE,
+        layers=1,
+        mtp=None,
+        moe=replace(DENSE.moe, first_dense=0),
+        engram=replace(DENSE.engram, layers=(0,)),
+    )
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    results = []
+    for kind in ("none", "block"):
+        model = LanguageModel(config, seed=1)
+        distributed.parallelize(model, None, DistributedConfig(compile=kind))
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.total.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    (expected, gradients), (loss, ours) = results
+    torch.testing.assert_close(loss.total, expected.total)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, msg=name, rtol=1e-4, atol=1e-6)
+
+
 def test_an_error_of_one_call_is_raised_as_it_is_alone():
     def refuse(number: int) -> int:
         if number < 0:
