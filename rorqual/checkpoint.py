@@ -18,28 +18,39 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.futures import Future
 
 from rorqual import config as configs
 from rorqual.io import (
+    BINARY,
     atomic_write,
     remove_partial,
     replace_folder,
@@ -50,6 +61,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 from rorqual.runtime import log
 from rorqual.tables import TableConfig, open_tables
+from rorqual.tensor_file import Layout, open_tensors, read_pieces, write_tensors
 
 DIGEST = "digest.json"
 UNDER_WAY = ".unfinished"  # a file in a run's folder until its model is written
@@ -79,30 +91,113 @@ def save_state(
     Every rank calls it. The folder appears complete or not at all, and one that was there before
     stays until then. Off the main thread, `group` is the process group to communicate in.
     """
-    folder = Path(folder)
-    rank, world = _rank_and_world(group)
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _barrier(group)
-        (partial / f"rank{rank}.json").write_text(json.dumps(encode(values)), encoding="utf-8")
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        with _without_group_warning(), _first_failure(folder):
-            save(_packed(tensors), storage_writer=writer, process_group=group, no_dist=world == 1)
-        _barrier(group)
-        if rank == 0:
-            files = {path.name: size_and_sha256(path) for path in sorted(partial.iterdir())}
-            digest = {"format": FORMAT, "files": files, "seal": _seal(files)}
-            (partial / DIGEST).write_text(json.dumps(digest, indent=1), encoding="utf-8")
-            replace_folder(partial, folder)
-        _barrier(group)
-    except BaseException:
-        # On a full disk the space of the partial folder is needed.
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    write = StateWrite(folder, group=group)
+    write.add("all", tensors)
+    write.complete(values)
+
+
+class StateWrite:
+    """A checkpoint that is written in parts; `save_state` writes one at once.
+
+    What is large is written from where it is, and the rest can be copied and written while the
+    model trains on. Every rank makes the same calls. If one fails, nothing of it stays.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.group = group
+        self.rank, self.world = _rank_and_world(group)
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        with self._removed_if_it_fails():
+            if self.rank == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
+            _barrier(group)
+
+    def add(self, label: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors, whose memory may change afterwards, to files named LABEL-RANK."""
+        with self._removed_if_it_fails():
+            writer = _Writer(self.partial, label)
+            with _without_group_warning(), _first_failure(self.folder):
+                save(
+                    _packed(tensors),
+                    storage_writer=writer,
+                    process_group=self.group,
+                    no_dist=self.world == 1,
+                )
+
+    def complete(self, values: Any) -> None:
+        """Writes this rank's values, waits until all is on the disk, and names the folder."""
+        with self._removed_if_it_fails():
+            text = json.dumps(encode(values))
+            (self.partial / f"rank{self.rank}.json").write_text(text, encoding="utf-8")
+            _barrier(self.group)
+            if self.rank == 0:
+                paths = sorted(self.partial.iterdir())
+                files = {path.name: size_and_sha256(path) for path in paths}
+                digest = {"format": FORMAT, "files": files, "seal": _seal(files)}
+                (self.partial / DIGEST).write_text(json.dumps(digest, indent=1), encoding="utf-8")
+                replace_folder(self.partial, self.folder)
+            _barrier(self.group)
+
+    @contextmanager
+    def _removed_if_it_fails(self) -> Iterator[None]:
+        """Removes the partial folder if the block raises: a full disk needs its space."""
+        try:
+            yield
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes each rank's tensors to one file from where they are; torch's copies them twice."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.folder = folder
+        self.label = label
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors: dict[str, Tensor] = {}
+        offsets = {}
+        for item in plan.items:
+            assert item.tensor_data is not None
+            name = item.index.fqn
+            tensors[name] = cast(Tensor, planner.resolve_data(item))
+            offsets[name] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
+        if tensors:
+            metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), "format": "pt"}
+            path = self.folder / f"{self.label}-{plan.storage_data['shard_index']:05d}.safetensors"
+            write_tensors(path, tensors, metadata)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([])
+        return future
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads pieces of files by position; torch's maps whole files into memory."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        items: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            path = self.storage_data[item.storage_index].relative_path
+            items.setdefault(path, []).append(item)
+        for path, wanted in items.items():
+            with open_tensors(path) as file:
+                for item in wanted:
+                    sizes = zip(item.storage_offsets, item.lengths, strict=True)
+                    slices = [slice(first, first + count) for first, count in sizes]
+                    target = planner.resolve_tensor(item).detach()
+                    for rows, values in read_pieces(file, item.storage_index.fqn, slices):
+                        target[rows].copy_(values)
+                    planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
 
 def load_state(
@@ -126,7 +221,7 @@ def load_state(
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Reads the shapes of a checkpoint's tensors."""
-    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    entries = _Reader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: tuple(entry.size)
         for name, entry in entries.items()
@@ -138,7 +233,7 @@ def _read(
     folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
     """Fills tensors in place from a verified checkpoint, each rank its own shards."""
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = _Reader(str(folder))
     single = _rank_and_world(group)[1] == 1
     with _without_group_warning(), _first_failure(folder):
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=single)
@@ -235,9 +330,9 @@ def latest(folder: str | os.PathLike) -> Path | None:
 def _check_finite(folder: Path) -> None:
     """Raises Damaged, naming the tensor, if a number in a checkpoint is NaN or infinite."""
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118
-                if not_finite({name: file.get_tensor(name)}):
+                if any(not_finite({name: values}) for _, values in read_pieces(file, name)):
                     raise Damaged(
                         f"{path}: got {name} with NaN or infinite numbers, "
                         "expected a training that is sound"
@@ -309,21 +404,75 @@ def run_of(folder: str | os.PathLike) -> Path:
 def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any = None) -> None:
     """Writes config.json, the tokenizer and, last, model.safetensors into a folder.
 
-    transformers' Auto classes open it too. Every rank calls it; rank 0 writes.
+    transformers' Auto classes open it too. Every rank calls it, and writes the rows that it has of
+    each tensor; what is sharded otherwise is gathered, one tensor at a time, and rank 0 writes it.
     """
     folder = Path(folder)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        state[name] = whole.detach().cpu().contiguous()
-    if _rank_and_world(None)[0] != 0:
-        return
-    describe_model(folder, model.config, tokenizer)
+    state = dict(model.state_dict())
     if model.config.tied:
         # safetensors refuses two names for one tensor.
         del state["head.weight"]
-    with atomic_write(folder / "model.safetensors") as beside:
-        save_file(state, beside, metadata={"format": "pt"})
+    if _rank_and_world(None)[0] == 0:
+        describe_model(folder, model.config, tokenizer)
+    path = folder / "model.safetensors"
+    if _rank_and_world(None)[1] == 1:
+        with atomic_write(path) as beside:
+            write_tensors(beside, state, {"format": "pt"})
+    else:
+        _write_together(path, state)
+
+
+def _write_together(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file by all ranks. OSError on every rank where one cannot write."""
+    layout = Layout(state, {"format": "pt"})
+    rank, _ = _rank_and_world(None)
+    with atomic_write(path) if rank == 0 else nullcontext(path) as beside:
+        names = [os.fspath(beside)]
+        dist.broadcast_object_list(names, src=0)
+        error: OSError | None = None
+        file = -1
+        try:
+            file = os.open(names[0], os.O_WRONLY | BINARY)
+            if rank == 0:
+                layout.write_header(file)
+        except OSError as failure:
+            error = failure
+        # The file has its length before others write to it.
+        _barrier(None)
+        for name, tensor in state.items():
+            rows = _rows_of_rank(tensor)
+            try:
+                if rows is not None and error is None:
+                    layout.write(file, name, *rows)
+            except OSError as failure:
+                error = failure
+        try:
+            if file >= 0:
+                os.fsync(file)
+                os.close(file)
+        except OSError as failure:
+            error = failure
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else (error.errno, error.strerror))
+        for failed in errors:
+            if failed is not None:
+                raise OSError(*failed, os.fspath(path))
+
+
+def _rows_of_rank(tensor: Tensor) -> tuple[Tensor, int] | None:
+    """Returns the rows of a tensor that this rank writes, and the number of the first of them.
+
+    Every rank calls it for the same tensors.
+    """
+    if isinstance(tensor, DTensor):
+        if all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+            _, offsets = compute_local_shape_and_global_offset(
+                tensor.shape, tensor.device_mesh, tensor.placements
+            )
+            if not any(offsets[1:]) and tensor.to_local().shape[1:] == tensor.shape[1:]:
+                return tensor.to_local(), offsets[0] if offsets else 0
+        tensor = tensor.full_tensor()
+    return (tensor, 0) if dist.get_rank() == 0 else None
 
 
 def describe_model(folder: str | os.PathLike, config: ModelConfig, tokenizer: Any = None) -> None:

@@ -5,7 +5,7 @@
                  torch.compile
     Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
                  the results
-    mean_rows    gathers a table's row gradients of all ranks: tables are replicated on every rank
+    mean_rows    gathers a table's row gradients of all ranks, which each have the whole table
     together     raises an error of one rank on every rank
     torchrun     runs a command in several processes, and restarts it when one of them dies
 
@@ -170,6 +170,12 @@ def first(work: Callable[[], T]) -> T:
     return result
 
 
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Returns the sum over all ranks."""
     if world() == 1:
@@ -269,8 +275,9 @@ def parallelize(
     gather those that they need, in their own dtype. Gradients are reduced in float32: matrix
     products in bfloat16 come from autocast, as on one rank. A policy that cast parameters would
     also cast the rotary tables and the residual streams' coefficients. Experts are split over the
-    axis `expert` and then sharded over the other ranks. Engram's tables are whole on every rank
-    (`mean_rows`). ValueError for a layout that the model cannot have.
+    axis `expert` and then sharded over the other ranks. Engram's tables stay as they were built:
+    sharded over all ranks (sharded_rows.py), or whole on every rank (`mean_rows`). ValueError for a
+    layout that the model cannot have.
     """
     refuse_layout(model.config, config, 1 if mesh is None else mesh.size())
     blocks = _blocks(model)

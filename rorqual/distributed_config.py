@@ -10,6 +10,7 @@ from rorqual.model_config import ModelConfig
 
 Recomputed = Literal["none", "block", "selective"]
 Compiled = Literal["none", "block"]
+Rows = Literal["shard", "replicate"]
 
 # Parts of a model whose layers look at other tokens in ways that context parallelism does not know.
 WHOLE_SEQUENCES = ("dsa", "nsa", "moba", "qsa", "csa", "csa2", "delta")
@@ -23,6 +24,9 @@ class DistributedConfig:
     shard: int | None = None  # ranks that share parameters (FSDP); None: what the others leave
     context: int = 1  # ranks that share every sequence: each has a part of its tokens
     expert: int = 1  # ranks that share the experts, and send each other their tokens
+    # Of Engram's tables: shard: each of all ranks owns some, and they exchange rows and gradients;
+    # replicate: every rank has all.
+    rows: Rows = "shard"
     # What backward computes again instead of storing it: block: all within a block; selective: all
     # but matrix products, attention and what other ranks sent.
     activation_checkpointing: Recomputed = "none"
@@ -36,6 +40,7 @@ class DistributedConfig:
         for name, choices in (
             ("activation_checkpointing", get_args(Recomputed)),
             ("compile", get_args(Compiled)),
+            ("rows", get_args(Rows)),
         ):
             value = getattr(self, name)
             if value not in choices:

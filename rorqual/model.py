@@ -628,20 +628,19 @@ def init(model: LanguageModel, seed: int = 0) -> None:
             for p in m.parameters(recurse=not isinstance(m, DeltaNet))
         }
         centred = model.config.engram is not None and model.config.engram.centred
-        apart = {
+        tables = {
             id(table.weight): table
             for table in model.tables
-            if isinstance(table, Table) and table.file
+            if isinstance(table, Table) and table.trainable
         }
         for name, parameter in model.named_parameters():
             if id(parameter) in reset_ids:
                 continue
-            if id(parameter) in apart:
-                apart[id(parameter)].draw(ROW_STD)
+            if id(parameter) in tables:
+                tables[id(parameter)].draw(ROW_STD)
             elif name.endswith((".conv", "bias", "sinks", "attn_sink", ".ape")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(0.0 if centred and name.endswith("_norm") else 1.0)
             else:
-                spread = ROW_STD if name.startswith("tables.") else std
-                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * spread)
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * std)

@@ -19,6 +19,7 @@ OPTIONAL = {  # what an extra or the user brings, and what takes long to load an
 MAY_DISTRIBUTE = {
     "distributed.py",
     "context_parallel.py",
+    "sharded_rows.py",
     "checkpoint.py",
     "train",
 }  # nothing else may know that there are other ranks

@@ -38,8 +38,7 @@ class Journal:
         self.keep = keep
         self._recorded = np.zeros(rows, dtype=np.bool_)  # rows recorded since the last mark
         self._file = -1
-        path = folder / "marks.json"
-        self.marks: list[int] = _read_marks(path) if path.is_file() else []
+        self.marks = read_marks(folder)
 
     def record(self, ids: np.ndarray, records: np.ndarray) -> None:
         """Records these rows as they are now, except rows recorded since the last mark.
@@ -149,6 +148,14 @@ class Journal:
         write_json(self.folder / "marks.json", marks)
         self.marks = marks
 
+    def reset(self) -> None:
+        """Forgets all marks, before other rows take the place of these."""
+        self.close()
+        marks = self.marks
+        self._save([])
+        for mark in marks:
+            (self.folder / f"undo-{mark}").unlink(missing_ok=True)
+
     def close(self) -> None:
         """Closes the file; afterwards rows are recorded anew."""
         if self._file >= 0:
@@ -163,8 +170,14 @@ def _boot() -> bytes:
     return (_BOOT.read_bytes().strip() if _BOOT.is_file() else b"").ljust(40)
 
 
-def _read_marks(path: Path) -> list[int]:
-    """Reads the list of marks. TableError for a file that is not a list of steps."""
+def read_marks(folder: Path) -> list[int]:
+    """Reads the marks of a table's folder; none where there is no table.
+
+    TableError for a file that is not a list of steps.
+    """
+    path = folder / "marks.json"
+    if not path.is_file():
+        return []
     try:
         marks = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -9,7 +9,7 @@ process leaves.
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from rorqual.io import BINARY, acquired, write_all_at
+from rorqual.tables.draw import draw_rows
 from rorqual.tables.journal import Journal
 from rorqual.tables.row_file import FileRows, TableError
 
 # rows, averages, averages of squares, numbers of updates, which of them, gradient
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
-_DRAWN = 1 << 20  # values drawn at a time; parts of 16 rows are what one draw would give
 _KEPT = 4  # reads whose records are kept for an update; those of others are read again
 
 
@@ -102,32 +102,47 @@ class RecordFile:
         self._read = []
 
     @torch.no_grad()
-    def draw(self, std: float) -> None:
+    def draw(self, std: float, first: int = 0, rows: int | None = None) -> None:
         """Fills the table with normal numbers, the same as one draw from torch's generator.
 
-        If it is filled already, the generator moves on and the rows stay.
+        If it is filled already, the generator moves on and the rows stay. A file with the rows from
+        `first` on, of a table of `rows` rows, gets theirs; rows behind the table's end are 0.
         """
+        rows = self.rows if rows is None else rows
+        end = min(first + self.rows, rows)
         filled = bool(self._journal.marks)
         if not filled:
             # The file may have the records of a larger table that was never finished.
             os.ftruncate(self._records.file, 0)
-        step = max(16, _DRAWN // self.width // 16 * 16)
-        first = 0
-        while first < self.rows:
-            left = self.rows - first
-            # Fewer than 16 rows at the end are drawn with those before them: alone, torch would
-            # draw other numbers.
-            count = left if left < step + 16 else step
-            values = torch.randn(count, self.width) * std
+        for start, values in draw_rows(rows, self.width, std, first, end):
             if not filled:
-                self._fill(first, values)
-            first += count
+                self._fill(start - first, values)
         if not filled:
+            os.ftruncate(self._records.file, self.rows * self.record_bytes)
             self.mark(0)
+
+    def replace_all(self, pieces: Iterable[UInt8[np.ndarray, "K record"]], step: int) -> None:
+        """Replaces all records by those of the pieces, in order, and forgets every mark but `step`.
+
+        Records behind them are 0.
+        """
+        self._read = []
+        self._journal.reset()
+        os.ftruncate(self._records.file, 0)
+        first = 0
+        for records in pieces:
+            self._write_new(first, records)
+            first += len(records)
+        os.ftruncate(self._records.file, self.rows * self.record_bytes)
+        self.mark(step)
 
     def _fill(self, first: int, values: Tensor) -> None:
         records = np.zeros((len(values), self.record_bytes // 4), np.float32)
         records[:, : self.width] = values.numpy()
+        self._write_new(first, records)
+
+    def _write_new(self, first: int, records: np.ndarray) -> None:
+        """Writes records of rows from `first` on, without noting what was there."""
         try:
             write_all_at(self._records.file, records.data.cast("B"), first * self.record_bytes)
         except OSError as error:
@@ -149,6 +164,26 @@ class RecordFile:
         """Closes the files and releases the lock."""
         self._close()
         self._records.file = -1
+
+
+def read_records(folder: Path, rows: range, width: int) -> UInt8[np.ndarray, "K record"]:
+    """Reads records from a folder that no table writes to meanwhile.
+
+    TableError for rows that it does not have.
+    """
+    path = folder / "records"
+    record_bytes = 4 * (3 * width + 1)
+    records = np.empty((len(rows), record_bytes), np.uint8)
+    try:
+        file = os.open(path, os.O_RDONLY | BINARY)
+    except OSError as error:
+        raise TableError(f"{path}: {error.strerror}, expected trained rows") from error
+    try:
+        piece = FileRows(path, file, 0, record_bytes)
+        piece.read_bytes(records.reshape(-1).data, rows.start * record_bytes)
+    finally:
+        os.close(file)
+    return records
 
 
 def _release(file: int, journal: Journal, lock: BaseFileLock) -> None:

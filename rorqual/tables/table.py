@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from rorqual.tables.draw import draw_rows
 from rorqual.tables.fp8 import FP8, dequantise, lookup, record_bytes, row_bytes, stored_as
 from rorqual.tables.record_file import RecordFile, Update
+from rorqual.tables.record_shards import RecordShard
 from rorqual.tables.row_cache import RowCache
 from rorqual.tables.row_file import RowFile
 from rorqual.tables.staging import Staging
@@ -370,9 +372,24 @@ class Table(nn.Module):
         if writing is not None:
             writing.result()
 
+    @torch.no_grad()
     def draw(self, std: float) -> None:
-        """Fills a new table on the disk, from torch's generator; a filled one stays."""
-        self._record_file().draw(std)
+        """Fills a new table with normal numbers from torch's generator, few in memory at a time.
+
+        A table on the disk that is filled already stays.
+        """
+        if self.placement == "disk":
+            self._record_file().draw(std)
+            return
+        for first, values in draw_rows(self.rows, self.width, std):
+            self.weight[first : first + len(values)] = values.to(self.weight)
+
+    def whole(self, local: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "all ..."]:
+        """Returns a tensor with an entry a row, such as `weight`, as checkpoints save it: as it is.
+
+        A table whose rows are sharded over ranks returns it as a DTensor of all ranks' rows.
+        """
+        return local
 
     def mark(self, step: int) -> None:
         """Makes the present rows on the disk a mark that `rewind` can restore."""
@@ -380,15 +397,31 @@ class Table(nn.Module):
         self._record_file().mark(step)
 
     def rewind(self, step: int) -> None:
-        """Restores rows on the disk as of a mark. TableError if they are not available."""
+        """Restores rows on the disk as of a mark, also one that several ranks made.
+
+        TableError if they are not available.
+        """
         self.flush()
-        self._record_file().rewind(step)
+        file = self._record_file()
+        shard = self.record_shard()
+        if not shard.marked(step):
+            shard.take_over(file, step, self._barrier)
+        file.rewind(step)
+
+    def record_shard(self) -> RecordShard:
+        """Returns where the rows are that are trained on the disk."""
+        return RecordShard(self._record_file().folder, self.rows, self.width)
+
+    def _barrier(self) -> None:
+        """Waits for the other ranks of a table that is sharded."""
 
     def read_trained(self, first: int, end: int) -> Float[Tensor, "rows W"]:
-        """Returns rows first..end of a table that is trained on the disk."""
+        """Returns rows first..end of a table that is trained on the disk.
+
+        Of one whose rows are sharded over ranks, all have called `flush` before.
+        """
         self.flush()
-        values = self._record_file().records(np.arange(first, end))[:, : 4 * self.width]
-        return torch.from_numpy(values.copy()).view(torch.float32)
+        return self.record_shard().read(first, end)
 
     def damage(self) -> str | None:
         """Returns why rows can no longer be read from their files; None while they can."""

@@ -205,13 +205,26 @@ class SafetensorsCheckpointer(Checkpointer):
         train_state: dict[str, Any],
         ephemeral: bool = False,
     ) -> Future:
-        """Copies everything now, and writes it on another thread."""
+        """Copies everything now, and writes it on another thread.
+
+        Tables of rows and their optimizer state, which may fill the memory, are not copied: they
+        are written now, and wait for the disk on the other thread.
+        """
         current = _state_to_save(train_module, train_state)
-        tensors = {name: tensor.detach().clone() for name, tensor in current.items()}
+        state_write = checkpoint.StateWrite(_folder(dir), group=self.process_group)
+        rows = {name: tensor for name, tensor in current.items() if ".tables." in name}
+        if rows:
+            state_write.add("rows", rows)
+        copies = {
+            name: tensor.detach().clone() for name, tensor in current.items() if name not in rows
+        }
         values = checkpoint.decode(checkpoint.encode(train_state))
-        write = self.writer.submit(
-            checkpoint.save_state, _folder(dir), tensors, values, group=self.process_group
-        )
+
+        def write_rest() -> None:
+            state_write.add("rest", copies)
+            state_write.complete(values)
+
+        write = self.writer.submit(write_rest)
         return WriteFuture(write)
 
     def load(

@@ -22,9 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rorqual import distributed
 from rorqual.kernels import kernel
 from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
+from rorqual.sharded_rows import ShardedTable
 from rorqual.tables import Table
 from rorqual.train.config import OptimConfig
 
@@ -188,7 +190,8 @@ def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 class Optimizer:
     """Updates all parameters of a model, each by the optimizer of its role.
 
-    One norm is clipped, one call updates everything, and the state is one flat dictionary. From
+    One norm is clipped, one call updates everything, and the state is one flat dictionary. Of
+    tables whose rows are sharded over ranks it updates this rank's rows, whose state it has. From
     `begin_step()` to `step()`, tables on the device have sparse gradients: a dense one would be as
     large as the table. Without `begin_step()` they are dense, and updated alike. A table on disk
     stores the state of its rows itself, not in `state`.
@@ -200,14 +203,16 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         role = roles(model)
         self.rows = [name for name in self.parameters if role[name] == "rows"]
-        tables_on_disk = {
-            id(module.weight): module for module in self.tables if module.file is not None
-        }
+        by_weight = {id(table.weight): table for table in self.tables}
+        self.row_tables = {name: by_weight[id(self.parameters[name])] for name in self.rows}
+        self.sharded_rows = [
+            name for name, table in self.row_tables.items() if isinstance(table, ShardedTable)
+        ]
+        # Every rank has all rows of these, and their gradients are to be averaged.
+        self.replicated_rows = [name for name in self.rows if name not in self.sharded_rows]
         # These tables store the state of their rows themselves.
         self.tables_on_disk = {
-            name: tables_on_disk[id(p)]
-            for name, p in self.parameters.items()
-            if id(p) in tables_on_disk
+            name: table for name, table in self.row_tables.items() if table.file is not None
         }
         muon = config.kind == "muon"
         self.matrices = [name for name in self.parameters if role[name] == "matrix" and muon]
@@ -281,21 +286,31 @@ class Optimizer:
             parameter = self.parameters[name]
             if parameter.grad is not None:
                 parameter.grad = coalesce(parameter.grad)
-        gradients = list(self._gradients())
-        norm = torch.zeros((), device=gradients[0].device if gradients else None)
-        for group in _by_mesh(gradients):
-            of_group = nn.utils.get_total_norm(group)
-            whole = of_group.full_tensor() if isinstance(of_group, DTensor) else of_group
-            norm = torch.hypot(norm, whole.to(norm.device))
+        norm = self._norm()
         factor = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
-        for gradient in gradients:
+        for gradient in self._gradients(self.parameters):
             gradient.mul_(factor.to(gradient.device))
         return norm
 
-    def _gradients(self) -> Iterable[Tensor]:
-        """Yields the gradients' values; of a sparse one, the values of its rows."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
+    def _norm(self) -> Float[Tensor, ""]:
+        """Returns the norm of all gradients of all ranks, each number of which counts once."""
+        sharded_rows = list(self._gradients(self.sharded_rows))
+        others = list(self._gradients(self.parameters.keys() - set(self.sharded_rows)))
+        norm = torch.zeros((), device=others[0].device if others else None)
+        for group in _by_mesh(others):
+            of_group = nn.utils.get_total_norm(group)
+            whole = of_group.full_tensor() if isinstance(of_group, DTensor) else of_group
+            norm = torch.hypot(norm, whole.to(norm.device))
+        if self.sharded_rows:
+            # A rank whose rows nobody read has no gradient, and takes part in the sum.
+            squared = nn.utils.get_total_norm(sharded_rows).to(norm) ** 2
+            norm = torch.hypot(norm, distributed.total(squared).sqrt())
+        return norm
+
+    def _gradients(self, names: Iterable[str]) -> Iterable[Tensor]:
+        """Yields the values of the gradients; of a sparse one, the values of its rows."""
+        for name, parameter in self.parameters.items():
+            if name in names and parameter.grad is not None:
                 yield parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
 
     @torch.no_grad()
@@ -394,8 +409,19 @@ class Optimizer:
             table.rewind(step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the live tensors by name; filling them in place restores the optimizer."""
-        return dict(self.state)
+        """Returns the live tensors by name; filling them in place restores the optimizer.
+
+        Those of sharded rows are DTensors of all ranks' rows.
+        """
+        tables = {
+            f"{name}.{key}": table
+            for name, table in self.row_tables.items()
+            for key in ("exp_avg", "exp_avg_sq", "updates")
+        }
+        return {
+            key: tables[key].whole(value) if key in tables else value
+            for key, value in self.state.items()
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -406,5 +432,6 @@ class Optimizer:
                 f"optimizer state: got other names, first {odd!r}, "
                 "expected those of this model and kind"
             )
+        current = self.state_dict()
         for name, value in state.items():
-            self.state[name].copy_(value)
+            current[name].copy_(value)

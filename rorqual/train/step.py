@@ -68,8 +68,8 @@ class TrainStep:
         # Forward and backward, one micro-batch at a time.
         losses, expert_counts = self.forward_backward(batch, step)
 
-        # FSDP has averaged the gradients over ranks, except those of Engram's tables.
-        for name in self.optimizer.rows:
+        # The gradients of other parameters and of sharded rows are means over ranks already.
+        for name in self.optimizer.replicated_rows:
             distributed.mean_rows(self.optimizer.parameters[name])
         grad_norm = self.optimizer.clip()
 

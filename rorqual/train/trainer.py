@@ -20,6 +20,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.distributed_config import refuse_layout
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
+from rorqual.sharded_rows import RowExchange, ShardedTable
 from rorqual.tables import Table, write_rows
 from rorqual.tables.thread import BackgroundThread
 from rorqual.train import run_folder
@@ -234,29 +235,37 @@ def _log_warmup(config: TrainConfig) -> None:
 def _build_tables(
     config: TrainConfig, shape: ModelConfig, open_tables: ExitStack
 ) -> list[Table] | None:
-    """Builds Engram's tables if they are trained in host memory or on disk.
+    """Builds Engram's tables if they are sharded over ranks, or trained in host memory or on disk.
 
     None means that they are built with the model.
     """
-    if config.placement == "device" or shape.engram is None:
+    sharded = distributed.world() > 1 and config.distributed.rows == "shard"
+    if shape.engram is None or (config.placement == "device" and not sharded):
         return None
-    if distributed.world() > 1:
+    if distributed.world() > 1 and not sharded:
         raise ValueError(
-            f"placement: got {config.placement} with {distributed.world()} ranks, "
-            "expected device: ranks would write one file, and exchange on the device"
+            f"placement: got {config.placement} with {distributed.world()} ranks that have all "
+            "rows each, expected device or --distributed.rows shard: ranks would write one file"
         )
     width = shape.engram.head_dim
     tables: list[Table] = []
+    exchange = RowExchange() if sharded else None
     # One thread serves all tables in host memory; on disk, one table's reads would wait for
     # another's writes.
-    thread = BackgroundThread()
+    options: dict[str, Any] = {}
+    if config.placement == "host":
+        options["thread"] = BackgroundThread()
+    # A mark for every checkpoint that may exist, and one for that being written.
+    marks = config.keep + 1
     for number, rows in enumerate(row_totals(shape.engram)):
-        if config.placement == "host":
-            table = Table(rows, width, "host", thread=thread)
+        folder = Path(config.folder) / "learning" / str(number)
+        if exchange is not None:
+            options |= {"exchange": exchange, "folder": folder, "keep": marks}
+            table: Table = ShardedTable(rows, width, config.placement, **options)
+        elif config.placement == "host":
+            table = Table(rows, width, "host", **options)
         else:
-            folder = Path(config.folder) / "learning" / str(number)
-            # A mark for every checkpoint that may exist, and one for that being written.
-            table = Table.of_records(folder, rows, width, keep=config.keep + 1)
+            table = Table.of_records(folder, rows, width, keep=marks)
         tables.append(open_tables.enter_context(closing(table)))
     return tables
 
@@ -264,13 +273,21 @@ def _build_tables(
 def _write_tables(folder: Path, model: LanguageModel) -> None:
     """Writes rows that were trained on disk to FOLDER/tables.
 
-    A run's rows are searched there first.
+    A run's rows are searched there first. Rank 0 writes those of all ranks.
     """
     learnt = [
         table for table in model.tables if isinstance(table, Table) and table.placement == "disk"
     ]
-    if learnt:
+    if not learnt:
+        return
+    for table in learnt:
+        table.flush()
+    distributed.barrier()
+    if distributed.rank() == 0:
         shutil.rmtree(folder / "tables", ignore_errors=True)
-    for number, table in enumerate(learnt):
-        write_rows(folder / "tables" / str(number), table.rows, table.width, table.read_trained)
+        for number, table in enumerate(learnt):
+            path = folder / "tables" / str(number)
+            write_rows(path, table.rows, table.width, table.read_trained)
+    distributed.barrier()
+    for table in learnt:
         table.close()

@@ -1,0 +1,82 @@
+"""Tests record_shards.py: records go from one number of ranks to another, as of a mark."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rorqual.tables.record_file import RecordFile
+from rorqual.tables.record_shards import RecordShard
+from rorqual.tables.row_file import TableError
+
+ROWS = 11
+WIDTH = 3
+WORLDS = (1, 4, 2, 16, 3, 1)
+
+
+def opened(root: Path, world: int) -> list[RecordFile]:
+    return [
+        RecordFile(shard.folder, shard.each, WIDTH, keep=3)
+        for shard in RecordShard(root, ROWS, WIDTH).of(world)
+    ]
+
+
+def write_ones(files: list[RecordFile], root: Path, value: float) -> None:
+    """Gives every row's record one number, in all of its parts."""
+    for file, shard in zip(files, RecordShard(root, ROWS, WIDTH).of(len(files)), strict=True):
+        ids = np.arange(shard.size)
+        numbers = np.full((shard.size, 3 * WIDTH + 1), value, np.float32)
+        numbers += np.arange(shard.first, shard.first + shard.size, dtype=np.float32)[:, None]
+        file.replace(ids, file.records(ids), numbers.view(np.uint8))
+
+
+def resumed(root: Path, world: int, step: int) -> list[RecordFile]:
+    """Opens the records as `world` ranks that go on from a mark would."""
+    files = opened(root, world)
+    barrier = threading.Barrier(world)
+    torch.manual_seed(0)
+    shards = RecordShard(root, ROWS, WIDTH).of(world)
+    for file, shard in zip(files, shards, strict=True):
+        file.draw(0.02, shard.first, ROWS)
+
+    def resume(file: RecordFile, shard: RecordShard) -> None:
+        if not marked:
+            shard.take_over(file, step, barrier.wait)
+        file.rewind(step)
+
+    marked = shards[0].marked(step)
+    with ThreadPoolExecutor(world) as ranks:
+        list(ranks.map(resume, files, shards))
+    return files
+
+
+def test_records_go_through_any_numbers_of_ranks(tmp_path):
+    """What was written after the mark is undone first, and older marks stay with their ranks."""
+    files = resumed(tmp_path, WORLDS[0], 0)
+    for step, world in enumerate(WORLDS[1:], 1):
+        write_ones(files, tmp_path, 100.0 * step)
+        for file in files:
+            file.mark(step)
+        write_ones(files, tmp_path, -1.0)
+        for file in files:
+            file.close()
+        files = resumed(tmp_path, world, step)
+        expected = 100.0 * step + torch.arange(ROWS)[:, None].expand(ROWS, WIDTH)
+        shards = RecordShard(tmp_path, ROWS, WIDTH).of(world)
+        assert torch.equal(shards[0].read(0, ROWS), expected)
+        assert torch.equal(shards[0].read(2, 9), expected[2:9])
+        for file, shard in zip(files, shards, strict=True):
+            records = file.records(np.arange(shard.size)).view(np.float32)
+            assert (records == records[:, :1]).all()
+    for file in files:
+        file.close()
+
+
+def test_a_step_that_nobody_marked_is_refused(tmp_path):
+    for file in resumed(tmp_path, 2, 0):
+        file.close()
+    with pytest.raises(TableError, match=r"got no mark of step 7, expected one of \[0\]"):
+        resumed(tmp_path, 3, 7)
