@@ -82,8 +82,9 @@ def rank_bytes(sizes: list[int], counts: list[int], width: int) -> list[dict[str
         optimizer = Optimizer(nn.ModuleDict({"table": table}), OptimConfig())
         for count in counts:
             generator = torch.Generator().manual_seed(distributed.rank())
-            # Squares of uniform numbers: low ids are read more often, as frequent n-grams are.
+            # Squares of uniform numbers: some n-grams are more frequent. A hash spreads them.
             ids = (torch.rand(count, generator=generator) ** 2 * min(rows, 65_536)).long()
+            ids = ids * 2_654_435_761 % rows
             before = exchange.bytes_sent
             step_of(table, optimizer, ids)
             sent = exchange.bytes_sent - before
