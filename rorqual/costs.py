@@ -183,6 +183,18 @@ def flops_by_block(config: ModelConfig, context: int = 4096) -> tuple[list[Block
     return blocks, costs(config, context).flops_per_token - inside
 
 
+def train_flops_per_token(config: ModelConfig, context: int = 4096) -> int:
+    """Computes the FLOPs of a token in training: forward, and backward as two of it; MTP, too.
+
+    MTP's modules count by their matrices, the shared head in each of them; their attention, and
+    activations that are computed again, do not count.
+    """
+    counted = costs(config, context)
+    # The costs count the shared head once, although every MTP module multiplies by it.
+    heads = config.vocab_size * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
+    return 3 * (counted.flops_per_token + 2 * (counted.mtp_activated + heads))
+
+
 @dataclass(frozen=True, slots=True)
 class Parameters:
     """The parameters of a part of a model: matrices that multiply every token once, and all others.

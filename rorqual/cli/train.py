@@ -22,6 +22,8 @@ from rorqual.presets import PRESETS, preset
 if TYPE_CHECKING:
     from rorqual.experiments.devices import Machine
     from rorqual.train.config import TrainConfig
+    from rorqual.train.footprint import Footprint
+    from rorqual.train.optim import Role
 
 T = TypeVar("T")
 
@@ -50,6 +52,7 @@ TRAIN_ENDS = """examples:
   rorqual train runs/tiny                          goes on where it was stopped; \
 so does the first line, typed again
   rorqual train runs/tiny --steps 1000             goes on for longer
+  rorqual train tiny --dry-run                     prints shapes, memory and FLOPs, and stops
 
 --data is short for --data.source: a corpus (wordnet), a file, a folder, or a Hugging Face dataset.
 
@@ -66,8 +69,14 @@ DATA = {"data": "data.source"}  # what --data is short for
 
 def train_command(argv: list[str]) -> int:
     as_json, argv = take("--json", argv)
+    dry, argv = take("--dry-run", argv)
     options = train_options(argv)
     from rorqual import runtime
+
+    if dry:
+        if runtime.ranks()[0] == 0:
+            dry_run(options, runtime.ranks()[1], as_json)
+        return 0
     from rorqual.train.run_folder import finished
     from rorqual.train.trainer import train
 
@@ -85,6 +94,68 @@ def train_command(argv: list[str]) -> int:
             f"rorqual eval {folder} scores it"
         )
     return 0
+
+
+def dry_run(options: "TrainConfig", ranks: int, as_json: bool) -> None:
+    """Prints what a run would hold, compute and send, and writes nothing."""
+    from rorqual.train.footprint import footprint
+
+    result = footprint(options, ranks)
+    if as_json:
+        emit(
+            result._asdict()
+            | {
+                "costs": result.costs._asdict(),
+                "roles": {role: each._asdict() for role, each in result.roles.items()},
+                "memory": result.memory,
+            }
+        )
+        return
+    print_footprint(result)
+
+
+def print_footprint(result: "Footprint") -> None:
+    """Prints shapes, counts, the memory of a rank by role, and the bytes over the wire."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(*names: str) -> Table:
+        made = Table(*names, box=None)
+        for column in made.columns[1:]:
+            column.justify = "right"
+        return made
+
+    shapes = table("parameter", "shape", "tensors", "role")
+    for name, shape, tensors, role in result.shapes:
+        shapes.add_row(name, " x ".join(map(str, shape)), f"{tensors:,}", role)
+    counts = table("", "")
+    for words, value in (
+        ("parameters", result.costs.total + result.costs.mtp),
+        ("activated a token", result.costs.activated),
+        ("FLOPs a token, forward", result.costs.flops_per_token),
+        ("tokens a step", result.tokens_per_step),
+        ("FLOPs a step, forward and backward", result.flops_per_step),
+        ("ranks", result.ranks),
+        ("micro-batches of a rank", result.micro_batches),
+    ):
+        counts.add_row(words, f"{value:,}")
+    memory = table("memory of a rank", "weights", "gradients", "optimizer state")
+    for role, words in ROLES.items():
+        if role in result.roles:
+            memory.add_row(words, *map(size, result.roles[role][1:]))
+    sums = table("", "")
+    if result.gathered:
+        sums.add_row("a block while it runs, and its gradients", size(result.gathered))
+    sums.add_row("activations of a micro-batch, an estimate", size(result.activations))
+    sums.add_row("a rank, all together", size(result.memory))
+    wire = table("bytes a rank sends a step", "")
+    for words, value in result.wire.items():
+        wire.add_row(words, size(value))
+    wire.add_row("all together", size(sum(result.wire.values())))
+    for each in (shapes, counts, memory, sums, wire):
+        Console(width=Console(width=9999).measure(each).maximum).print(each)
+        print()
+    print("Nothing was written, and no text was read.")
 
 
 def train_options(argv: list[str]) -> "TrainConfig":
@@ -162,6 +233,7 @@ checkpoint, --max-restarts times (3). Batches are those of one process: \
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
   rorqual launch --nproc-per-node gpu --max-restarts 10 small --data notes/
   rorqual launch --nproc-per-node 4 tiny --data notes/ --distributed.expert 4
+  rorqual launch --nnodes 8 --nproc-per-node 8 engram-27b --dry-run     starts none of them
 
 What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, \
 since torchrun
@@ -184,8 +256,19 @@ def launch_command(argv: list[str]) -> int:
 
     # What is launched is a training, whether that is said or not.
     words = words[1:] if words[0] == "train" else words
-    options = train_options([word for word in words if word != "--json"])
-    refuse(options, distributed.torchrun_ranks(flags))
+    as_json, options = take("--json", words)
+    dry, options = take("--dry-run", options)
+    config = train_options(options)
+    ranks = distributed.torchrun_ranks(flags)
+    if dry:
+        if ranks is None:
+            raise UsageError(
+                "--dry-run: got a number of processes that is open, "
+                "expected numbers: --nnodes 8 --nproc-per-node 8"
+            )
+        dry_run(config, ranks, as_json)
+        return 0
+    refuse(config, ranks)
     distributed.torchrun(["--max-restarts", "3", *flags], ["rorqual", "train", *words])
     return 0
 
@@ -380,6 +463,12 @@ def show(result: dict[str, Costs]) -> None:
     Console(width=Console(width=9999).measure(table).maximum).print(table)
 
 
+ROLES: "dict[Role, str]" = {
+    "rows": "rows",
+    "matrix": "matrices",
+    "decayed": "embedding and head",
+    "plain": "rest",
+}
 PLAN_ENDS = """The last lines of the answer are the commands that train what was planned.
 With a model's name first it plans that model on many devices: rorqual plan MODEL --help."""
 MACHINE = ("device", "devices", "utilisation", "step_tokens", "optimizer", "placement")
@@ -481,12 +570,7 @@ def show_estimates(machine: Any, result: Mapping[str, Any]) -> None:
     table = Table("an estimate, activations not counted", *result, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for role, words in (
-        ("rows", "rows"),
-        ("matrix", "matrices"),
-        ("decayed", "embedding and head"),
-        ("plain", "rest"),
-    ):
+    for role, words in ROLES.items():
         by_role = [one.roles.get(role) for one in result.values()]
         if any(by_role):
             table.add_row(

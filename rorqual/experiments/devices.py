@@ -17,54 +17,28 @@ tokens x R distinct rows of a table; other rows have neither gradient nor update
 spread evenly over the devices. Activations, communication between devices and the allocator's
 losses are not included.
 
-Published peaks, bfloat16 with sums in float32 and without sparsity (half of what a sheet gives with
-it). NVIDIA's data sheets of A100 (80GB SXM, 2021), H100 (SXM, 2023), H200 (SXM, 2024) and HGX B200
-(2024), its Ada architecture paper for the RTX 4090 (2022); AMD's data sheet of the MI300X (2023):
-304 units x 2048 x 2.1 GHz. `link` is PCIe x16, one direction: generation 4 for the A100 and the
-RTX 4090, 5 for the others, including the B200, as its usual hosts have it. The device `cpu` is this
-machine: the speed of its float32 products and of its memory is measured on first use.
+Figures of devices are in hardware.py. The device `cpu` is this machine: the speed of its float32
+products and of its memory is measured on first use.
 """
 
 import functools
 import math
-import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from rorqual import doctor
-from rorqual.costs import costs
+from rorqual.costs import train_flops_per_token
+from rorqual.hardware import DEVICES, Device, fastest, product_flops
 from rorqual.hints import choose
 from rorqual.model import LanguageModel
-from rorqual.model_config import ModelConfig, row_totals
+from rorqual.model_config import ModelConfig
 from rorqual.train.config import TrainConfig
+from rorqual.train.footprint import FLOAT, Bytes, bytes_by_role, meta_model, touched_rows
 from rorqual.train.optim import Role, roles
 
-FLOAT = 4  # bytes; parameters, gradients and moments are float32
 ROUNDS = 5  # Newton-Schulz iterations of Muon
-
-
-class Device(NamedTuple):
-    """Published figures of one device."""
-
-    flops: float  # per second, bfloat16 products, without sparsity
-    memory: float  # bytes
-    bandwidth: float  # bytes per second, of its own memory
-    link: float  # bytes per second, from the host's memory
-
-
-DEVICES = {
-    "a100": Device(312e12, 80e9, 2.039e12, 32e9),
-    "h100": Device(989.4e12, 80e9, 3.35e12, 64e9),
-    "h200": Device(989.4e12, 141e9, 4.8e12, 64e9),
-    "b200": Device(2250e12, 180e9, 8.0e12, 64e9),
-    "mi300x": Device(1307.4e12, 192e9, 5.3e12, 64e9),
-    "rtx4090": Device(165.2e12, 24e9, 1.008e12, 32e9),
-}
 # Up to this many parameters a model is planned for this machine, unless another is named.
 SMALL = 100_000_000
 
@@ -75,27 +49,11 @@ def this_machine() -> Device:
 
     Its memory counts both as the device's own and as the host's.
     """
-
-    def best(work: Callable[[], object]) -> float:
-        """Returns the seconds of the fastest of several calls.
-
-        Other programs disturb it least.
-        """
-        spans = []
-        for _ in range(9):
-            began = time.perf_counter()
-            work()
-            spans.append(time.perf_counter() - began)
-        return min(spans)
-
-    size = 512
-    left = torch.randn(size, size)
-    right = torch.randn(size, size)
     # The copied tensor is larger than the caches.
     source = torch.zeros(1 << 23)
     target = torch.empty_like(source)
-    flops = 2 * size**3 / best(lambda: left @ right)
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
+    flops = product_flops(torch.float32)
+    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
     return Device(flops, doctor.memory() or math.inf, bandwidth, bandwidth)
 
 
@@ -136,15 +94,6 @@ def usual_machine(parameters: float) -> Machine:
     return Machine(device="cpu", devices=1, step_tokens=trained.batch_size * trained.seq_len)
 
 
-class Bytes(NamedTuple):
-    """Parameters of one role and their bytes, over all devices."""
-
-    parameters: int  # their number
-    weights: int
-    gradients: int  # for rows: at most those that a step reads
-    state: int  # of the optimizer
-
-
 class Estimate(NamedTuple):
     """Bytes and seconds of one training step of one model on one machine."""
 
@@ -165,28 +114,20 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
     """
     device = device_of(machine.device)
     count = machine.devices
-    sizes, tensors, products = _sizes(config)
-    state_bytes = _bytes(config, machine, sizes, tensors)
+    model = meta_model(config)
+    state_bytes = bytes_by_role(model, machine.optimizer, machine.step_tokens)
     rows = state_bytes.get("rows", Bytes(0, 0, 0, 0))
     hosted = sum(rows[1:]) if machine.placement == "host" else 0
     bytes_of_state = (sum(sum(one[1:]) for one in state_bytes.values()) - hosted) / count
     peak = device.flops * machine.utilisation * count
-    counted = costs(config, context)
-    # The costs count the shared head once, although every MTP module multiplies by it.
-    heads = config.vocab_size * config.dim * (config.mtp.depth - 1 if config.mtp is not None else 0)
-    compute = (
-        3
-        * (counted.flops_per_token + 2 * (counted.mtp_activated + heads))
-        * machine.step_tokens
-        / peak
-    )
+    compute = train_flops_per_token(config, context) * machine.step_tokens / peak
     moved = sum(
         2 * (one.weights + one.state) + one.gradients
         for role, one in state_bytes.items()
         if role != "rows"
     )
     update = moved / (device.bandwidth * count) + (
-        products / peak if machine.optimizer == "muon" else 0.0
+        _muon_products(model) / peak if machine.optimizer == "muon" else 0.0
     )
     looked_up = _row_seconds(config, machine)
     together = max(compute, looked_up) if machine.placement == "host" else compute + looked_up
@@ -202,87 +143,18 @@ def estimate(config: ModelConfig, machine: Machine, context: int = 4096) -> Esti
     )
 
 
-def _sizes(config: ModelConfig) -> tuple[Counter[Role], Counter[Role], float]:
-    """Counts parameters and tensors by role, and the FLOPs of Muon's products over all matrices."""
-    with torch.device("meta"), _Unfilled():
-        model = LanguageModel(config, seed=None)
+def _muon_products(model: LanguageModel) -> float:
+    """Counts the FLOPs of Muon's products over all matrices."""
     role = roles(model)
-    sizes = Counter[Role]()
-    tensors = Counter[Role]()
     products = 0.0
     for name, parameter in model.named_parameters():
-        sizes[role[name]] += parameter.numel()
-        tensors[role[name]] += 1
         if role[name] == "matrix":
             *stack, tall, width = parameter.shape
             # Gate and up are two matrices side by side.
             halves = 2 if name.endswith("gate_up") else 1
             small, large = sorted((tall, width // halves))
             products += math.prod(stack) * halves * ROUNDS * (4 * small**2 * large + 2 * small**3)
-    return sizes, tensors, products
-
-
-# Operations that fill an existing tensor with values.
-FILLING = (
-    *(
-        torch.Tensor.mul,
-        torch.Tensor.normal_,
-        torch.Tensor.uniform_,
-        torch.Tensor.fill_,
-        torch.Tensor.zero_,
-    ),
-    *(torch.Tensor.copy_, torch.Tensor.__setitem__),
-)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves new parameters without values.
-
-    On the meta device they have none, and filling them would load the compiler.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        arguments = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return arguments["tensor"] if "tensor" in arguments else args[0]
-        if func in FILLING:
-            return args[0]
-        if func is torch.eye:
-            return torch.empty(args[0], args[-1])
-        if func in (torch.randn, torch.rand):
-            return torch.empty(*args, **arguments)
-        return func(*args, **arguments)
-
-
-def _bytes(
-    config: ModelConfig, machine: Machine, sizes: Counter[Role], tensors: Counter[Role]
-) -> dict[Role, Bytes]:
-    by_role: dict[Role, Bytes] = {}
-    for role, number in sizes.items():
-        weights = FLOAT * number
-        if role == "rows":
-            assert config.engram is not None
-            width = config.engram.head_dim
-            # The last term counts how often each row was updated.
-            state = 2 * weights + 4 * (number // width)
-            by_role[role] = Bytes(
-                number, weights, _touched(config, machine) * (FLOAT * width + 8), state
-            )
-        elif role == "matrix" and machine.optimizer == "muon":
-            by_role[role] = Bytes(number, weights, weights, weights)
-        else:
-            by_role[role] = Bytes(number, weights, weights, 2 * weights + FLOAT * tensors[role])
-    return by_role
-
-
-def _touched(config: ModelConfig, machine: Machine) -> int:
-    """Returns the most rows that one step can read, over all tables."""
-    if config.engram is None:
-        return 0
-    read = machine.step_tokens * config.engram.rows_per_token
-    return sum(min(read, rows) for rows in row_totals(config.engram))
+    return products
 
 
 def _row_seconds(config: ModelConfig, machine: Machine) -> float:
@@ -305,6 +177,6 @@ def _row_seconds(config: ModelConfig, machine: Machine) -> float:
     if machine.placement == "host":
         # Rows and gradients move at the same time, since the link has two directions.
         return read / (device.link * machine.devices)
-    return (2 * read + 7 * FLOAT * _touched(config, machine) * width) / (
+    return (2 * read + 7 * FLOAT * touched_rows(config, machine.step_tokens) * width) / (
         device.bandwidth * machine.devices
     )

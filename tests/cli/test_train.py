@@ -306,6 +306,30 @@ def test_mistakes_are_a_line(
     assert len(printed.splitlines()) <= 2
 
 
+def test_a_dry_run_prints_what_a_rank_holds_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even a model that is too large for this machine is built."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "--dry-run", "--batch-size", "4"]) == 0
+    message = capsys.readouterr().out
+    assert "blocks.*.attention.o_proj.weight" in message and "64 x 64" in message
+    assert re.search(r"tokens a step +1,024 *\n", message)
+    assert "memory of a rank" in message and "activations of a micro-batch" in message
+    words = ["launch", "--nnodes", "128", "--nproc-per-node", "8", "engram-27b", "--dry-run"]
+    words += ["--batch-size", "1024", "--json"]
+    assert main(words) == 0
+    content = json.loads(capsys.readouterr().out)
+    counted = costs(preset("engram-27b"), 256)
+    assert content["ranks"] == 1024
+    assert content["costs"]["total"] == counted.total
+    assert content["roles"]["rows"]["parameters"] == counted.memory
+    assert content["wire"]["gradients, reduced"] > 0
+    assert main(["launch", "--nproc-per-node", "3", "tiny", "--dry-run"]) == 1
+    assert "expected a multiple of the 3 ranks" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_moved_run_is_trained_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +374,7 @@ def test_train_help_teaches(
         if "  rorqual train" in line
     ]
     presets = [line for line in lines if line[1] == "tiny"]
-    assert len(presets) == 5
+    assert len(presets) == 6
     for line in presets:
         assert main(line) == 0
     assert asked[0].data.source == "notes/"
