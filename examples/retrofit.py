@@ -249,7 +249,7 @@ def learn(model: nn.Module, data: Iterator, rate: float, seconds: float) -> dict
     processes on the machine take nothing away.
     """
     optimizer = Optimizer(
-        model, OptimConfig(lr=rate, weight_decay=0.0, warmup=20, decay="constant")
+        model, OptimConfig(lr=rate, weight_decay=0.0, warmup=20, schedule="constant")
     )
     began = time.process_time()
     step = 0

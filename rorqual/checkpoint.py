@@ -304,6 +304,11 @@ def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
     return sorted(checkpoints)
 
 
+def step_of(folder: str | os.PathLike) -> int:
+    """Returns the step of a checkpoint `stepN`."""
+    return int(Path(folder).name.removeprefix("step"))
+
+
 def latest(folder: str | os.PathLike) -> Path | None:
     """Returns the newest good checkpoint in a folder, or None if there is no checkpoint at all.
 

@@ -39,6 +39,7 @@ RENAMED = {
     "tables": "placement",
     "vocabulary": "vocab_size",
     "chosen": "top_k",
+    "decay": "schedule",
 }
 T = TypeVar("T")
 

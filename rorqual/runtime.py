@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -122,6 +123,20 @@ def one_thread() -> Iterator[None]:
         with _COUNTING:
             _INSIDE.remove(threading.get_ident())
             torch.set_num_threads(_USUAL[0])
+
+
+def memory_used(device: torch.device) -> int | None:
+    """Returns the peak of a GPU's memory that torch has allocated, else resident memory, in bytes.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError):
+        return None
 
 
 @dataclass

@@ -62,6 +62,8 @@ OPTIONS: dict[str, str | None] = {
     "train.length": "train.seq_len",
     "train.micro_rows": "train.micro_batch_size",
     "train.tables": "train.placement",
+    "optim.decay": "optim.schedule",
+    "train.optim.decay": "train.optim.schedule",
 }
 # A part of a parameter's name in the committed files, and today's:
 # {"attention_site": "attention_residual"}.

@@ -104,7 +104,7 @@ def cluster_command(name: str, model: ModelConfig, argv: list[str], as_json: boo
 
 
 def _devices() -> Sequence[str]:
-    from rorqual.experiments.devices import DEVICES
+    from rorqual.hardware import DEVICES
 
     return (*DEVICES, "cpu")
 

@@ -85,8 +85,10 @@ class OptimConfig:
     clip: float = 1.0  # of the norm of all gradients together
     row_scale: float = 5.0  # the tables' rate over the others'
     warmup: int = 20  # steps
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
-    decay_share: float = 1.0  # of the steps after the warm-up; the rate stays constant before
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warm-up
+    # share of the steps after the warm-up in which the rate falls to 0, the last ones; it is
+    # constant before them. None: 0.2 of wsd, 1 of linear and cosine
+    decay_share: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip", "row_scale"):
@@ -101,10 +103,30 @@ class OptimConfig:
             raise ValueError(f"weight_decay: got {self.weight_decay}, expected at least 0")
         if self.warmup < 0:
             raise ValueError(f"warmup: got {self.warmup}, expected at least 0 steps")
-        if not 0 <= self.decay_share <= 1:
+        if self.decay_share is not None and not 0 <= self.decay_share <= 1:
             raise ValueError(f"decay_share: got {self.decay_share}, expected 0..1")
         _expect_one_of("kind", self.kind, "adamw", "muon")
-        _expect_one_of("decay", self.decay, "constant", "linear", "cosine")
+        _expect_one_of("schedule", self.schedule, "constant", "linear", "cosine", "wsd")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """Tasks of EleutherAI's evaluation harness that are run during training (lm-eval)."""
+
+    tasks: tuple[str, ...] = (
+        "arc_easy",
+        "piqa",
+    )  # names that `lm-eval ls tasks` lists, or YAML files
+    every: int | None = None  # steps; None: when held-out text is scored
+    limit: int | None = None  # questions of a task at most
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks: got none, expected names: --lm-eval.tasks arc_easy piqa")
+        for name in ("every", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,13 +155,29 @@ class TrainConfig:
     log_every: int = 1  # steps between two collections of metrics, which contain every step
     validate_every: int | None = None  # steps; None: ten times a run; 0: at the end only
     validation_tokens: int | None = None  # at most; None: all at the end, 1 % of the run's before
+    lm_eval: TaskConfig | None = None
+    wandb: str | None = None  # a project of Weights & Biases, to which metrics are sent
+    profile: int | None = None  # a step whose trace is written to FOLDER/profile
     save_every: int = 250  # steps between two checkpoints
     keep: int = 2  # checkpoints
-    skip_limit: int = 10  # steps in a row that are not finite, after which the run ends
+    keep_every: int | None = None  # steps; checkpoints of their multiples are never removed
+    # deviations from the mean of the last steps above which a loss or a gradient is a spike,
+    # whose step is skipped; OLMo uses 6. None: none is
+    skip_spikes: float | None = None
+    skip_limit: int = 10  # steps in a row that are skipped, after which the run has diverged
+    # rollback: to the last checkpoint, and on without the batches that came after it
+    on_diverged: Literal["stop", "rollback"] = "stop"
+    rollbacks: int = 3  # of a run at most
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "log_every", "save_every", "keep", "skip_limit")
-        optional_counts = ("micro_batch_size", "threads", "validation_tokens")
+        optional_counts = (
+            "micro_batch_size",
+            "threads",
+            "validation_tokens",
+            "keep_every",
+            "profile",
+        )
         for name in (*counts, *optional_counts):
             value = getattr(self, name)
             if value is None and name in optional_counts:
@@ -148,6 +186,16 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if self.validate_every is not None and self.validate_every < 0:
             raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every: got {self.keep_every}, "
+                f"expected a multiple of save_every, {self.save_every}"
+            )
+        if self.skip_spikes is not None and not 0 < self.skip_spikes < math.inf:
+            raise ValueError(f"skip_spikes: got {self.skip_spikes}, expected more than 0")
+        if self.rollbacks < 0:
+            raise ValueError(f"rollbacks: got {self.rollbacks}, expected at least 0")
+        _expect_one_of("on_diverged", self.on_diverged, "stop", "rollback")
         if self.indexer_alone and self.model.indexer is None:
             raise ValueError(
                 "indexer_alone: got a model without DSA or CSA, "

@@ -6,13 +6,17 @@
     CheckpointCallback        CheckpointerCallback  when to write, and which to remove
     MetricsCallback           ConsoleLogger...      passes metrics to a MetricsWriter
     ValidationCallback        Callback              calls a Validation
+    ProfileCallback           Callback              writes the trace of a step
+    WeightsAndBiases          WandBCallback         sends every line of metrics
 
 OLMo-core's own checkpoints are pickles; SafetensorsCheckpointer never reads or writes them.
 """
 
 import logging
+import os
+import secrets
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -20,14 +24,26 @@ from typing import Any, ClassVar, cast
 import torch
 from olmo_core.data import DataLoaderBase
 from olmo_core.train import Checkpointer, Duration, ReduceType, Trainer
-from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLoggerCallback
+from olmo_core.train.callbacks import (
+    Callback,
+    CheckpointerCallback,
+    ConsoleLoggerCallback,
+    WandBCallback,
+)
+from olmo_core.train.callbacks.wandb import WANDB_API_KEY_ENV_VAR
 from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from rorqual import checkpoint, distributed
+from rorqual import checkpoint, distributed, runtime
+from rorqual import config as configs
 from rorqual.data.needles import NeedleStream
 from rorqual.data.stream import Stream
+from rorqual.io import write_text
+from rorqual.train import run_folder
+from rorqual.train.config import TrainConfig
 from rorqual.train.metrics import MetricsWriter, Validation
+from rorqual.train.run_folder import Rollback
 from rorqual.train.step import Diverged, TrainStep
 
 
@@ -39,6 +55,9 @@ class Module(TrainModule):
         self.step = step
         self.expert_counts: Tensor | None = None  # of the last step; see StepResult
 
+    def on_attach(self) -> None:
+        self.step.stop_requested = lambda: self.trainer._cancel_reason is not None
+
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
         """Runs a whole step, so that nothing is left for `optim_step`."""
         number = self.trainer.global_step
@@ -46,6 +65,8 @@ class Module(TrainModule):
             self.step.dry_run(batch, number + 1)
             return
         result = self.step(batch, number)
+        if self.step.stopping:
+            cancel(self.trainer)
         self.expert_counts = result.expert_counts
         for name, mean in result.means.items():
             self.record_metric(name, mean, ReduceType.mean)
@@ -91,6 +112,11 @@ class Module(TrainModule):
         return None
 
 
+def cancel(trainer: Trainer) -> None:
+    """Ends the run after this step on all ranks, which have agreed on it."""
+    trainer.cancel_run(trainer._cancel_reason or "another rank was asked to stop", no_sync=True)
+
+
 class Loader(DataLoaderBase):
     """Yields the batches of a stream, which is one endless epoch.
 
@@ -133,6 +159,11 @@ class Loader(DataLoaderBase):
 
     def global_num_tokens_in_batch(self, batch: dict[str, Any]) -> int | None:
         return self.global_batch_size
+
+    def skip(self, count: int) -> None:
+        """Leaves out the next batches."""
+        for _ in range(count):
+            next(self.stream)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict(), "batches_processed": self.batches_processed}
@@ -306,12 +337,17 @@ def _folder(dir: Any) -> Path:
 class CheckpointCallback(CheckpointerCallback):
     """Saves every `every` steps, while training continues, and at the end; keeps the newest `keep`.
 
-    Those of earlier sessions count. None is written or removed after a step that changed nothing:
-    it is not known whether its state is good.
+    Those of earlier sessions count; those of multiples of `keep_every` are never removed, and do
+    not count. None is written or removed after a step that changed nothing: it is not known
+    whether its state is good. After a rollback the batches that led to it are left out.
     """
 
-    def __init__(self, every: int, keep: int) -> None:
+    def __init__(
+        self, every: int, keep: int, keep_every: int | None, rollbacks: Sequence[Rollback]
+    ) -> None:
         super().__init__(save_interval=every, max_checkpoints=keep, pre_train_checkpoint=False)
+        self.keep_every = keep_every
+        self.rollbacks = rollbacks
 
     @property
     def train_step(self) -> TrainStep:
@@ -324,12 +360,26 @@ class CheckpointCallback(CheckpointerCallback):
             saved = self.checkpointer.find_checkpoints(self.save_folder)
             self._checkpoints = [path for step, path in saved if step <= self.step]
         self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
+        cast(Loader, self.trainer.data_loader).skip(
+            sum(
+                each.step - each.checkpoint
+                for each in self.rollbacks
+                if each.checkpoint == self.step
+            )
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": [self.train_step.skipped, self.train_step.skipped_in_a_row]}
+        step = self.train_step
+        state: dict[str, Any] = {"skipped": [step.skipped, step.skipped_in_a_row]}
+        if step.spikes is not None:
+            state["spikes"] = step.spikes.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.train_step.skipped, self.train_step.skipped_in_a_row = state_dict["skipped"]
+        step = self.train_step
+        step.skipped, step.skipped_in_a_row = state_dict["skipped"]
+        if step.spikes is not None and "spikes" in state_dict:
+            step.spikes.load_state_dict(state_dict["spikes"])
 
     def post_train_batch(self) -> None:
         if not self.train_step.skipped_in_a_row:
@@ -339,6 +389,19 @@ class CheckpointCallback(CheckpointerCallback):
         super().post_train()
         if not self.train_step.skipped_in_a_row:
             self._remove_old_checkpoints()
+
+    def _trim_checkpoints(self) -> None:
+        """Schedules the removal of all but the newest checkpoints, and those that stay for good."""
+        if self.keep_every is not None:
+            number = checkpoint.step_of
+            self._checkpoints = [
+                path for path in self._checkpoints if number(path) % self.keep_every
+            ]
+        super()._trim_checkpoints()
+
+    def finish_writes(self) -> None:
+        """Waits for the checkpoint that is being written, and raises the error of its write."""
+        self._await_last_checkpoint()
 
     def close(self) -> None:
         """Ends the writing thread. OLMo-core has waited for all writes before."""
@@ -369,6 +432,10 @@ class MetricsCallback(ConsoleLoggerCallback):
     def pre_load_batch(self) -> None:
         self.writer.start_step()
 
+    def pre_step(self, batch: dict[str, Any]) -> None:
+        del batch
+        self.writer.end_loading()
+
     def post_train_batch(self) -> None:
         module = cast(Module, self.trainer.train_module)
         self.writer.end_step(self.step, module.expert_counts)
@@ -392,14 +459,119 @@ class ValidationCallback(Callback):
         super().__init__()
         self.validation = validation
 
+    def pre_train(self) -> None:
+        """Runs what a stop of the run interrupted."""
+        if self.trainer.checkpoint_loaded:
+            self._run(missing_alone=True)
+
     def post_step(self) -> None:
-        self.validation.after_step(self.step)
+        self._run()
+
+    def _run(self, missing_alone: bool = False) -> None:
+        if not self.validation.after_step(self.step, missing_alone=missing_alone):
+            cancel(self.trainer)
+
+
+class ProfileCallback(Callback):
+    """Writes a trace of one step to FOLDER/profile, for chrome://tracing or Perfetto.
+
+    OLMo-core's ProfilerCallback counts the steps of a session, not of the run, and writes nothing
+    where the profiled step is the last.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        super().__init__()
+        self.folder = folder
+        self.number = number
+        self._profile: profile | None = None
+
+    def pre_load_batch(self) -> None:
+        if self.step + 1 == self.number:
+            activities = [ProfilerActivity.CPU]
+            if self.trainer.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def post_step(self) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step{self.step}-rank{distributed.rank()}.json.gz"
+        self._profile.export_chrome_trace(str(path))
+        self._profile = None
+        runtime.log(f"the trace of step {self.step} is in {path}")
+
+    def close(self) -> None:
+        """Ends a profile whose step did not."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+
+class WeightsAndBiases(WandBCallback):
+    """Sends every line of metrics to a project of Weights & Biases, from rank 0.
+
+    A resumed run goes on as the same run there. Without an API key runs are written to
+    FOLDER/wandb alone, as with WANDB_MODE=offline, and `wandb sync` sends them.
+    """
+
+    def __init__(self, project: str, folder: Path, config: TrainConfig) -> None:
+        super().__init__(
+            project=project, name=folder.name, config=configs.to_dict(config), cancel_tags=None
+        )
+        self.folder = folder
+
+    def pre_train(self) -> None:
+        if distributed.rank() != 0 or self.run is not None:
+            return
+        folder = self.folder / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = folder / "run_id"
+        if not name.is_file():
+            write_text(name, secrets.token_hex(4))
+        offline = WANDB_API_KEY_ENV_VAR not in os.environ and "WANDB_MODE" not in os.environ
+        self.wandb.init(
+            dir=self.folder,
+            project=self.project,
+            name=self.name,
+            config=self.config,
+            id=name.read_text(encoding="utf-8"),
+            resume="allow",
+            mode="offline" if offline else None,
+        )
+        # Lines come late and repeat steps, which a step of wandb's own would refuse.
+        self.wandb.define_metric("*", step_metric="step")
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Does nothing: `send` is called with every line, those of validations too."""
+
+    def send(self, line: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            self.wandb.log(
+                {name: value for name, value in line.items() if not isinstance(value, (str, list))}
+            )
+
+    def on_error(self, exc: BaseException) -> None:
+        """Does nothing: a rollback goes on after an error."""
+
+    def close(self) -> None:
+        """Does nothing: the last validation comes after the training."""
+
+    def finish(self, kind: object, error: object, trace: object) -> None:
+        """Ends the run, as the exit of a `with` block; an error marks it as failed."""
+        del kind, trace
+        if distributed.rank() == 0 and self.run is not None:
+            self.wandb.finish(exit_code=int(error is not None))
 
 
 def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     """Trains from the newest good checkpoint to the last step; returns the step it ended at.
 
-    That is less than `config.steps` if training was interrupted.
+    That is less than `config.steps` if training was interrupted. Where it diverges it goes back to
+    that checkpoint, if `config.on_diverged` says so, and on with the batches after those that led
+    there, as PaLM was trained (arXiv 2204.02311, 5.1): the same would lead there again.
     """
     # The errors that OLMo-core raises are enough.
     logging.getLogger("olmo_core").setLevel(logging.CRITICAL)
@@ -407,27 +579,64 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     folder = Path(config.folder) / "checkpoints"
     if distributed.rank() == 0:
         checkpoint.recover(folder)
-    saving = CheckpointCallback(config.save_every, config.keep)
-    trainer = Trainer(
-        work_dir=folder,
-        save_folder=str(folder),
-        train_module=Module(step),
-        data_loader=loader,
-        device=step.device,
-        checkpointer=SafetensorsCheckpointer(folder),
-        callbacks={**callbacks, "checkpointer": saving},
-        max_duration=Duration.steps(config.steps),
-        metrics_collect_interval=config.log_every,
-        cancel_check_interval=1 if distributed.world() == 1 else 10,
+    rollbacks = run_folder.read_rollbacks(Path(config.folder))
+    while True:
+        saving = CheckpointCallback(config.save_every, config.keep, config.keep_every, rollbacks)
+        trainer = Trainer(
+            work_dir=folder,
+            save_folder=str(folder),
+            train_module=Module(step),
+            data_loader=loader,
+            device=step.device,
+            checkpointer=SafetensorsCheckpointer(folder),
+            callbacks={**callbacks, "checkpointer": saving},
+            max_duration=Duration.steps(config.steps),
+            metrics_collect_interval=config.log_every,
+            # Several ranks agree on a stop in each step (TrainStep.find_problem). OLMo-core's
+            # check runs beside training: two ranks may learn its result in different steps.
+            cancel_check_interval=1 if distributed.world() == 1 else config.steps + 1,
+        )
+        try:
+            trainer.fit()
+            return trainer.global_step
+        except Diverged as error:
+            if config.on_diverged == "stop":
+                raise
+            trainer._join_bookkeeping_ops()
+            saving.finish_writes()
+            rollbacks = [*rollbacks, _roll_back(config, trainer.global_step, rollbacks, error)]
+            if distributed.rank() == 0:
+                run_folder.write_rollbacks(Path(config.folder), rollbacks)
+        except RuntimeError as error:
+            if error.__cause__ is None or not _raised_by_trainer(error):
+                raise
+            # The trainer reports an error on one of its threads as the cause of its own error.
+            raise error.__cause__ from None
+
+
+def _roll_back(
+    config: TrainConfig, step: int, before: Sequence[Rollback], error: Diverged
+) -> Rollback:
+    """Returns where a run that diverged goes back to.
+
+    Raises its error where there is no checkpoint, or if there were too many rollbacks.
+    """
+    saved = -1
+    if distributed.rank() == 0:
+        path = checkpoint.latest(Path(config.folder) / "checkpoints")
+        saved = -1 if path is None else checkpoint.step_of(path)
+    # The other ranks add 0.
+    saved = int(distributed.total(torch.tensor(saved if distributed.rank() == 0 else 0)))
+    if saved < 0:
+        raise Diverged(f"{error}; there is no checkpoint to roll back to yet") from error
+    if len(before) >= config.rollbacks:
+        raise Diverged(f"{error} (there were {len(before)} rollbacks before)") from error
+    runtime.log(
+        f"step {step}: the run diverged and goes back to step {saved} (rollback {len(before) + 1} "
+        f"of {config.rollbacks}); the {step - saved} batches in between are left out",
+        style="bold",
     )
-    try:
-        trainer.fit()
-    except RuntimeError as error:
-        if error.__cause__ is None or not _raised_by_trainer(error):
-            raise
-        # The trainer reports an error on one of its threads as the cause of its own error.
-        raise error.__cause__ from None
-    return trainer.global_step
+    return Rollback(step, saved, str(error).partition(", so ")[0])
 
 
 def _raised_by_trainer(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ metrics.jsonl has a line for every step and for every validation:
     {"step", "loss", "total", ..., "tokens", "tokens_per_second", "seconds", "seconds_left"}
     {"step", "validation_loss", "bits_per_byte", "prompt", "sample", "seconds"}
     {"step", "accuracy", "accuracy_TASK_LENGTH", ..., "seconds"}                       of needles
+    {"step", "task_NAME_METRIC", ..., "seconds"}                                       of lm-eval
 
 Losses are nats a token. "sample" is the model's continuation of "prompt", the beginning of a
 held-out document. Further fields of a step:
@@ -17,8 +18,17 @@ held-out document. Further fields of a step:
                                 layer of experts (MTP's last), and the worst layer's violation
     row_gain, column_gain,      with residual streams, in step 1 and every 50 steps after it: gains
     stream_spread               of the product of all H_res; the worst rank's, on one sequence
-    skipped_steps               how many steps so far were not finite, and so changed nothing; such
-                                a step has no load, and lacks what was not finite
+    gate_mean_BLOCK             with Engram, in the same steps: the mean of the block's gates
+    rows_touched                with Engram: distinct rows of all tables that the step updates
+    skipped_steps               how many steps so far were skipped: not finite, or with a spike;
+                                such a step has no load, and lacks what was not finite
+    data_wait                   seconds that the step waited for its batch, on rank 0
+    mfu                         FLOPs of the model, forward and backward, over those that the
+                                devices could do: published for a GPU in bfloat16, measured for a
+                                CPU; missing for other devices
+    memory                      bytes: the peak of the GPU's, else this process's resident memory
+    bytes_exchanged             bytes that rank 0 sent to others, where what sends them counts
+                                (TrainStep.bytes_exchanged); nothing does yet
 
 A resumed run first drops the lines of the steps that it repeats.
 """
@@ -34,21 +44,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 
 from rorqual import checkpoint, distributed, runtime
+from rorqual.costs import train_flops_per_token
+from rorqual.hardware import peak_flops
 from rorqual.io import write_text
+from rorqual.model import LanguageModel
 from rorqual.train.config import TrainConfig
+from rorqual.train.scores import Interrupted, evaluation_mode, interruptible
 from rorqual.train.source import Source
 
 METRICS = "metrics.jsonl"
 FIRST_STEPS = 5  # after which the log says how long the run will take
 WINDOW = 20  # steps over which the speed is averaged
+COUNTED = ("skipped_steps", "rows_touched", "bytes_exchanged")  # whole numbers
 VALIDATIONS = 10  # of a run, where the config names no interval
 LEAST_INTERVAL = 10  # steps between two validations
+# Fields of a line that no two runs share, however equal.
+MEASURED = (*("seconds", "seconds_left", "tokens_per_second", "data_wait", "mfu", "memory"),)
 
 
 class StepTime(NamedTuple):
@@ -56,6 +74,7 @@ class StepTime(NamedTuple):
 
     seconds: float  # of training since the run began
     mean_seconds: float  # of the last steps
+    data_wait: float  # seconds until the batch was there
     expert_counts: Tensor | None
 
 
@@ -63,7 +82,8 @@ class MetricsWriter:
     """Writes metrics.jsonl and tensorboard's events, and passes every line to `on_metrics`.
 
     Only rank 0 writes. `estimate` returns the estimated seconds of a step before the first one.
-    `seconds` are those of training steps, over all sessions of the run.
+    `seconds` are those of training steps, over all sessions of the run. `senders` get every line
+    that rank 0 writes.
     """
 
     def __init__(
@@ -77,7 +97,15 @@ class MetricsWriter:
         self.steps = config.steps
         self.on_metrics = on_metrics
         self.estimate = estimate
+        self.senders: list[Callable[[Mapping[str, Any]], None]] = []
         self.seconds = 0.0
+        self.device = runtime.device(config.device)
+        self._dtype = runtime.dtype(config.dtype)
+        self._step_flops = (
+            train_flops_per_token(config.model, config.seq_len) * self.tokens_per_step
+        )
+        self._peak_flops: float | None = None  # of all ranks, a second
+        self._data_wait = 0.0
         self._step_began = 0.0
         self._second_step_began = 0.0
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -90,12 +118,19 @@ class MetricsWriter:
             runtime.log(f"{self.folder}: resuming at step {step:,} of {self.steps:,}")
         if self.estimate is not None and self.steps - step > FIRST_STEPS:
             self._log_time_left(step, self.estimate(), "a forward pass")
+        # After a rollback the speed is known.
+        self.estimate = None
         if distributed.rank() == 0:
+            peak = peak_flops(self.device, self._dtype)
+            self._peak_flops = None if peak is None else peak * distributed.world()
             trim_metrics(self.folder / METRICS, step)
             self._events = EventFile(self.folder / "tensorboard", step + 1)
 
     def start_step(self) -> None:
         self._step_began = time.perf_counter()
+
+    def end_loading(self) -> None:
+        self._data_wait = time.perf_counter() - self._step_began
 
     def end_step(self, step: int, expert_counts: Tensor | None) -> None:
         """Records how long a step took; its line is written by `write_step`, perhaps later."""
@@ -109,24 +144,31 @@ class MetricsWriter:
             each = (now - self._second_step_began) / (FIRST_STEPS - 1)
             self._log_time_left(step, each, f"the first {FIRST_STEPS}")
         mean_seconds = sum(self._recent) / len(self._recent)
-        self._times[step] = StepTime(self.seconds, mean_seconds, expert_counts)
+        self._times[step] = StepTime(self.seconds, mean_seconds, self._data_wait, expert_counts)
 
     def write_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the line of a step of this session."""
         if step not in self._times or not metrics:
             return
-        seconds, mean_seconds, expert_counts = self._times.pop(step)
+        seconds, mean_seconds, data_wait, expert_counts = self._times.pop(step)
         line: dict[str, Any] = {"step": step, **metrics}
         if expert_counts is not None:
             line["load"] = expert_counts.tolist()
         if line.get("indexer_kl_uniform"):
             line["indexer_kl_captured"] = 1 - line["indexer_kl"] / line["indexer_kl_uniform"]
-        if "skipped_steps" in line:
-            line["skipped_steps"] = int(line["skipped_steps"])
+        for name in COUNTED:
+            if name in line:
+                line[name] = int(line[name])
         line["tokens"] = step * self.tokens_per_step
         line["tokens_per_second"] = round(self.tokens_per_step / mean_seconds, 1)
         line["seconds"] = round(seconds, 3)
         line["seconds_left"] = round((self.steps - step) * mean_seconds, 1)
+        line["data_wait"] = round(data_wait, 6)
+        if self._peak_flops is not None:
+            line["mfu"] = round(self._step_flops / mean_seconds / self._peak_flops, 4)
+        memory = runtime.memory_used(self.device)
+        if memory is not None:
+            line["memory"] = memory
         self.write(line)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -146,6 +188,8 @@ class MetricsWriter:
                     if name not in ("step", "load") and not isinstance(value, str)
                 }
                 self._events.write(scalars, line["step"])
+            for send in self.senders:
+                send(line)
         if self.on_metrics is not None:
             self.on_metrics(dict(line))
 
@@ -209,25 +253,63 @@ def trim_metrics(path: Path, step: int) -> None:
 class Validation:
     """Scores held-out data at intervals and at the end of a run, and keeps the best weights.
 
-    Validations within the run read a sample, on which the weights are compared.
+    Validations within the run read a sample, on which the weights are compared. They end early
+    where `stop` says so, which all ranks call together; what was not scored then is scored when the
+    run is resumed. Tasks of lm-eval are run at an interval of their own.
     """
 
     def __init__(
-        self, model: nn.Module, source: Source, config: TrainConfig, writer: MetricsWriter
+        self,
+        model: LanguageModel,
+        source: Source,
+        config: TrainConfig,
+        writer: MetricsWriter,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self.model = model
         self.source = source
         self.config = config
         self.writer = writer
+        self.stop = stop
         self.interval = validation_interval(config)
+        self.task_interval = 0
+        if config.lm_eval is not None:
+            self.task_interval = config.lm_eval.every or self.interval
         # With only one validation the best weights are the final ones.
         best = Path(config.folder) / "checkpoints" / checkpoint.BEST
         self.best = BestCheckpoint(best, model) if self.interval else None
 
-    def after_step(self, step: int) -> None:
-        """Validates on the sample if it is due; the last step is left to `run`."""
-        if self.interval and step % self.interval == 0 and step < self.config.steps:
-            self.run(step, whole=False)
+    def after_step(self, step: int, *, missing_alone: bool = False) -> bool:
+        """Validates on the sample if it is due; the last step is left to `run`.
+
+        Returns False where a stop interrupted it. With `missing_alone`, what metrics.jsonl has of
+        this step is not due.
+        """
+        if not 0 < step < self.config.steps:
+            return True
+        try:
+            with interruptible(self.model, self.stop):
+                due = self.interval and step % self.interval == 0
+                if due and not (missing_alone and self._has(step, "validation_loss", "accuracy")):
+                    self.run(step, whole=False)
+                due = self.task_interval and step % self.task_interval == 0
+                if due and not (missing_alone and self._has(step, "task_")):
+                    self.run_tasks(step)
+        except Interrupted:
+            return False
+        return True
+
+    def _has(self, step: int, *prefixes: str) -> bool:
+        """Whether metrics.jsonl has a line of this step with such a field, on all ranks alike."""
+        path = self.writer.folder / METRICS
+        has = False
+        if distributed.rank() == 0 and path.is_file():
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            has = any(
+                line["step"] == step and any(name.startswith(prefixes) for name in line)
+                for line in lines
+            )
+        return bool(distributed.total(torch.tensor(int(has), device=self.writer.device)))
 
     def run(self, step: int, *, whole: bool) -> dict[str, float]:
         """Validates now, on all held-out data or on the sample, and returns the scores."""
@@ -235,14 +317,35 @@ class Validation:
         # Each token takes a small part of a step's time, so a short run samples few tokens.
         steps = self.interval or self.config.steps
         sample = self.source.sample(self.model, self.config, max(4, steps // 4))
+        compared = scores
+        if self.best is not None and whole and "validation_loss" in scores:
+            compared = self.source.score(self.model, self.config, whole=False)
         seconds = round(self.writer.seconds, 3)
         self.writer.write({"step": step, **scores, **sample, "seconds": seconds})
         if self.best is not None and "validation_loss" in scores:
-            compared = scores
-            if whole:
-                compared = self.source.score(self.model, self.config, whole=False)
             self.best.offer(step, compared["validation_loss"])
         return scores
+
+    def run_tasks(self, step: int) -> None:
+        """Runs the tasks of lm-eval, if there are any, and writes a line of their metrics."""
+        if self.config.lm_eval is None or self.source.tokenizer is None:
+            return
+        # It loads transformers, which takes longer than the first steps of a small model.
+        from rorqual import evaluate
+
+        with evaluation_mode(self.model, runtime.dtype(self.config.dtype)):
+            results = evaluate.tasks(
+                self.model,
+                self.source.tokenizer,
+                list(self.config.lm_eval.tasks),
+                limit=self.config.lm_eval.limit,
+            )
+        line: dict[str, Any] = {"step": step}
+        for task, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    line[f"task_{task}_{metric.removesuffix(',none')}"] = value
+        self.writer.write({**line, "seconds": round(self.writer.seconds, 3)})
 
 
 def validation_interval(config: TrainConfig) -> int:

@@ -31,21 +31,26 @@ from rorqual.tables import Table
 from rorqual.train.config import OptimConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
+WSD_SHARE = 0.2  # of the steps after the warm-up, in which wsd falls
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
 def schedule(step: int, total: int, config: OptimConfig) -> float:
     """Returns the factor of all rates in step `step` of `total`, counted from 0.
 
-    It rises to 1 in the warm-up, stays there, and falls to 0 at `total`.
+    It rises to 1 in the warm-up, stays there, and falls to 0 at `total`: linearly, along a cosine,
+    or, of wsd (warmup, stable, decay; arXiv 2404.06395), linearly in the last fifth.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    decay_start = total - config.decay_share * (total - config.warmup)
-    if config.decay == "constant" or step < decay_start:
+    share = config.decay_share
+    if share is None:
+        share = WSD_SHARE if config.schedule == "wsd" else 1.0
+    decay_start = total - share * (total - config.warmup)
+    if config.schedule == "constant" or step < decay_start:
         return 1.0
     left = max(0.0, (total - step) / max(total - decay_start, 1.0))
-    return left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+    return 0.5 - 0.5 * math.cos(math.pi * left) if config.schedule == "cosine" else left
 
 
 Role = Literal["rows", "matrix", "decayed", "plain"]

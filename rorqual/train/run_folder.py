@@ -4,6 +4,8 @@ train.json, metrics.jsonl, tensorboard/     from the first step on
 config.json, tokenizer.json                 the model's config and its tokenizer
 checkpoints/stepN/                          to resume from
 checkpoints/best/                           the weights with the best validation, to read
+rollbacks.json                              where the run diverged and went back to a checkpoint
+profile/                                    the trace of a step, if one was asked for
 model.safetensors                           the model, when it is finished
 learning/, tables/                          with tables on disk: their rows during training, and
                                             after it
@@ -17,11 +19,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rorqual import checkpoint, distributed, runtime
 from rorqual import config as configs
-from rorqual.io import lock, remove_partial
+from rorqual.io import lock, remove_partial, write_json
 from rorqual.train.config import TrainConfig
 
 FIXED = (  # options that a resumed run may not change
@@ -39,6 +41,7 @@ FIXED = (  # options that a resumed run may not change
 )
 SAMPLED_BY = ("steps", "validate_every", "validation_tokens")  # they select the validation text
 CONFIG = "train.json"
+ROLLBACKS = "rollbacks.json"
 ABANDONED = 600.0  # seconds after which a partial file is taken as abandoned
 
 
@@ -107,6 +110,26 @@ def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     ]
 
 
+class Rollback(NamedTuple):
+    """A return to a checkpoint of a run that diverged."""
+
+    step: int  # the step that diverged
+    checkpoint: int  # the step of the checkpoint
+    reason: str
+
+
+def read_rollbacks(folder: Path) -> list[Rollback]:
+    """Returns the rollbacks of the run in a folder, the oldest first."""
+    path = folder / ROLLBACKS
+    if not path.is_file():
+        return []
+    return [Rollback(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
+    write_json(folder / ROLLBACKS, [each._asdict() for each in rollbacks])
+
+
 def _flat_options(config: TrainConfig) -> dict[str, Any]:
     """Returns the values of the fixed options by their dotted names."""
     options = flat({name: configs.to_dict(getattr(config, name)) for name in FIXED})
@@ -162,6 +185,8 @@ def start_run(folder: Path, config: TrainConfig) -> None:
     same_sample = saved is not None and all(
         getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY
     )
+    if not progress:
+        (folder / ROLLBACKS).unlink(missing_ok=True)
     if not progress or not same_sample:
         shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
     (folder / checkpoint.UNDER_WAY).touch()

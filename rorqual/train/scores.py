@@ -5,7 +5,7 @@ Mode, gradients and random numbers are restored afterwards, so that training con
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -124,6 +124,32 @@ def estimate_step_seconds(
             loss.next_token.item()
             seconds = time.perf_counter() - began
     return seconds * STEP_OVER_FORWARD * math.ceil(batch_size / micro_batch_size)
+
+
+class Interrupted(Exception):
+    """An evaluation was ended early, since the run was asked to stop."""
+
+
+@contextmanager
+def interruptible(model: nn.Module, stop: Callable[[], bool] | None) -> Iterator[None]:
+    """Raises Interrupted in the block before a pass through the model if `stop` returns True.
+
+    It is asked before every pass, on every rank, whatever calls the model.
+    """
+    if stop is None:
+        yield
+        return
+
+    def ask(*_: object) -> None:
+        if stop():
+            raise Interrupted
+
+    first_block = next(iter(model.blocks))  # type: ignore[arg-type]
+    hook = first_block.register_forward_pre_hook(ask)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

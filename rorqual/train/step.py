@@ -4,26 +4,29 @@
 also works without that loop, called with one batch after another.
 """
 
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rorqual import distributed, runtime
 from rorqual.layers import dsa
 from rorqual.layers.balance import max_violation, update_bias
+from rorqual.layers.engram import Engram
 from rorqual.layers.hyper import health
 from rorqual.layers.moba import switch
 from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, LanguageModel, Loss
 from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Optimizer, schedule
+from rorqual.train.spikes import SpikeDetector
 
-STREAM_INTERVAL = 50  # steps between two measurements of the residual streams
+STREAM_INTERVAL = 50  # steps between two measurements of the residual streams and of the gates
 STREAM_METRICS = ("row_gain", "column_gain", "stream_spread")
 
 Batch = Mapping[str, Tensor]  # "ids", "labels" and "documents", each [rows, length]
@@ -31,6 +34,13 @@ Batch = Mapping[str, Tensor]  # "ids", "labels" and "documents", each [rows, len
 
 class Diverged(RuntimeError):
     """Losses, gradients or weights stay NaN or infinite, and training cannot continue."""
+
+
+class Problem(NamedTuple):
+    """Why a step is skipped."""
+
+    got: str  # what there was: "loss that is not finite"
+    wanted: str  # what there was not: "finite loss"
 
 
 class StepResult(NamedTuple):
@@ -45,8 +55,10 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Trains a model on one batch a call.
 
-    A step whose losses or gradients are NaN or infinite on any rank changes nothing, and
-    `config.skip_limit` such steps in a row raise Diverged.
+    A step whose losses or gradients are NaN or infinite on any rank changes nothing, nor does one
+    with a spike where `config.skip_spikes` is set. `config.skip_limit` such steps in a row raise
+    Diverged. `stop_requested` says whether this rank was asked to stop; the ranks agree on it in
+    each step, and `stopping` is what they agreed on.
     """
 
     def __init__(self, model: LanguageModel, optimizer: Optimizer, config: TrainConfig) -> None:
@@ -56,14 +68,19 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.dtype = runtime.dtype(config.dtype)
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        self.spikes = None if config.skip_spikes is None else SpikeDetector(config.skip_spikes)
         self.skipped = 0  # steps of the whole run that changed nothing
         self.skipped_in_a_row = 0
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self.stopping = False
+        # The bytes that this rank has sent since the last call, where something counts them.
+        self.bytes_exchanged: Callable[[], float] | None = None
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Trains on one batch of this rank. `step` counts from 1 over the whole run."""
         config = self.config
         self.prepare_model(step)
-        stream_metrics = self.measure_streams(batch, step)
+        stream_metrics, gate_means = self.measure_inside(batch, step)
 
         # Forward and backward, one micro-batch at a time.
         losses, expert_counts = self.forward_backward(batch, step)
@@ -74,11 +91,13 @@ class TrainStep:
         grad_norm = self.optimizer.clip()
 
         # Update, or skip the step.
-        not_finite = self.find_not_finite(losses | {"grad_norm": grad_norm})
+        problem = self.find_problem(losses | {"grad_norm": grad_norm})
         rate = schedule(step - 1, config.steps, config.optim)
         values: dict[str, float | Tensor] = {"grad_norm": grad_norm, "lr": config.optim.lr * rate}
-        if not_finite:
-            self.skip(step, "gradient" if not_finite == {"grad_norm"} else "loss")
+        if self.optimizer.rows:
+            values["rows_touched"] = self.count_touched_rows()
+        if problem is not None:
+            self.skip(step, problem)
             expert_counts = None
         elif not grad_norm:
             # A batch of chats without any label: no decay, no momentum, no loss.
@@ -94,7 +113,9 @@ class TrainStep:
                 values["max_violation"] = max(max_violation(counts) for counts in expert_counts)
         if self.skipped:
             values["skipped_steps"] = self.skipped
-        return StepResult(losses, stream_metrics, values, expert_counts)
+        if self.bytes_exchanged is not None:
+            values["bytes_exchanged"] = self.bytes_exchanged()
+        return StepResult(losses | gate_means, stream_metrics, values, expert_counts)
 
     def forward_backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Accumulates the gradients of all micro-batches; returns the losses and expert counts.
@@ -147,30 +168,69 @@ class TrainStep:
         """Whether only the indexers are trained, during their warm-up."""
         return self.config.indexer_alone and self.indexer_warmup(step)
 
-    def find_not_finite(self, values: Mapping[str, Tensor]) -> set[str]:
-        """Returns the names of values that are NaN or infinite on any rank, so all ranks agree."""
-        finite = torch.stack(
-            [value.detach().to(self.device).isfinite() for value in values.values()]
-        )
-        wrong = distributed.total((~finite).int()).tolist()
-        return {name for name, count in zip(values, wrong, strict=True) if count}
+    def find_problem(self, values: Mapping[str, Tensor]) -> Problem | None:
+        """Returns why this step must be skipped, None if it need not; all ranks agree.
 
-    def skip(self, step: int, what: str) -> None:
+        A sum over ranks is not finite if a rank's value is not. The same sum tells every rank
+        whether one of them was asked to stop.
+        """
+        stop = torch.tensor(float(self.stop_requested()), device=self.device)
+        stacked = torch.stack(
+            [value.detach().to(self.device).float() for value in (*values.values(), stop)]
+        )
+        *sums, stops = distributed.total(stacked).tolist()
+        self.stopping = stops > 0
+        means = {
+            name: total / distributed.world() for name, total in zip(values, sums, strict=True)
+        }
+        not_finite = {name for name, mean in means.items() if not math.isfinite(mean)}
+        if not_finite:
+            what = "gradient" if not_finite == {"grad_norm"} else "loss"
+            return Problem(f"{what} that is not finite", f"finite {what}")
+        # A batch of chats without any label says nothing about the next ones.
+        if self.spikes is None or not means["grad_norm"]:
+            return None
+        spike = self.spikes.find(means["loss"], means["grad_norm"])
+        if spike is None:
+            return None
+        value = means["loss" if spike == "loss" else "grad_norm"]
+        return Problem(
+            f"{spike} of {value:.4g}, more than {self.spikes.factor:g} deviations above the "
+            "last steps'",
+            f"{spike} without a spike",
+        )
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; all ranks call it together, outside of a step."""
+        stop = torch.tensor(float(self.stop_requested()), device=self.device)
+        self.stopping = bool(distributed.total(stop))
+        return self.stopping
+
+    def skip(self, step: int, problem: Problem) -> None:
         """Counts a step that changes nothing, and raises Diverged after too many in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         count = self.skipped_in_a_row
         limit = self.config.skip_limit
         runtime.log(
-            f"step {step}: got a {what} that is not finite, so nothing was updated "
+            f"step {step}: got a {problem.got}, so nothing was updated "
             f"({count} in a row, {limit} stop the run)"
         )
         if count >= limit:
             raise Diverged(
-                f"got no finite {what} in {count} steps in a row, the last of them {step}, so the "
-                "run has stopped; its last checkpoint is good: lower --optim.lr or raise "
+                f"got no {problem.wanted} in {count} steps in a row, the last of them {step}, so "
+                "the run has stopped; its last checkpoint is good: lower --optim.lr or raise "
                 "--optim.warmup in another --folder"
             )
+
+    def count_touched_rows(self) -> int:
+        """Returns the number of distinct rows of all tables that this step's gradients touch."""
+        gradients = [self.optimizer.parameters[name].grad for name in self.optimizer.rows]
+        return sum(
+            gradient._indices().shape[1] if gradient.is_sparse else int(gradient.any(1).sum())
+            for gradient in gradients
+            if gradient is not None
+        )
 
     def balance_experts(self, expert_counts: Tensor, step: int) -> None:
         """Updates the routers' biases by the number of tokens of the whole batch at each expert."""
@@ -196,17 +256,26 @@ class TrainStep:
         if moba is not None:
             switch(self.model, step > moba.full_from * self.config.steps)
 
-    def measure_streams(self, batch: Batch, step: int) -> dict[str, float]:
-        """Measures the residual streams on one sequence before the update, every 50 steps."""
-        if self.model.config.hyper is None or (step - 1) % STREAM_INTERVAL:
-            return {}
+    def measure_inside(self, batch: Batch, step: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Measures streams and Engram's gates on a sequence before the update, every 50 steps.
+
+        Returns the streams' gains and spread, and the mean of the gates of each block.
+        """
+        config = self.model.config
+        if (config.hyper is None and config.engram is None) or (step - 1) % STREAM_INTERVAL:
+            return {}, {}
         names = ("ids", "labels", "document_ids")
         ids, labels, document_ids = (batch[name][:1].to(self.device) for name in names)
-        with unchanged_random_state(), autocast(self.device, self.dtype):
+        with (
+            unchanged_random_state(),
+            autocast(self.device, self.dtype),
+            record_gates(self.model) as gates,
+        ):
             measured = health(
                 self.model, lambda: self.model.loss(ids, labels, document_ids=document_ids)
             )
-        return {} if measured is None else dict(zip(STREAM_METRICS, measured, strict=True))
+        streams = {} if measured is None else dict(zip(STREAM_METRICS, measured, strict=True))
+        return streams, gates
 
     def dry_run(self, batch: Batch, step: int) -> None:
         """Runs forward and backward, which allocates and compiles, without lasting effects."""
@@ -226,6 +295,29 @@ def named_losses(loss: Loss) -> dict[str, Tensor]:
         losses["indexer_kl_uniform"] = loss.indexer_loss.uniform
         losses["indexer_recall"] = loss.indexer_loss.recall
     return losses | {f"balance_{name}": value for name, value in loss.balance.items()}
+
+
+@contextmanager
+def record_gates(model: LanguageModel) -> Iterator[dict[str, Tensor]]:
+    """Yields a dictionary that the calls within fill: "gate_mean_BLOCK", the mean of its gates."""
+    means: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_gate: nn.Module, _inputs: Any, gates: Tensor) -> None:
+            means[name] = gates.detach().float().mean()
+
+        return hook
+
+    hooks = [
+        module.gate.register_forward_hook(record(f"gate_mean_{name.split('.')[1]}"))
+        for name, module in model.named_modules()
+        if isinstance(module, Engram)
+    ]
+    try:
+        yield means
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

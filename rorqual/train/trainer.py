@@ -4,6 +4,7 @@ Resumed or not, the numbers are the same to the last bit (docs/train.md has the 
 train/run_folder.py lists the files of a run folder.
 """
 
+import importlib.util
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from rorqual import checkpoint, distributed, runtime
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.distributed_config import refuse_layout
+from rorqual.layers.engram import Engram
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.sharded_rows import RowExchange, ShardedTable
@@ -97,30 +99,55 @@ def refuse(config: TrainConfig, ranks: int | None) -> None:
     refuse_layout(config.model, config.distributed, ranks)
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         _refuse_init(config, config.init_from)
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"wandb: got {config.wandb!r} without the package: pip install wandb")
+    if config.lm_eval is not None:
+        _refuse_tasks(config)
     if config.needles is None:
         check_sources(config)
     run_folder.refuse_folder_of_runs(Path(config.folder))
 
 
-def _refuse_init(config: TrainConfig, run: str) -> None:
-    """Raises ValueError where the weights of `run` are not those of such a model and tokenizer."""
-    if config.placement != "device":
+def _refuse_tasks(config: TrainConfig) -> None:
+    """Raises ValueError where the tasks of lm-eval cannot be run during this training."""
+    if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            f"init_from: got {run!r} with rows on {config.placement}, expected --placement device"
+            "lm_eval: got tasks without the harness: pip install 'rorqual[tasks]'; "
+            "pip install --no-deps lm-eval"
         )
+    if config.needles is not None:
+        raise ValueError("lm_eval: got tasks with needles, which have no tokenizer, expected text")
+    ranks = runtime.ranks()[1]
+    if ranks > 1:
+        raise ValueError(
+            f"lm_eval: got {ranks} ranks, expected one: evaluate checkpoints in another process, "
+            "rorqual eval RUN --tasks ..."
+        )
+
+
+def _refuse_init(config: TrainConfig, run: str) -> None:
+    """Raises ValueError where the weights of `run` are not those of such a model and tokenizer.
+
+    A model may have Engram where the run's has none.
+    """
     base = checkpoint.run_of(run)
     if base.resolve() == Path(config.folder).resolve():
         raise ValueError(f"init_from: got {run!r}, expected another folder than the run's")
     if not (base / "config.json").is_file():
         raise ValueError(f"init_from: got {run!r}, expected a run folder with config.json")
-    theirs, ours = (
-        run_folder.flat(configs.to_dict(model))
-        for model in (checkpoint.read_config(base), config.model)
-    )
+    model = checkpoint.read_config(base)
+    if config.placement != "device" and model.engram is not None:
+        raise ValueError(
+            f"init_from: got {run!r} with rows on {config.placement}, expected --placement device"
+        )
+    theirs, ours = (run_folder.flat(configs.to_dict(each)) for each in (model, config.model))
+    may_differ: tuple[str, ...] = TRAINING_ONLY
+    if model.engram is None:
+        may_differ = (*may_differ, "engram")
     wrong = [
         name
         for name in ours.keys() | theirs.keys()
-        if ours.get(name) != theirs.get(name) and not name.startswith(TRAINING_ONLY)
+        if ours.get(name) != theirs.get(name) and not name.startswith(may_differ)
     ]
     if wrong:
         raise ValueError(
@@ -165,12 +192,19 @@ def _train(
             )
 
         writer = metrics.MetricsWriter(config, on_metrics, estimate)
-        validation = metrics.Validation(model, source, config, writer)
+        validation = metrics.Validation(model, source, config, writer, step.asked_to_stop)
         loader = engine.Loader(source.stream(config), folder, source.vocab_size)
-        callbacks = {
+        callbacks: dict[str, Any] = {
             "metrics": engine.MetricsCallback(writer),
             "validation": engine.ValidationCallback(validation),
         }
+        if config.profile is not None:
+            callbacks["profile"] = engine.ProfileCallback(folder / "profile", config.profile)
+        if config.wandb is not None:
+            sender = engine.WeightsAndBiases(config.wandb, folder, config)
+            writer.senders.append(sender.send)
+            callbacks["wandb"] = sender
+            open_tables.push(sender.finish)
         made = engine.fit(step, loader, callbacks)
         if made < config.steps:
             message = (
@@ -180,6 +214,7 @@ def _train(
             runtime.log(message)
             raise Stopped(message)
         scores = validation.run(made, whole=True)
+        validation.run_tasks(made)
         if not all(map(math.isfinite, scores.values())):
             raise Diverged(
                 f"got a validation loss that is not finite after step {made}, so {folder} gets no "
@@ -207,12 +242,30 @@ def _build_model(
     tables = _build_tables(config, shape, open_tables)
     model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables)
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
-        model.load_state_dict(checkpoint.load_model(config.init_from).state_dict())
+        _start_from(model, config.init_from)
         _log_warmup(config)
     model = model.to(device)
     several = distributed.world() > 1
     mesh = distributed.make_mesh(config.distributed, device.type) if several else None
     return distributed.parallelize(model, mesh, config.distributed)
+
+
+def _start_from(model: LanguageModel, run: str) -> None:
+    """Loads the weights of a run. Engram that the run lacks adds nothing to the streams at first.
+
+    Its value projection is 0, and so is its convolution; rows and keys are random, so that the
+    projection, and then the rows, have gradients.
+    """
+    base = checkpoint.load_model(run)
+    adds_engram = base.config.engram is None and model.config.engram is not None
+    model.load_state_dict(base.state_dict(), strict=not adds_engram)
+    if not adds_engram:
+        return
+    for module in model.modules():
+        if isinstance(module, Engram):
+            for parameter in module.value_proj.parameters():
+                torch.nn.init.zeros_(parameter)
+    runtime.log(f"{run} has no Engram: it is added, and changes no output at first")
 
 
 def _log_warmup(config: TrainConfig) -> None:

@@ -1,17 +1,20 @@
 """Tests engine.py in OLMo-core's trainer: exact resume, hostile files, signals, thread failures."""
 
+import gzip
 import json
 import os
 import pickle
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,11 +27,14 @@ from rorqual.train.engine import (
     Loader,
     MetricsCallback,
     Module,
+    ProfileCallback,
     SafetensorsCheckpointer,
+    WeightsAndBiases,
     WriteFuture,
     fit,
 )
-from rorqual.train.metrics import MetricsWriter
+from rorqual.train.metrics import MEASURED, MetricsWriter
+from rorqual.train.run_folder import read_rollbacks
 from rorqual.train.step import Diverged, TrainStep
 
 
@@ -53,7 +59,10 @@ def run(small) -> Callable[..., int]:
         folder: Path, step: TrainStep, *, every: int = 100, keep: int = 2, stream=None, **callbacks
     ) -> int:
         folder.mkdir(exist_ok=True)
-        step.config = replace(step.config, folder=str(folder), save_every=every, keep=keep)
+        # keep_every is a multiple of the default of save_every only.
+        options = {"keep_every": callbacks.pop("keep_every", None)}
+        options |= {"folder": str(folder), "save_every": every, "keep": keep}
+        step.config = replace(step.config, **options)
         metrics = MetricsCallback(MetricsWriter(step.config))
         loader = Loader(stream or small.stream(), folder, small.config.vocab_size)
         return fit(step, loader, {"metrics": metrics, **callbacks})
@@ -95,9 +104,8 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path,
     assert result.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(result[name], tensor), name
-    timing = {"tokens_per_second", "seconds", "seconds_left"}
     one, other = (
-        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(tmp_path / f)]
         for f in ("straight", "stopped")
     )
     assert one == other
@@ -123,9 +131,8 @@ def test_a_run_stopped_between_two_stages_of_dsa_is_one_run_to_the_last_bit(
     assert run(tmp_path / "stopped", resumed) == 8
     for name, tensor in state_of(straight).items():
         assert torch.equal(state_of(resumed)[name], tensor), name
-    timing = {"tokens_per_second", "seconds", "seconds_left"}
     one, other = (
-        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(tmp_path / f)]
         for f in ("straight", "stopped")
     )
     assert one == other
@@ -278,9 +285,8 @@ def test_a_resumed_run_repeats_its_skipped_steps_to_the_last_bit(small, run, tmp
     )
     for name, tensor in state_of(straight).items():
         assert torch.equal(state_of(resumed)[name], tensor), name
-    timing = {"tokens_per_second", "seconds", "seconds_left"}
     one, other = (
-        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / f)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(tmp_path / f)]
         for f in ("straight", "stopped")
     )
     assert one == other
@@ -403,3 +409,166 @@ def test_the_checkpointer_takes_no_part_and_no_address(small, tmp_path):
 
 def test_the_engine_leaves_the_number_of_threads_alone():
     assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())
+
+
+def test_multiples_of_keep_every_stay_for_good(small, run, tmp_path):
+    for steps in (6, 13):
+        run(tmp_path, small.step(steps=steps), every=1, keep=2, keep_every=5)
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [5, 10, 12, 13]
+
+
+def test_a_run_that_diverged_goes_back_and_leaves_the_batches_out(small, run, tmp_path, capsys):
+    """Its numbers are those of a run whose stream never had these batches.
+
+    Batches 6 to 8 have NaN gradients: the run diverges in step 8, goes back to step 4, and takes
+    batch 9 as its fifth. Interrupted after that, it comes to the same end.
+    """
+    bad = {6, 7, 8}
+
+    def spoiled(numbers: set[int], stream) -> TrainStep:
+        """Spoils the gradients of batches by their number in the stream."""
+        step = small.step(steps=9, skip_limit=3, on_diverged="rollback")
+        forward_backward = step.forward_backward
+
+        def spoilt(batch, number):
+            result = forward_backward(batch, number)
+            if stream.state_dict()["row"] // small.batch_size in numbers:
+                small.nan_gradient(step, {})
+            return result
+
+        step.forward_backward = spoilt
+        return step
+
+    def trained(name: str, **callbacks) -> TrainStep:
+        torch.manual_seed(1)
+        stream = small.stream()
+        step = spoiled(bad, stream)
+        run(tmp_path / name, step, every=2, stream=stream, **callbacks)
+        return step
+
+    straight = trained("straight")
+    message = " ".join(capsys.readouterr().err.split())
+    assert "step 8: the run diverged and goes back to step 4 (rollback 1 of 3)" in message
+    assert "the 4 batches in between are left out" in message
+    (record,) = read_rollbacks(tmp_path / "straight")
+    assert (record.step, record.checkpoint) == (8, 4)
+    assert record.reason == "got no finite gradient in 3 steps in a row, the last of them 8"
+    assert straight.skipped == 0
+
+    class Without(type(small.stream())):
+        """The same stream without batches 5 to 8."""
+
+        def __next__(self):
+            if self.state_dict()["row"] == 4 * self.batch_size:
+                for _ in range(4):
+                    super().__next__()
+            return super().__next__()
+
+    torch.manual_seed(1)
+    without = small.stream()
+    without.__class__ = Without
+    clean = small.step(steps=9)
+    run(tmp_path / "clean", clean, every=2, stream=without)
+    for name, tensor in state_of(clean).items():
+        assert torch.equal(state_of(straight)[name], tensor), name
+    assert [line["loss"] for line in lines(tmp_path / "clean")] == [
+        line["loss"] for line in lines(tmp_path / "straight")
+    ]
+
+    trained("stopped", stop=Once(7, cancel))
+    with pytest.raises(RuntimeError, match="killed"):
+        trained("killed", stop=Once(5, kill))
+    for folder in ("stopped", "killed"):
+        resumed = trained(folder)
+        for name, tensor in state_of(straight).items():
+            assert torch.equal(state_of(resumed)[name], tensor), name
+        assert len(read_rollbacks(tmp_path / folder)) == 1
+
+
+def kill(trainer) -> None:
+    raise RuntimeError("killed")
+
+
+class Once(At):
+    """Calls a function after one step, when the run comes there again after a rollback."""
+
+    passed = 0
+
+    def post_train_batch(self) -> None:
+        self.passed += self.step == self.when
+        if self.passed == 2:
+            super().post_train_batch()
+
+
+def test_rollbacks_are_counted_over_the_whole_run(small, run, tmp_path):
+    """A run whose every batch diverges goes back as often as it may, then stops for good."""
+
+    def diverging() -> TrainStep:
+        step = small.step(steps=9, skip_limit=2, on_diverged="rollback", rollbacks=2)
+        return small.spoil(step, small.nan_gradient, *range(3, 10))
+
+    for _ in range(2):
+        with pytest.raises(Diverged, match=r"in 2 steps in a row.*there were 2 rollbacks before"):
+            run(tmp_path, diverging(), every=2)
+        assert [each.checkpoint for each in read_rollbacks(tmp_path)] == [2, 2]
+    early = small.spoil(diverging(), small.nan_gradient, 1, 2)
+    with pytest.raises(Diverged, match="there is no checkpoint to roll back to yet"):
+        run(tmp_path / "early", early, every=2)
+
+
+def test_a_trace_of_the_last_step_too_is_written(small, run, tmp_path):
+    step = small.step(steps=3)
+    run(tmp_path, step, profile=ProfileCallback(tmp_path / "profile", 3))
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == "step3-rank0.json.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mm" in names
+
+
+class FakeWandB(ModuleType):
+    """Records what a run sends, in place of the package."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.run = None
+        self.calls = []
+
+    def init(self, **options) -> None:
+        self.run = SimpleNamespace(path="run")
+        self.calls.append(("init", options))
+
+    def define_metric(self, *names, **options) -> None:
+        self.calls.append(("define", names, options))
+
+    def log(self, line: dict) -> None:
+        self.calls.append(("log", line))
+
+    def finish(self, **options) -> None:
+        self.run = None
+        self.calls.append(("finish", options))
+
+
+def test_weights_and_biases_gets_every_line_of_one_run(small, run, tmp_path, monkeypatch):
+    fake = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for steps in (2, 4):
+        step = small.step(steps=steps)
+        writer = MetricsWriter(replace(step.config, folder=str(tmp_path)))
+        sender = WeightsAndBiases("whales", tmp_path, step.config)
+        writer.senders.append(sender.send)
+        run(tmp_path, step, metrics=MetricsCallback(writer), wandb=sender)
+        writer.write({"step": steps, "validation_loss": 1.0, "prompt": "a whale"})
+        sender.finish(None, None, None)
+    inits = [call[1] for call in fake.calls if call[0] == "init"]
+    assert [options["project"] for options in inits] == ["whales"] * 2
+    assert inits[0]["id"] == inits[1]["id"] and inits[0]["resume"] == "allow"
+    assert inits[0]["mode"] == "offline", "there is no key"
+    assert inits[0]["config"]["steps"] == 2
+    sent = [call[1] for call in fake.calls if call[0] == "log"]
+    assert [line["step"] for line in sent] == [1, 2, 2, 3, 4, 4]
+    assert sent[2] == {"step": 2, "validation_loss": 1.0}
+    assert {"loss", "lr", "memory", "mfu"} <= sent[0].keys() and "load" not in sent[0]
+    ends = [call[1]["exit_code"] for call in fake.calls if call[0] == "finish"]
+    assert ends == [0, 0]

@@ -1,6 +1,7 @@
 """Tests optim.py against torch's optimizers, closed forms, and a dense Adam with touched rows."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -412,31 +413,37 @@ def test_state_of_another_kind_is_refused():
 
 
 def test_schedule():
-    config = OptimConfig(warmup=10, decay="cosine", decay_share=0.5)
+    config = OptimConfig(warmup=10, schedule="cosine", decay_share=0.5)
     item = [schedule(step, 110, config) for step in range(111)]
     assert item[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert item[10:60] == [1.0] * 50
     assert item[85] == pytest.approx(0.5)
     assert item[110] == pytest.approx(0.0)
     assert all(a >= b for a, b in zip(item[10:], item[11:], strict=False))
-    linear = OptimConfig(warmup=0, decay="linear")
+    linear = OptimConfig(warmup=0, schedule="linear")
     assert [schedule(step, 4, linear) for step in range(5)] == pytest.approx(
         [1, 0.75, 0.5, 0.25, 0]
     )
-    constant = OptimConfig(warmup=0, decay="constant")
+    constant = OptimConfig(warmup=0, schedule="constant")
     assert schedule(3, 4, constant) == 1.0
     assert schedule(0, 4, OptimConfig(warmup=0, decay_share=0.0)) == 1.0
+    wsd = OptimConfig(warmup=10, schedule="wsd")
+    item = [schedule(step, 110, wsd) for step in range(111)]
+    assert item[:90] == [*((i + 1) / 10 for i in range(10)), *[1.0] * 80]
+    assert item[90:] == pytest.approx([(110 - step) / 20 for step in range(90, 111)])
+    half = [schedule(step, 110, replace(wsd, decay_share=0.5)) for step in range(111)]
+    assert half == [schedule(step, 110, replace(config, schedule="linear")) for step in range(111)]
 
 
 @given(
     st.integers(1, 300),
     st.integers(0, 300),
     st.floats(0, 1),
-    st.sampled_from(["constant", "linear", "cosine"]),
+    st.sampled_from(["constant", "linear", "cosine", "wsd"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_schedule_stays_within_0_and_1(total, warmup, share, decay):
-    config = OptimConfig(warmup=warmup, decay_share=share, decay=decay)
+def test_schedule_stays_within_0_and_1(total, warmup, share, kind):
+    config = OptimConfig(warmup=warmup, decay_share=share, schedule=kind)
     assert all(0 < schedule(step, total, config) <= 1 + 1e-9 for step in range(total))
 
 

@@ -498,3 +498,66 @@ def test_a_batch_without_any_label_changes_nothing(small, kind):
     for name, tensor in step.optimizer.state_dict().items():
         assert torch.equal(optimizer[name], tensor), name
     assert 0 < float(step(next(stream), 4).means["loss"]) < 6
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_spike_is_skipped_where_that_is_asked(small, what, capsys):
+    """A loss of twice its size, or a gradient of a hundred times, changes nothing."""
+
+    def spoil(step: TrainStep, losses: dict) -> None:
+        if what == "loss":
+            losses["loss"] = losses["loss"] * 2
+        else:
+            for parameter in step.optimizer.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(100)
+
+    results = []
+    for factor in (None, 6.0):
+        step = small.spoil(small.step(steps=12, skip_spikes=factor), spoil, 9)
+        if step.spikes is not None:
+            step.spikes.least = 8
+        stream = small.stream()
+        run(step, stream, 1, 8)
+        before = state_of(step)
+        (result,) = run(step, stream, 9, 9)
+        same = all(torch.equal(tensor, before[name]) for name, tensor in state_of(step).items())
+        results.append((result.values.get("skipped_steps"), same))
+        run(step, stream, 10, 12)
+        assert step.skipped == (0 if factor is None else 1)
+    assert results == [(None, False), (1, True)]
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"step 9: got a {what} of " in message
+    assert "more than 6 deviations above the last steps', so nothing was updated" in message
+
+
+def test_gates_and_touched_rows_are_measured(small, monkeypatch):
+    """The mean of the gates is that of the module, and the rows are those of the gradient."""
+    monkeypatch.setattr(step_module, "STREAM_INTERVAL", 2)
+    step = small.step(steps=3, config=small.without_noise(small.config))
+    gates = []
+    step.model.blocks[1].engram.gate.register_forward_hook(
+        lambda _module, _inputs, made: gates.append(made)
+    )
+    batch = next(small.stream())
+    means = []
+    for number in (1, 2, 3):
+        result = step(batch, number)
+        means.append(result.means.get("gate_mean_1"))
+        if number == 1:
+            # Of a sequence alone, before the batch.
+            torch.testing.assert_close(means[0], gates[0].mean())
+            assert gates[0].shape[0] == 1 and gates[1].shape[0] == small.batch_size
+        rows = step.model.tables[0].weight.grad
+        assert result.values["rows_touched"] == len(set(rows.coalesce().indices()[0].tolist()))
+    assert [mean is None for mean in means] == [False, True, False]
+
+
+def test_a_step_tells_whether_the_run_was_asked_to_stop(small):
+    step = small.step()
+    stream = small.stream()
+    run(step, stream, 1, 1)
+    assert not step.stopping and not step.asked_to_stop()
+    step.stop_requested = lambda: True
+    run(step, stream, 2, 2)
+    assert step.stopping and step.asked_to_stop()

@@ -1,5 +1,6 @@
 """Tests trainer.py, from text to a finished folder: files, numbers, stops, resumption, refusals."""
 
+import importlib.util
 import json
 import os
 import re
@@ -33,9 +34,10 @@ from rorqual.presets import preset
 from rorqual.serve.generate import load
 from rorqual.tables import TableConfig
 from rorqual.train import trainer
-from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
+from rorqual.train.config import DataConfig, OptimConfig, TaskConfig, TrainConfig
+from rorqual.train.metrics import MEASURED
 from rorqual.train.optim import Optimizer
-from rorqual.train.run_folder import finished, losses
+from rorqual.train.run_folder import finished, losses, read_rollbacks
 from rorqual.train.scores import needle_accuracy, validate
 from rorqual.train.source import prepare
 from rorqual.train.step import Diverged
@@ -302,9 +304,8 @@ def test_stopped_and_called_again_is_as_if_never_stopped(config, tmp_path, numbe
     assert (folder / "model.safetensors").read_bytes() == (
         straight / "model.safetensors"
     ).read_bytes()
-    timing = {"tokens_per_second", "seconds", "seconds_left"}
     one, other = (
-        [{k: v for k, v in line.items() if k not in timing} for line in lines(f)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(f)]
         for f in (straight, folder)
     )
     assert one == other
@@ -911,3 +912,256 @@ def test_how_a_model_is_trained_on_may_differ_from_how_it_was(config, tmp_path, 
     wrong = replace(tuned, model=replace(model, dsa=replace(dsa, top_k=8)))
     with pytest.raises(ValueError, match=r"another dsa\.top_k"):
         train(replace(wrong, folder=str(tmp_path / "wrong")))
+
+
+def test_a_stop_during_a_validation_ends_it_and_it_is_made_up_for(config, tmp_path, monkeypatch):
+    """SIGTERM comes in the first of many batches; the resumed run has every line."""
+    config = replace(config, validate_every=3, validation_tokens=10**6)
+    straight = train(replace(config, folder=str(tmp_path / "straight")))
+    loss = LanguageModel.loss
+    calls = []
+
+    def stopped(self, *args, **options):
+        if not (self.training or torch.is_grad_enabled()):
+            calls.append(1)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "loss", stopped)
+        with pytest.raises(Stopped, match="stopped at step 3 of 8"):
+            train(config)
+    assert len(calls) == 1
+    assert not [line for line in lines(Path(config.folder)) if "validation_loss" in line]
+    folder = train(config)
+    one, other = (
+        sorted(
+            ({k: v for k, v in line.items() if k not in MEASURED} for line in lines(f)),
+            key=lambda line: (line["step"], "loss" in line),
+        )
+        for f in (straight, folder)
+    )
+    assert one == other
+    assert (folder / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors"
+    ).read_bytes()
+
+
+def test_engram_is_added_to_a_trained_run_and_changes_nothing_at_first(config, tmp_path, capsys):
+    """Every output of the first run is that of the new model; then rows and projections learn."""
+    bare = replace(config.model, engram=None)
+    first = train(replace(config, model=bare))
+    capsys.readouterr()
+    added = replace(config, init_from=str(first), folder=str(tmp_path / "added"), steps=4)
+    still = train(replace(added, folder=str(tmp_path / "still"), optim=OptimConfig(lr=1e-30)))
+    assert "it is added, and changes no output at first" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    ids = torch.arange(2 * 24).view(2, 24) % 300
+    base, model = load_model(first), load_model(still)
+    for index in range(len(base.blocks)):
+        if (router := getattr(base.blocks[index].ffn, "router", None)) is not None:
+            model.blocks[index].ffn.router.load_state_dict(router.state_dict())
+    with torch.no_grad():
+        assert torch.equal(base(ids), model(ids))
+    # Three updates at a rate of 1e-30.
+    assert model.blocks[1].engram.value_proj.weight.abs().max() < 1e-29
+
+    folder = train(replace(added, placement="host"))
+    learnt = load_model(folder).state_dict()
+    before = load_model(still).state_dict()
+    for name in ("tables.0.weight", "blocks.1.engram.value_proj.weight", "head.weight"):
+        assert not torch.equal(learnt[name], before[name]), name
+    wrong = replace(added, model=replace(config.model, dense_width=40))
+    with pytest.raises(ValueError, match="whose model has another dense_width; expected"):
+        train(replace(wrong, folder=str(tmp_path / "wrong")))
+    with pytest.raises(ValueError, match="another engram"):
+        train(replace(added, model=bare, init_from=str(folder), folder=str(tmp_path / "less")))
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_are_run_while_training(config, tmp_path, monkeypatch):
+    """They change no number of the training."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    questions = [
+        {"q": "A whale lives in", "c": [" the sea", " a wood"], "a": number % 2}
+        for number in range(6)
+    ]
+    (tmp_path / "whales.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    task = {
+        "task": "whales",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "whales.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "a",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "whales.yaml").write_text(json.dumps(task), encoding="utf-8")
+    quiet = train(replace(config, folder=str(tmp_path / "quiet"), steps=4))
+    tasks = TaskConfig(tasks=(str(tmp_path / "whales.yaml"),), every=2)
+    folder = train(replace(config, steps=4, lm_eval=tasks))
+    scored = [line for line in lines(folder) if "task_whales_acc" in line]
+    assert [line["step"] for line in scored] == [2, 4]
+    assert {line["task_whales_acc"] for line in scored} == {0.5}
+    assert losses(quiet) == losses(folder)
+    assert (quiet / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="tasks with needles"):
+        train(replace(config, needles=NEEDLES, lm_eval=tasks))
+
+
+def test_what_is_not_installed_is_refused_before_anything_is_written(config, monkeypatch):
+    find = importlib.util.find_spec
+    absent = {"wandb", "lm_eval"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    with pytest.raises(ValueError, match="wandb: got 'whales' without the package"):
+        train(replace(config, wandb="whales"))
+    with pytest.raises(ValueError, match="lm_eval: got tasks without the harness"):
+        train(replace(config, lm_eval=TaskConfig(tasks=("piqa",))))
+    assert not Path(config.folder).exists()
+
+
+def test_rows_on_a_disk_go_back_too_where_a_run_diverged(config, tmp_path, monkeypatch):
+    """Wherever the rows are, the run that went back is the same."""
+    clip = Optimizer.clip
+    calls = []
+
+    def spoilt(self):
+        calls.append(1)
+        if len(calls) in (6, 7):
+            self.parameters["tables.0.weight"].grad._values()[2, 3] = torch.nan
+        return clip(self)
+
+    monkeypatch.setattr(Optimizer, "clip", spoilt)
+    results = []
+    for placement in ("device", "disk"):
+        calls.clear()
+        asked = replace(config, placement=placement, folder=str(tmp_path / placement))
+        folder = train(replace(asked, skip_limit=2, on_diverged="rollback"))
+        assert len(calls) == 7 + 5, "seven steps, and five after the third"
+        results.append((losses(folder), load_model(folder).state_dict()))
+    (first, state), (second, other) = results
+    assert first == second
+    assert all(torch.equal(other[name], value) for name, value in state.items())
+
+
+TWO_RANKS = """
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rorqual import config as configs
+from rorqual import distributed
+from rorqual.model import LanguageModel
+from rorqual.train.config import TrainConfig
+from rorqual.train.step import TrainStep
+from rorqual.train.trainer import Stopped, train
+
+base = configs.load(TrainConfig, sys.argv[1])
+distributed.join(torch.device("cpu"))
+rank = distributed.rank()
+forward_backward = TrainStep.forward_backward
+loss = LanguageModel.loss
+calls = []
+
+
+def spoilt(self, batch, number):
+    losses, counts = forward_backward(self, batch, number)
+    calls.append(number)
+    # The first call is that of the dry run.
+    if rank == 1 and calls.count(number) == 1 + (number == 1) and number in (5, 6):
+        losses["loss"] = losses["loss"] * torch.nan
+    return losses, counts
+
+
+def interrupted_step(self, batch, number):
+    calls.append(number)
+    if rank == 1 and calls.count(number) == 1 and number == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forward_backward(self, batch, number)
+
+
+def interrupted_validation(self, *args, **options):
+    if not torch.is_grad_enabled():
+        calls.append(0)
+        if rank == 1 and len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return loss(self, *args, **options)
+
+
+def run(name, **options):
+    calls.clear()
+    config = replace(base, folder=str(Path(base.folder) / name), **options)
+    try:
+        train(config)
+    except Stopped as stopped:
+        Path(config.folder, f"stopped{rank}").write_text(str(stopped))
+        calls.clear()
+        calls.extend([1] * 1000)
+        train(config)
+
+
+TrainStep.measure_inside = lambda *_: ({}, {})
+run("plain")
+TrainStep.forward_backward = spoilt
+run("back", skip_limit=2, on_diverged="rollback", skip_spikes=50.0)
+TrainStep.forward_backward = interrupted_step
+run("step")
+TrainStep.forward_backward = forward_backward
+LanguageModel.loss = interrupted_validation
+run("validation")
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_and_go_back_together(config, tmp_path):
+    """Whichever rank has the NaN or gets the signal, in a step or in a validation."""
+    config = replace(config, validate_every=4, validation_tokens=10**6)
+    prepare(config.data)
+    configs.save(replace(config, folder=str(tmp_path / "two")), tmp_path / "config.json")
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
+    words = ["torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "two_ranks.py")]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *words, str(tmp_path / "config.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    plain = tmp_path / "two" / "plain"
+    for name, step in (("step", (3, 4)), ("validation", (4,))):
+        folder = tmp_path / "two" / name
+        (message,) = {(folder / f"stopped{rank}").read_text() for rank in range(2)}
+        assert any(f"stopped at step {number} of 8" in message for number in step)
+        assert losses(folder) == losses(plain)
+        one, other = (
+            [line["step"] for line in lines(each) if "validation_loss" in line]
+            for each in (folder, plain)
+        )
+        assert one == other == [4, 8]
+        assert (folder / "model.safetensors").read_bytes() == (
+            plain / "model.safetensors"
+        ).read_bytes()
+    back = tmp_path / "two" / "back"
+    (record,) = read_rollbacks(back)
+    assert (record.step, record.checkpoint) == (6, 3)
+    assert losses(back)[:3] == losses(plain)[:3]
+    assert len(losses(back)) == 8 and losses(back)[3] != losses(plain)[3]
