@@ -4,9 +4,9 @@ The model is built on the meta device: its tensors have shapes and no values.
 
     weights 4 P, gradients 4 P                                      float32, as in the trainer
     state   rows 8 P + 4 per row    matrices 4 P (Muon), 8 P (AdamW)    others 8 P
-    FSDP    each of R ranks holds 1 / R of what is not rows, and for the time of a block the whole
-            block; a pass of a micro-batch gathers all parameters twice and reduces gradients once,
-            4 P (R - 1) / R bytes each
+    ranks   each of the F that share parameters holds 1 / F of what is not rows, and two blocks
+            while they run; each of all R holds 1 / R of the rows, or all of them where they are
+            replicated. What is sent is `rorqual.plan_costs`'
 
 Activations are an estimate: what autograd saves of the inputs and outputs of linear maps, norms,
 experts and residual streams, in float32, for the tokens of one micro-batch. docs/log.md compares it
@@ -22,12 +22,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from rorqual.costs import Costs, costs, train_flops_per_token
+from rorqual.costs import Costs, costs, sizes, train_flops_per_token
+from rorqual.distributed_config import refuse_layout
 from rorqual.layers.experts import Experts
 from rorqual.layers.hyper import Connection
 from rorqual.layers.moe import MoE
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
+from rorqual.plan_costs import Cluster, Layout, bytes_sent
 from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Role, roles
 
@@ -146,6 +148,13 @@ def footprint(config: TrainConfig, ranks: int = 1) -> Footprint:
     """
     if ranks < 1:
         raise ValueError(f"ranks: got {ranks}, expected at least 1")
+    spread = config.distributed
+    refuse_layout(config.model, spread, ranks)
+    if spread.context > 1:
+        raise ValueError(
+            f"distributed.context: got {spread.context}, expected 1: what ranks send each other of "
+            "a sequence is not counted yet"
+        )
     if config.batch_size % ranks:
         raise ValueError(
             f"batch_size: got {config.batch_size}, expected a multiple of the {ranks} ranks"
@@ -156,7 +165,22 @@ def footprint(config: TrainConfig, ranks: int = 1) -> Footprint:
     micro_batches = -(-sequences // micro_batch_size)
     tokens_per_step = config.batch_size * config.seq_len
     whole = bytes_by_role(model, config.optim.kind, tokens_per_step)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    shared = ranks // spread.replicate
+    rows_shared = ranks if spread.rows == "shard" else 1
+    counted = sizes(config.model)
+    blocks = [
+        block + experts // spread.expert
+        for block, experts in zip(counted.blocks, counted.experts, strict=True)
+    ]
+    layout = Layout(
+        expert=spread.expert,
+        replicate=spread.replicate,
+        sequences=micro_batch_size,
+        micro_batches=micro_batches,
+        seq_len=config.seq_len,
+        recompute=spread.activation_checkpointing == "block",
+        optimizer=config.optim.kind,
+    )
     return Footprint(
         shapes=_grouped_shapes(model),
         costs=costs(config.model, config.seq_len),
@@ -164,38 +188,30 @@ def footprint(config: TrainConfig, ranks: int = 1) -> Footprint:
         tokens_per_step=tokens_per_step,
         ranks=ranks,
         micro_batches=micro_batches,
-        roles={role: _of_rank(role, each, ranks) for role, each in whole.items()},
-        gathered=0 if ranks == 1 else 2 * FLOAT * max(blocks),
-        activations=_activations(model, micro_batch_size * config.seq_len),
-        wire=_wire(config, whole, ranks, micro_batches),
+        roles={
+            role: Bytes(
+                *(-(-number // (rows_shared if role == "rows" else shared)) for number in each)
+            )
+            for role, each in whole.items()
+        },
+        gathered=0 if shared == 1 else 2 * FLOAT * max(blocks),
+        activations=_activations(model, layout),
+        wire=_wire(config, layout, ranks),
     )
 
 
-def _of_rank(role: Role, whole: Bytes, ranks: int) -> Bytes:
-    """Returns a rank's share. Rows are whole on every rank."""
-    if role == "rows":
-        return whole
-    return Bytes(*(-(-number // ranks) for number in whole))
-
-
-def _wire(
-    config: TrainConfig, whole: dict[Role, Bytes], ranks: int, micro_batches: int
-) -> dict[str, int]:
+def _wire(config: TrainConfig, layout: Layout, ranks: int) -> dict[str, int]:
     """Returns the bytes that a rank sends in a step, by what they are."""
     if ranks == 1:
         return {}
-    dense = sum(each.weights for role, each in whole.items() if role != "rows")
-    once = dense * (ranks - 1) // ranks
-    wire = {
-        "parameters, gathered": 2 * micro_batches * once,
-        "gradients, reduced": micro_batches * once,
-    }
-    if config.model.engram is not None:
+    wire = bytes_sent(config.model, Cluster(devices=ranks), layout)
+    if config.model.engram is not None and config.distributed.rows == "replicate":
+        del wire["rows and their gradients"]
         tokens = config.batch_size // ranks * config.seq_len
         rows = touched_rows(config.model, tokens)
         size = FLOAT * config.model.engram.head_dim + INDEX
         wire["rows' gradients, gathered"] = rows * size * (ranks - 1)
-    return wire
+    return {what: number for what, number in wire.items() if number}
 
 
 def _grouped_shapes(model: LanguageModel) -> list[tuple[str, tuple[int, ...], int, Role]]:
@@ -210,11 +226,18 @@ def _grouped_shapes(model: LanguageModel) -> list[tuple[str, tuple[int, ...], in
     return [(name, shape, len(numbers), each) for (name, shape, each), numbers in groups.items()]
 
 
-def _activations(model: LanguageModel, tokens: int) -> int:
-    """Estimates the bytes that autograd saves of a micro-batch of so many tokens."""
-    saved = sum(_saved_by(module, model.config) for module in model.modules())
+def _activations(model: LanguageModel, layout: Layout) -> int:
+    """Estimates the bytes that autograd saves of a micro-batch.
+
+    Blocks that are computed again save the streams they begin with, and one block is whole at a
+    time.
+    """
+    config = model.config
+    saved = sum(_saved_by(module, config) for module in model.modules())
+    if layout.recompute:
+        saved = saved // config.layers + config.layers * config.streams * config.dim
     # Ids, labels and positions do not count; of the head, one gradient of the hidden states does.
-    return FLOAT * tokens * (saved + 2 * model.config.dim)
+    return FLOAT * layout.tokens * (saved + 2 * config.dim)
 
 
 def _saved_by(module: nn.Module, config: ModelConfig) -> int:

@@ -225,12 +225,20 @@ class TrainStep:
 
     def count_touched_rows(self) -> int:
         """Returns the number of distinct rows of all tables that this step's gradients touch."""
-        gradients = [self.optimizer.parameters[name].grad for name in self.optimizer.rows]
-        return sum(
-            gradient._indices().shape[1] if gradient.is_sparse else int(gradient.any(1).sum())
-            for gradient in gradients
-            if gradient is not None
-        )
+        touched = {}
+        for name in self.optimizer.rows:
+            gradient = self.optimizer.parameters[name].grad
+            if gradient is None:
+                touched[name] = 0
+            elif gradient.is_sparse:
+                touched[name] = gradient._indices().shape[1]
+            else:
+                touched[name] = int(gradient.any(1).sum())
+        sharded = sum(touched.pop(name) for name in self.optimizer.sharded_rows)
+        if self.optimizer.sharded_rows:
+            # Each rank has the gradients of its own rows.
+            sharded = int(distributed.total(torch.tensor(sharded, device=self.device)))
+        return sharded + sum(touched.values())
 
     def balance_experts(self, expert_counts: Tensor, step: int) -> None:
         """Updates the routers' biases by the number of tokens of the whole batch at each expert."""
