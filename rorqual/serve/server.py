@@ -243,9 +243,9 @@ def _without_422(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str
     return described
 
 
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+# Without a schema: some readers of the page hold it against the whole stream, others against each
+# event.
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def _add_texts(router: APIRouter, service: Service) -> None:
