@@ -92,6 +92,9 @@ def join(device: torch.device) -> bool:
     """
     if runtime.ranks()[1] == 1 or _together():
         return False
+    if device.type == "cuda":
+        # FSDP and NCCL use the current device, which is the first one for every rank.
+        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return True
 
@@ -288,7 +291,10 @@ def parallelize(
             _checkpoint(block, selective=config.activation_checkpointing == "selective")
     if mesh is not None:
         if model.addresses is not None:
-            model.prepare = together(model.prepare)  # type: ignore[method-assign]
+            # Before any rank asks others for rows: an exchange that one rank does not join would be
+            # answered by its next one.
+            addresses = model.addresses
+            addresses.forward = together(addresses.forward)  # type: ignore[method-assign]
         if config.context > 1:
             split_sequences(model, mesh.get_group("context"))
         _shard(model, blocks, mesh)

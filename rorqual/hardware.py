@@ -67,4 +67,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    if "pcie" in name or "nvl" in name:
+        # They reach less than the boards of DEVICES.
+        return None
     return next((figures.flops for key, figures in DEVICES.items() if key in name), None)

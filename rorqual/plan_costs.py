@@ -7,6 +7,7 @@ routed experts, D the width, K active experts, U distinct row ids that a rank lo
     memory      weights 4 P, gradients 4 P, Adam 8 P or Muon 4 P, P = (P_d + P_e) / F
                 rows: 12 w + 4 bytes of R / W rows, and the gradients that arrive, (4 w + 8) U
     gathered    4 (P_d (F - 1) / F + P_e / E (F - E) / F), twice a micro-batch (forward, backward)
+                of blocks; once of what is outside of them, which stays until backward has ended
     reduced     the same once; with replicas 2 (r - 1) / r of 4 (P_d + P_e) / F besides
     tokens      A n K D b (1 - 1 / E) for each block with experts, b bytes a number;
                 A = 4 all-to-alls (there and back, forward and backward), 6 with recomputation
@@ -134,7 +135,7 @@ class Memory(NamedTuple):
     """What one rank holds, in bytes."""
 
     roles: dict[str, Held]  # rows, experts, embedding, rest
-    gathered: int  # two blocks as a whole: the one that runs and the next
+    gathered: int  # as a whole: the block that runs and the next, and what is outside of blocks
     activations: int  # an estimate
     device: int  # all of it that is on the device
     host: int  # rows in the host's memory
@@ -205,7 +206,9 @@ def memory(
         FLOAT * (block + experts // layout.expert)
         for block, experts in zip(counted.blocks, counted.experts, strict=True)
     ]
-    gathered = 2 * max(blocks) if shared > 1 else 0
+    # What is outside of blocks is whole through forward and backward, and so is its gradient.
+    root = 2 * FLOAT * (counted.embedding + counted.others)
+    gathered = 2 * max(blocks) + root if shared > 1 else 0
     activations = _activations(config, layout)
     total = sum(map(sum, roles.values())) + gathered + activations - on_host
     return Memory(roles, gathered, activations, total, on_host)
@@ -235,17 +238,25 @@ def bytes_sent(
     """Returns the bytes that a rank sends in a step, by kind."""
     shared = check_layout(config, cluster, layout)
     counted = sizes(config)
-    dense = sum(counted.blocks) + counted.embedding + counted.others
+    dense = sum(counted.blocks)
+    outside = counted.embedding + counted.others
     experts = sum(counted.experts)
     others = shared // layout.expert  # ranks that hold the same experts
-    once = FLOAT * (
+    of_blocks = FLOAT * (
         dense * (shared - 1) // shared + experts // layout.expert * (others - 1) // others
     )
+    of_root = FLOAT * (outside * (shared - 1) // shared)
     kinds = {
-        "parameters, gathered": 2 * layout.micro_batches * once,
-        "gradients, reduced": layout.micro_batches * once,
+        "parameters, gathered": layout.micro_batches * (2 * of_blocks + of_root),
+        "gradients, reduced": layout.micro_batches * (of_blocks + of_root),
         "gradients of copies": layout.micro_batches
-        * (2 * FLOAT * (layout.replicate - 1) * ((dense + experts) // shared) // layout.replicate),
+        * (
+            2
+            * FLOAT
+            * (layout.replicate - 1)
+            * ((dense + outside + experts) // shared)
+            // layout.replicate
+        ),
         "tokens to experts and back": layout.micro_batches * _token_bytes(config, layout),
     }
     if config.engram is not None:

@@ -127,6 +127,10 @@ class ShardedTable(Table):
         if placement == "disk" and folder is None:
             raise ValueError("table: got no folder, expected that of rows on a disk")
         shard = RecordShard(Path(folder or "."), rows, width, exchange.rank, exchange.world)
+        if shard.each > 2**31:
+            raise ValueError(
+                f"table: got {shard.each} rows a rank, expected at most 2**31: take more ranks"
+            )
         if placement == "disk":
             options["source"] = RecordFile(shard.folder, shard.each, width, keep)
         # `draw` gives the rows their values; ranks that draw nothing else stay alike.

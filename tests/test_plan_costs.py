@@ -94,11 +94,12 @@ def test_bytes_by_hand(log_ranks: int, log_experts: int, micro_batches: int) -> 
     ids = [1000, 2000]
     sent = bytes_sent(BIG, Cluster(devices=ranks), layout, ids)
     each = sizes(BIG)
-    dense = sum(each.blocks) + each.embedding + each.others
-    gathered = 4 * dense * (ranks - 1) / ranks
-    gathered += 4 * sum(each.experts) / expert * (ranks - expert) / ranks
-    assert sent["parameters, gathered"] == pytest.approx(2 * micro_batches * gathered, rel=1e-9)
-    assert sent["gradients, reduced"] * 2 == sent["parameters, gathered"]
+    blocks = 4 * sum(each.blocks) * (ranks - 1) / ranks
+    blocks += 4 * sum(each.experts) / expert * (ranks - expert) / ranks
+    root = 4 * (each.embedding + each.others) * (ranks - 1) / ranks
+    gathered = micro_batches * (2 * blocks + root)
+    assert sent["parameters, gathered"] == pytest.approx(gathered, rel=1e-9)
+    assert sent["gradients, reduced"] == pytest.approx(micro_batches * (blocks + root), rel=1e-9)
     assert sent["tokens to experts and back"] == pytest.approx(
         micro_batches * 29 * 6 * 4096 * 6 * 2560 * 2 * (1 - 1 / expert)
     )
@@ -133,10 +134,11 @@ def test_a_rank_holds_its_share_of_everything() -> None:
     rows = many.roles["rows"]
     assert host.host == rows.weights + rows.state
     assert host.device == many.device - host.host
-    assert many.gathered == 2 * FLOAT * max(
-        block + experts // 8
-        for block, experts in zip(sizes(BIG).blocks, sizes(BIG).experts, strict=True)
+    each = sizes(BIG)
+    largest = max(
+        block + experts // 8 for block, experts in zip(each.blocks, each.experts, strict=True)
     )
+    assert many.gathered == 2 * FLOAT * (largest + each.embedding + each.others)
     assert memory(BIG, Cluster(devices=64), Layout(recompute=False)).activations > (
         5 * many.activations
     )

@@ -49,6 +49,7 @@ _NUMPY = b"\x93NUMPY"
 _LLM_C = {20240520: "<u2", 20240801: "<u4"}  # the first int32 of a header, and what follows it
 _LLM_C_HEADER = 1024  # bytes
 _FORMAT = 1
+_LOOKED_AT = 1 << 16  # ids at the beginning of a file that tell its dtype
 _PIECE = 1 << 18  # ids that are looked at together, which fit into a processor's cache
 _HASHED = 256  # ids of a document that decide its side
 _VALIDATES = re.compile(r"(^|[_.-])val(id(ation)?)?([_.-]|\d|$)")
@@ -80,6 +81,8 @@ def open_file(path: Path, vocab_size: int, dtype: str = "auto") -> IdFile:
         if len(head) == _LLM_C_HEADER and (magic := struct.unpack_from("<i", head)[0]) in _LLM_C:
             raw, offset = _LLM_C[magic], _LLM_C_HEADER
         ids = _mapped(path, np.dtype(raw), offset)
+        if dtype == "auto" and not offset:
+            _refuse_wider(path, ids)
     except OSError as error:
         raise ValueError(f"{path}: got {error.strerror}, expected a file of token ids") from error
     if offset and len(ids) != (count := struct.unpack_from("<i", head, 8)[0]):
@@ -99,10 +102,22 @@ def _mapped(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset)
 
 
+def _refuse_wider(path: Path, ids: np.ndarray) -> None:
+    """Raises ValueError where ids of two bytes look like ids of four: every second one is 0."""
+    begin = ids[:_LOOKED_AT]
+    # Of few ids it may be chance.
+    even = ids.dtype.itemsize == 2 and len(ids) % 2 == 0 and len(begin) >= 64
+    if even and begin[::2].any() and not begin[1::2].any():
+        raise ValueError(
+            f"{path}: got ids of two bytes of which every second is 0, expected ids of two bytes "
+            "for this vocabulary: --data.token-dtype uint32 reads them as four"
+        )
+
+
 def _numpy(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}, expected a whole .npy file of integers") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
         raise ValueError(
@@ -153,7 +168,9 @@ def _megatron(path: Path, index: Path) -> IdFile:
             "one of the two is cut or of another run"
         )
     whole = len(bounds) and bounds[0] == 0 and bounds[-1] == sequences
-    if not whole or (np.diff(bounds) < 0).any():
+    inside = not len(bounds) or (bounds.min() >= 0 and bounds.max() <= sequences)
+    # A difference of hostile bounds would wrap around.
+    if not whole or not inside or (bounds[1:] < bounds[:-1]).any():
         raise ValueError(
             f"{index}: got bounds of documents that do not rise from 0 to {sequences:,}, "
             "expected an index that Megatron finalised"
@@ -305,6 +322,11 @@ def open_token_files(
     described = [
         [os.path.abspath(file.path), stat.st_size, stat.st_mtime_ns, file.ids.dtype.str]
         for file, stat in zip(files, stats, strict=True)
+    ]
+    indices = [path.with_suffix(".idx") for path in paths]
+    described += [
+        [str(stat.st_size), stat.st_mtime_ns]
+        for stat in (index.stat() for index in indices if index.is_file())
     ]
     identity = [_FORMAT, VALIDATION, limit, described, tokenizer.backend.to_str()]
     identity += [tokenizer.begin_id, tokenizer.end_id]

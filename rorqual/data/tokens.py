@@ -13,9 +13,12 @@ import hashlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -323,7 +326,18 @@ class _Process:
     encoder: Encoder
 
 
+def _end_with_parent() -> None:
+    """Waits until the parent process has ended, however it did, and ends this one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _start_process(tokenizer: str, settings: dict[str, Any], as_chats: bool) -> None:
+    # Ctrl-C goes to all processes of a terminal: the parent ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The processes are the threads here.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     backend = tokenizers.Tokenizer.from_str(tokenizer)
@@ -506,7 +520,8 @@ def joined(folders: Iterable[TokenFolder]) -> TokenFolder:
     }
     return TokenFolder(
         several[0].path,
-        _joined_side([folder.train for folder in several]),
+        # Batches of training are drawn from each folder's own tokens.
+        _joined_side([folder.train for folder in several], targets=False),
         _joined_side([folder.validation for folder in several]),
         several[0].vocab_size,
         several[0].end_id,
@@ -514,21 +529,22 @@ def joined(folders: Iterable[TokenFolder]) -> TokenFolder:
     )
 
 
-def _joined_side(sides: list[Tokens]) -> Tokens:
+def _joined_side(sides: list[Tokens], targets: bool = True) -> Tokens:
+    """Joins tokens; without `targets` it has none of those that chats have."""
     starts = [np.zeros(1, np.int64)]
     for side in sides:
         starts.append(starts[-1][-1] + np.asarray(side.starts[1:]))
     digest = hashlib.blake2b("".join(side.digest for side in sides).encode(), digest_size=16)
-    targets = None
-    if any(side.targets is not None for side in sides):
-        targets = np.concatenate([_targets_of(side) for side in sides])
+    marks = None
+    if targets and any(side.targets is not None for side in sides):
+        marks = np.concatenate([_targets_of(side) for side in sides])
     return Tokens(
         JoinedIds(side.ids for side in sides),
         np.concatenate(starts),
         np.concatenate([np.asarray(side.sizes) for side in sides]),
         sides[0].end_id,
         digest.hexdigest(),
-        targets,
+        marks,
     )
 
 

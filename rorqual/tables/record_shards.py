@@ -60,24 +60,27 @@ class RecordShard(NamedTuple):
         return all(step in read_marks(shard.folder) for shard in self.of(self.world))
 
     def others(self, step: int) -> "list[RecordShard]":
-        """Returns the shards of another number of ranks that marked the step; none if none did.
+        """Returns the shards of another number of ranks, where these marked the step last.
 
-        Of several numbers it is the one that marked or rewound last.
+        An older mark may be of a checkpoint that was never whole, and of other values. Marking and
+        rewinding both count. None where this number of ranks was the last, or none has the mark.
         """
         names = (re.fullmatch(r"rank0-of-(\d+)", path.name) for path in self.root.glob("rank0-*"))
         worlds = {1} | {int(name[1]) for name in names if name}
-        candidates = [self.of(world) for world in worlds - {self.world}]
+        candidates = [self.of(world) for world in worlds | {self.world}]
         marked = [shards for shards in candidates if shards[0].marked(step)]
-        return max(
+        newest = max(
             marked,
             key=lambda shards: (shards[0].folder / "marks.json").stat().st_mtime_ns,
-            default=[],
+            default=list[RecordShard](),
         )
+        return [] if newest and newest[0].world == self.world else newest
 
     def take_over(self, file: RecordFile, step: int, barrier: Callable[[], None]) -> None:
         """Fills this rank's file with its rows as another number of ranks had them at a mark.
 
-        Every rank calls it. It does nothing if no other number of ranks marked the step.
+        Every rank calls it. It does nothing if no other number of ranks marked the step
+        after these.
         """
         sources = self.others(step)
         if not sources:

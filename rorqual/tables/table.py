@@ -403,9 +403,7 @@ class Table(nn.Module):
         """
         self.flush()
         file = self._record_file()
-        shard = self.record_shard()
-        if not shard.marked(step):
-            shard.take_over(file, step, self._barrier)
+        self.record_shard().take_over(file, step, self._barrier)
         file.rewind(step)
 
     def record_shard(self) -> RecordShard:

@@ -15,6 +15,7 @@ from rorqual.model_config import ModelConfig
 
 BYTE_VOCAB_SIZE = 257  # the smallest vocabulary that can express any text: the bytes and the end
 NEEDLE_RATE = 6e-3  # Muon's, for needles; at 1e-2 attention stays at chance for hundreds of steps
+SPIKE_WINDOW = 128  # steps whose losses and gradient norms say what a spike is
 WIDEST = 512  # the largest model width for which `recipe` has a rate
 
 
@@ -186,16 +187,17 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if self.validate_every is not None and self.validate_every < 0:
             raise ValueError(f"validate_every: got {self.validate_every}, expected at least 0")
+        self._check_divergence()
         if self.keep_every is not None and self.keep_every % self.save_every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, "
                 f"expected a multiple of save_every, {self.save_every}"
             )
-        if self.skip_spikes is not None and not 0 < self.skip_spikes < math.inf:
-            raise ValueError(f"skip_spikes: got {self.skip_spikes}, expected more than 0")
-        if self.rollbacks < 0:
-            raise ValueError(f"rollbacks: got {self.rollbacks}, expected at least 0")
-        _expect_one_of("on_diverged", self.on_diverged, "stop", "rollback")
+        if self.keep_every is not None and self.placement == "disk":
+            raise ValueError(
+                f"keep_every: got {self.keep_every} with rows on the disk, expected none: they can "
+                "be rewound to the newest checkpoints alone"
+            )
         if self.indexer_alone and self.model.indexer is None:
             raise ValueError(
                 "indexer_alone: got a model without DSA or CSA, "
@@ -205,6 +207,22 @@ class TrainConfig:
             raise ValueError(f"bias_rest: got {self.bias_rest}, expected 0..1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed}, expected 0 <= seed < 2**32")
+
+    def _check_divergence(self) -> None:
+        """Raises ValueError for bad values of what is done about spikes and divergence."""
+        if self.skip_spikes is not None and not 0 < self.skip_spikes < math.inf:
+            raise ValueError(f"skip_spikes: got {self.skip_spikes}, expected more than 0")
+        # So many steps pass until a level that stays belongs to the last SPIKE_WINDOW ones.
+        streak = 0 if self.skip_spikes is None else SPIKE_WINDOW / (1 + self.skip_spikes**2)
+        if streak >= self.skip_limit:
+            raise ValueError(
+                f"skip_spikes: got {self.skip_spikes} with skip_limit {self.skip_limit}, expected "
+                f"a limit above {math.ceil(streak)}: so many steps in a row are skipped where the "
+                "loss goes to another level and stays there"
+            )
+        if self.rollbacks < 0:
+            raise ValueError(f"rollbacks: got {self.rollbacks}, expected at least 0")
+        _expect_one_of("on_diverged", self.on_diverged, "stop", "rollback")
 
 
 def _expect_one_of(name: str, value: Any, *choices: str) -> None:

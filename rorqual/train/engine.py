@@ -13,6 +13,7 @@ OLMo-core's own checkpoints are pickles; SafetensorsCheckpointer never reads or 
 """
 
 import logging
+import netrc
 import os
 import secrets
 import traceback
@@ -337,6 +338,8 @@ def _folder(dir: Any) -> Path:
 class CheckpointCallback(CheckpointerCallback):
     """Saves every `every` steps, while training continues, and at the end; keeps the newest `keep`.
 
+    Rows of tables, which are not copied, are written before it continues.
+
     Those of earlier sessions count; those of multiples of `keep_every` are never removed, and do
     not count. None is written or removed after a step that changed nothing: it is not known
     whether its state is good. After a rollback the batches that led to it are left out.
@@ -386,9 +389,12 @@ class CheckpointCallback(CheckpointerCallback):
             super().post_train_batch()
 
     def post_train(self) -> None:
+        if self.train_step.skipped_in_a_row:
+            # A resumed run makes the steps since the last checkpoint again.
+            self._await_last_checkpoint()
+            return
         super().post_train()
-        if not self.train_step.skipped_in_a_row:
-            self._remove_old_checkpoints()
+        self._remove_old_checkpoints()
 
     def _trim_checkpoints(self) -> None:
         """Schedules the removal of all but the newest checkpoints, and those that stay for good."""
@@ -510,6 +516,16 @@ class ProfileCallback(Callback):
             self._profile = None
 
 
+def _has_wandb_key() -> bool:
+    """Whether the environment or the file that `wandb login` writes has an API key."""
+    if WANDB_API_KEY_ENV_VAR in os.environ:
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 class WeightsAndBiases(WandBCallback):
     """Sends every line of metrics to a project of Weights & Biases, from rank 0.
 
@@ -531,7 +547,12 @@ class WeightsAndBiases(WandBCallback):
         name = folder / "run_id"
         if not name.is_file():
             write_text(name, secrets.token_hex(4))
-        offline = WANDB_API_KEY_ENV_VAR not in os.environ and "WANDB_MODE" not in os.environ
+        offline = not _has_wandb_key() and "WANDB_MODE" not in os.environ
+        if offline:
+            runtime.log(
+                f"no API key of Weights & Biases: the run is written to {folder}, and "
+                "`wandb sync` sends it later"
+            )
         self.wandb.init(
             dir=self.folder,
             project=self.project,
@@ -607,6 +628,9 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
             rollbacks = [*rollbacks, _roll_back(config, trainer.global_step, rollbacks, error)]
             if distributed.rank() == 0:
                 run_folder.write_rollbacks(Path(config.folder), rollbacks)
+            # A new trainer would not know that this one was asked to stop.
+            if step.stopping or trainer.is_canceled:
+                return rollbacks[-1].checkpoint
         except RuntimeError as error:
             if error.__cause__ is None or not _raised_by_trainer(error):
                 raise

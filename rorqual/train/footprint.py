@@ -130,7 +130,7 @@ class Footprint(NamedTuple):
     ranks: int
     micro_batches: int  # of a rank, a step
     roles: dict[Role, Bytes]  # of one rank
-    gathered: int  # bytes of the largest block, which a rank holds while it runs it
+    gathered: int  # bytes of two blocks and of what is outside of blocks, which a rank holds whole
     activations: int  # bytes, an estimate
     wire: dict[str, int]  # bytes that a rank sends in a step, by what they are
 
@@ -194,7 +194,10 @@ def footprint(config: TrainConfig, ranks: int = 1) -> Footprint:
             )
             for role, each in whole.items()
         },
-        gathered=0 if shared == 1 else 2 * FLOAT * max(blocks),
+        # What is outside of blocks stays through forward and backward, and so does its gradient.
+        gathered=0
+        if shared == 1
+        else 2 * FLOAT * (max(blocks) + counted.embedding + counted.others),
         activations=_activations(model, layout),
         wire=_wire(config, layout, ranks),
     )

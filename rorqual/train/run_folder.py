@@ -133,7 +133,9 @@ def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
 def _flat_options(config: TrainConfig) -> dict[str, Any]:
     """Returns the values of the fixed options by their dotted names."""
     options = flat({name: configs.to_dict(getattr(config, name)) for name in FIXED})
+    # Neither changes the tokens.
     options.pop("data.cache")
+    options.pop("data.processes")
     return options | {"init_from": _absolute(config.init_from)}
 
 

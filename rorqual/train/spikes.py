@@ -2,8 +2,8 @@
 
     spike    value - mean > factor * std     of the loss, or of the norm of all gradients
 
-Mean and standard deviation are those of the WINDOW steps before; none is found before WINDOW / 2
-steps. It is the rule of OLMo-core's SkipStepOptimizer, on numbers of all ranks, so that every rank
+Mean and standard deviation are those of the SPIKE_WINDOW steps before; none is found before half of
+them. It is the rule of OLMo-core's SkipStepOptimizer, on numbers of all ranks, so that every rank
 decides alike. A spike enters the window, too: a loss that stays high is soon no spike any more.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 128  # steps
+from rorqual.train.config import SPIKE_WINDOW
 
 
 class SpikeDetector:
     """Compares each step with the steps before it."""
 
-    def __init__(self, factor: float, window: int = WINDOW) -> None:
+    def __init__(self, factor: float, window: int = SPIKE_WINDOW) -> None:
         self.factor = factor
         self.least = max(2, window // 2)
         self.losses: deque[float] = deque(maxlen=window)

@@ -214,7 +214,7 @@ class TrainStep:
         limit = self.config.skip_limit
         runtime.log(
             f"step {step}: got a {problem.got}, so nothing was updated "
-            f"({count} in a row, {limit} stop the run)"
+            f"({count} in a row; with {limit} the run has diverged)"
         )
         if count >= limit:
             raise Diverged(

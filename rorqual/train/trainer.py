@@ -97,18 +97,29 @@ def refuse(config: TrainConfig, ranks: int | None) -> None:
             "expected device, or a model with rows: --model.engram default"
         )
     refuse_layout(config.model, config.distributed, ranks)
+    whole_rows = config.distributed.rows == "replicate" and (ranks is None or ranks > 1)
+    if config.placement != "device" and whole_rows:
+        raise ValueError(
+            f"placement: got {config.placement} with ranks that have all rows each, expected "
+            "device or --distributed.rows shard: ranks would write one file"
+        )
+    if config.seq_len % config.distributed.context:
+        raise ValueError(
+            f"seq_len: got {config.seq_len}, expected a multiple of the "
+            f"{config.distributed.context} ranks that share a sequence"
+        )
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         _refuse_init(config, config.init_from)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"wandb: got {config.wandb!r} without the package: pip install wandb")
     if config.lm_eval is not None:
-        _refuse_tasks(config)
+        _refuse_tasks(config, runtime.ranks()[1] if ranks is None else ranks)
     if config.needles is None:
         check_sources(config)
     run_folder.refuse_folder_of_runs(Path(config.folder))
 
 
-def _refuse_tasks(config: TrainConfig) -> None:
+def _refuse_tasks(config: TrainConfig, ranks: int) -> None:
     """Raises ValueError where the tasks of lm-eval cannot be run during this training."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
@@ -117,7 +128,6 @@ def _refuse_tasks(config: TrainConfig) -> None:
         )
     if config.needles is not None:
         raise ValueError("lm_eval: got tasks with needles, which have no tokenizer, expected text")
-    ranks = runtime.ranks()[1]
     if ranks > 1:
         raise ValueError(
             f"lm_eval: got {ranks} ranks, expected one: evaluate checkpoints in another process, "
@@ -295,11 +305,6 @@ def _build_tables(
     sharded = distributed.world() > 1 and config.distributed.rows == "shard"
     if shape.engram is None or (config.placement == "device" and not sharded):
         return None
-    if distributed.world() > 1 and not sharded:
-        raise ValueError(
-            f"placement: got {config.placement} with {distributed.world()} ranks that have all "
-            "rows each, expected device or --distributed.rows shard: ranks would write one file"
-        )
     width = shape.engram.head_dim
     tables: list[Table] = []
     exchange = RowExchange() if sharded else None

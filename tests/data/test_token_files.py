@@ -251,3 +251,37 @@ def test_damaged_files_are_refused(
     with pytest.raises(ValueError, match=message):
         opened(tmp_path / "ids", words, tmp_path)
     assert not list((tmp_path / "cache").glob("*/meta.json"))
+
+
+def test_ids_of_four_bytes_are_not_read_as_two(tmp_path: Path, words: Tokenizer) -> None:
+    path = write_raw(tmp_path / "train.bin", [[7, 8, 9]] * 50, words.end_id, "<u4")
+    with pytest.raises(ValueError, match=r"every second is 0, .* --data.token-dtype uint32"):
+        open_file(path, words.vocab_size)
+    assert open_file(path, words.vocab_size, "uint32").ids[:3].tolist() == [7, 8, 9]
+
+
+def test_hostile_sizes_are_refused(tmp_path: Path, words: Tokenizer) -> None:
+    path = write_megatron(tmp_path / "a.bin", [[[1, 2]], [[3]], [[4]], [[5]]])
+    index = path.with_suffix(".idx")
+    # Their differences wrap around to positive numbers.
+    bounds = np.array([0, 2**63 - 1, -(2**63), -1, 4], "<i8")
+    index.write_bytes(index.read_bytes()[: -bounds.nbytes] + bounds.tobytes())
+    with pytest.raises(ValueError, match="bounds of documents that do not rise"):
+        open_file(path, words.vocab_size)
+    array = tmp_path / "b.npy"
+    np.save(array, np.arange(9, dtype=np.uint16))
+    for length in (2**62, 2**70):
+        text = array.read_bytes().replace(b"(9,)", f"({length},)".encode())
+        (tmp_path / "c.npy").write_bytes(text)
+        with pytest.raises(ValueError, match=r"expected a whole .npy file"):
+            open_file(tmp_path / "c.npy", words.vocab_size)
+
+
+def test_another_index_is_another_source(tmp_path: Path, words: Tokenizer) -> None:
+    ids = [[5, 6], [7], [8, 9]]
+    write_megatron(tmp_path / "a.bin", [[one] for one in ids * 4])
+    first = opened(tmp_path / "a.bin", words, tmp_path)
+    write_megatron(tmp_path / "a.bin", [ids] * 4)
+    again = opened(tmp_path / "a.bin", words, tmp_path)
+    count = first.train.documents + first.validation.documents
+    assert (count, again.train.documents + again.validation.documents) == (12, 4)

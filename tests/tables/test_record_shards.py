@@ -43,11 +43,9 @@ def resumed(root: Path, world: int, step: int) -> list[RecordFile]:
         file.draw(0.02, shard.first, ROWS)
 
     def resume(file: RecordFile, shard: RecordShard) -> None:
-        if not marked:
-            shard.take_over(file, step, barrier.wait)
+        shard.take_over(file, step, barrier.wait)
         file.rewind(step)
 
-    marked = shards[0].marked(step)
     with ThreadPoolExecutor(world) as ranks:
         list(ranks.map(resume, files, shards))
     return files
@@ -71,6 +69,25 @@ def test_records_go_through_any_numbers_of_ranks(tmp_path):
         for file, shard in zip(files, shards, strict=True):
             records = file.records(np.arange(shard.size)).view(np.float32)
             assert (records == records[:, :1]).all()
+    for file in files:
+        file.close()
+
+
+def test_an_older_mark_of_the_same_step_is_not_taken(tmp_path):
+    """Two ranks mark a step whose checkpoint is never whole; four ranks make it again."""
+
+    def trained(files: list[RecordFile], value: float, step: int) -> None:
+        write_ones(files, tmp_path, value)
+        for file in files:
+            file.mark(step)
+            file.close()
+
+    trained(resumed(tmp_path, 4, 0), 100.0, 1)
+    trained(resumed(tmp_path, 2, 1), 200.0, 2)
+    trained(resumed(tmp_path, 4, 1), 300.0, 2)
+    files = resumed(tmp_path, 2, 2)
+    rows = RecordShard(tmp_path, ROWS, WIDTH).of(2)[0].read(0, ROWS)
+    assert torch.equal(rows[:, 0], 300.0 + torch.arange(ROWS))
     for file in files:
         file.close()
 

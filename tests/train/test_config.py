@@ -61,6 +61,11 @@ def test_a_wrong_optimizer_is_refused(change, message):
         ({"bias_rest": 2.0}, "bias_rest"),
         ({"keep_every": 300}, "keep_every: got 300, expected a multiple of save_every, 250"),
         ({"skip_spikes": 0.0}, "skip_spikes"),
+        (
+            {"skip_spikes": 3.0},
+            "skip_spikes: got 3.0 with skip_limit 10, expected a limit above 13",
+        ),
+        ({"keep_every": 250, "placement": "disk"}, "keep_every: got 250 with rows on the disk"),
         ({"rollbacks": -1}, "rollbacks"),
         ({"on_diverged": "restart"}, "'restart', expected 'stop' or 'rollback'"),
         ({"profile": 0}, "profile"),
