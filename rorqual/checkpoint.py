@@ -216,7 +216,7 @@ def load_state(
     _on_first_rank(lambda: verify(folder), group)
     _compare(folder, _saved_shapes(folder), _shapes(tensors))
     _read(folder, tensors, group)
-    return _read_values(folder, rank)
+    return read_values(folder, rank)
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -239,7 +239,7 @@ def _read(
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=single)
 
 
-def _read_values(folder: Path, rank: int = 0) -> Any:
+def read_values(folder: Path, rank: int = 0) -> Any:
     """Reads a rank's values; a rank that the run did not have gets those of rank 0."""
     path = folder / f"rank{rank}.json"
     if not path.exists():
@@ -689,7 +689,7 @@ def _where_read(run: Path, folder: Path) -> str:
     total = json.loads(path.read_text(encoding="utf-8")).get("steps") if path.is_file() else None
     of = "" if total is None else f" of {total:,}"
     if folder.name == BEST:
-        values = _read_values(folder)
+        values = read_values(folder)
         loss = f"validation loss {values['validation_loss']:.4f}"
         return f"{run}: the best checkpoint, read at step {values['step']:,}{of} ({loss})"
     step = re.sub(r"\D", "", folder.name)

@@ -16,6 +16,7 @@ import logging
 import netrc
 import os
 import secrets
+import shutil
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -389,12 +390,9 @@ class CheckpointCallback(CheckpointerCallback):
             super().post_train_batch()
 
     def post_train(self) -> None:
-        if self.train_step.skipped_in_a_row:
-            # A resumed run makes the steps since the last checkpoint again.
-            self._await_last_checkpoint()
-            return
         super().post_train()
-        self._remove_old_checkpoints()
+        if not self.train_step.skipped_in_a_row:
+            self._remove_old_checkpoints()
 
     def _trim_checkpoints(self) -> None:
         """Schedules the removal of all but the newest checkpoints, and those that stay for good."""
@@ -629,13 +627,27 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
             if distributed.rank() == 0:
                 run_folder.write_rollbacks(Path(config.folder), rollbacks)
             # A new trainer would not know that this one was asked to stop.
-            if step.stopping or trainer.is_canceled:
+            if step.stopping or trainer._canceled:
                 return rollbacks[-1].checkpoint
         except RuntimeError as error:
             if error.__cause__ is None or not _raised_by_trainer(error):
                 raise
             # The trainer reports an error on one of its threads as the cause of its own error.
             raise error.__cause__ from None
+
+
+def _last_sound(folder: Path) -> int:
+    """Returns the step of the newest good checkpoint that no skipped step came before; -1 for none.
+
+    Newer ones, of runs that were stopped in a streak of skipped steps, are removed: their state led
+    to more of these.
+    """
+    while (path := checkpoint.latest(folder)) is not None:
+        skipped_in_a_row = checkpoint.read_values(path)["callbacks"]["checkpointer"]["skipped"][1]
+        if not skipped_in_a_row:
+            return checkpoint.step_of(path)
+        shutil.rmtree(path)
+    return -1
 
 
 def _roll_back(
@@ -647,8 +659,7 @@ def _roll_back(
     """
     saved = -1
     if distributed.rank() == 0:
-        path = checkpoint.latest(Path(config.folder) / "checkpoints")
-        saved = -1 if path is None else checkpoint.step_of(path)
+        saved = _last_sound(Path(config.folder) / "checkpoints")
     # The other ranks add 0.
     saved = int(distributed.total(torch.tensor(saved if distributed.rank() == 0 else 0)))
     if saved < 0:
