@@ -248,6 +248,9 @@ def test_the_command_runs(line: str, pages_folder: Path) -> None:
         assert done.returncode == 0, done.stderr
         return
     assert words[0] == "rorqual"
+    if words[1] in ENDLESS:
+        type_and_interrupt(words, pages_folder)
+        return
     words, file = with_files(words, pages_folder)
     command = [sys.executable, "-m", *shorter(words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
@@ -285,7 +288,7 @@ def type_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         return
     assert words[0] == "rorqual", line
     if words[1] in ENDLESS:
-        type_and_interrupt(words)
+        type_and_interrupt(words, Path())
         return
     words, file = with_files(words, Path())
     if words[1] == "train" and words[2] in PRESETS:
@@ -308,13 +311,13 @@ def memory_text(words: list[str]) -> bool:
     return len(words) > 3 and not words[3].startswith("-")
 
 
-def type_and_interrupt(words: list[str]) -> None:
+def type_and_interrupt(words: list[str], folder: Path) -> None:
     """Starts a command that runs until ctrl-C, waits for its address, and interrupts it."""
-    command = [sys.executable, "-m", *words]
-    if "--port" in words:
-        command[command.index("--port") + 1] = "0"
+    # The last port counts.
+    command = [sys.executable, "-m", *words, "--port", "0"]
     process = subprocess.Popen(
         command,
+        cwd=folder,
         env=OURS,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
