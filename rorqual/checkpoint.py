@@ -269,10 +269,10 @@ def verify(folder: str | os.PathLike) -> None:
     if seal != _seal(files):
         expected = f"expected seal {str(seal)[:12]}.."
         raise Damaged(f"{path}: got other text than was written, {expected}")
-    present = {
+    names = {
         path.name for pattern in ("*.safetensors", "rank*.json") for path in folder.glob(pattern)
     }
-    unknown = present - files.keys()
+    unknown = names - files.keys()
     if unknown:
         path = folder / min(unknown)
         raise Damaged(f"{path}: got a file that the digest does not name, expected none")

@@ -185,6 +185,9 @@ def _wanted() -> list[tuple[str, str | None]]:
     for line in importlib.metadata.requires("rorqual") or ():
         word = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra == ['\"]([\w-]+)", line)
+        named = {name.lower() for name, _ in checks}
+        if word and word[0].lower() in named:
+            continue
         if word and word[0] != "rorqual" and (extra is None or extra[1] not in BUNDLES):
             checks.append((word[0], extra[1] if extra else None))
     return checks

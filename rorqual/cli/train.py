@@ -233,7 +233,7 @@ checkpoint, --max-restarts times (3). Batches are those of one process: \
   rorqual launch --nproc-per-node 2 tiny --data notes/ --save-every 50
   rorqual launch --nproc-per-node gpu --max-restarts 10 small --data notes/
   rorqual launch --nproc-per-node 4 tiny --data notes/ --distributed.expert 4
-  rorqual launch --nnodes 8 --nproc-per-node 8 engram-27b --dry-run     starts none of them
+  rorqual launch --nnodes 8 --nproc-per-node 8 engram-27b --batch-size 64 --dry-run     starts none
 
 What goes wrong in the training itself, such as a loss that stays NaN, is tried as often, \
 since torchrun

@@ -104,10 +104,10 @@ def _mapped(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
 
 def _refuse_wider(path: Path, ids: np.ndarray) -> None:
     """Raises ValueError where ids of two bytes look like ids of four: every second one is 0."""
-    begin = ids[:_LOOKED_AT]
+    head = ids[:_LOOKED_AT]
     # Of few ids it may be chance.
-    even = ids.dtype.itemsize == 2 and len(ids) % 2 == 0 and len(begin) >= 64
-    if even and begin[::2].any() and not begin[1::2].any():
+    even = ids.dtype.itemsize == 2 and len(ids) % 2 == 0 and len(head) >= 64
+    if even and head[::2].any() and not head[1::2].any():
         raise ValueError(
             f"{path}: got ids of two bytes of which every second is 0, expected ids of two bytes "
             "for this vocabulary: --data.token-dtype uint32 reads them as four"

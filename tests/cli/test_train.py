@@ -323,7 +323,7 @@ def test_a_dry_run_prints_what_a_rank_holds_and_writes_nothing(
     counted = costs(preset("engram-27b"), 256)
     assert content["ranks"] == 1024
     assert content["costs"]["total"] == counted.total
-    assert content["roles"]["rows"]["parameters"] == counted.memory
+    assert content["roles"]["rows"]["parameters"] == -(-counted.memory // content["ranks"])
     assert content["wire"]["gradients, reduced"] > 0
     assert main(["launch", "--nproc-per-node", "3", "tiny", "--dry-run"]) == 1
     assert "expected a multiple of the 3 ranks" in capsys.readouterr().err
