@@ -181,7 +181,7 @@ def _devices() -> list[str]:
 
 def _wanted() -> list[tuple[str, str | None]]:
     """Returns (distribution, its extra or None) of all that rorqual's own metadata names."""
-    checks = []
+    checks: list[tuple[str, str | None]] = []
     for line in importlib.metadata.requires("rorqual") or ():
         word = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra == ['\"]([\w-]+)", line)
