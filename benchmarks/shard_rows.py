@@ -138,7 +138,8 @@ def show_bytes(options: argparse.Namespace) -> None:
     for line in results[0]:
         each = line["sent"] / line["distinct"]
         print(
-            f"{line['rows']:12,}{line['ids']:10,}{line['distinct']:10,}{line['sent']:14,}{each:15.1f}"
+            f"{line['rows']:12,}{line['ids']:10,}{line['distinct']:10,}"
+            f"{line['sent']:14,}{each:15.1f}"
         )
 
 
