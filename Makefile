@@ -14,6 +14,8 @@ TEST := .venv/test-installed
 DOCS := .venv/docs-installed
 export OMP_NUM_THREADS ?= 1
 export PIP_ROOT_USER_ACTION ?= ignore
+# The demo and the tests start Python some hundred times; each would compile the library again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Wheels alone: nothing is compiled or built on a user's machine. Errors alone: pip's warnings about the settings of a
 # machine would fill the first screen that a user sees.
