@@ -6,8 +6,9 @@
 The pages are Markdown files that read well in the repository, too. A copy of them goes to
 build/site, where links to source files become links to pages that show them, each page without a
 Chinese version gets its English text under a Chinese note, and the pages of the API reference are
-written. Then zensical builds both languages with warnings as errors, and every link, anchor and
-picture of the result must exist. Nothing is loaded from another host.
+written. Figures are put into the pages, so that they follow the switch between light and dark. Then
+zensical builds both languages with warnings as errors, and every link, anchor and picture of the
+result must exist. Nothing is loaded from another host.
 """
 
 import argparse
@@ -50,6 +51,9 @@ FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Not within a longer code span, which shows how a formula is written.
 FORMULA = re.compile(r"(?<!`)\$`([^`\n]+)`\$(?!`)")
 PICTURES = (".png", ".svg", ".jpg")
+# A line that is a figure of scripts/draw_figures.py and nothing else, and its dark colours.
+FIGURE = re.compile(r"^!\[[^\]]*\]\((?P<target>[^)\s]+\.svg)\)$")
+DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{ (?P<rule>\.figure \{[^}]*\}) \}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,10 @@ class Links:
         fenced = False
         for line in text.splitlines():
             fenced ^= bool(FENCE.match(line))
-            if not fenced:
+            figure = FIGURE.match(line)
+            if figure and not fenced:
+                line = with_switch(self.path(figure["target"], file))
+            elif not fenced:
                 line = LINK.sub(
                     lambda match: (
                         match["before"]
@@ -156,7 +163,7 @@ class Links:
         split = urlsplit(target)
         if split.scheme or target.startswith("#"):
             return target
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), split.path))
+        path = self.path(target, file)
         anchor = f"#{split.fragment}" if split.fragment else ""
         here = posixpath.dirname(name) or "."
         if path in self.names:
@@ -165,12 +172,17 @@ class Links:
             if of == "zh" and language == "en":
                 return outside("en", here, html_name(page)) + anchor
             return posixpath.relpath(page, here) + anchor
-        if not (ROOT / path).is_file():
-            raise ValueError(f"{file}: got a link to {target}, expected a file of the repository")
         if path.endswith(PICTURES):
             self.pictures.add(path)
             return posixpath.relpath(path.removeprefix("docs/"), here)
-        return self.source(path, language, here) + self.line(split.fragment)
+        return self.source(path, language, here) + self.line(path, split.fragment)
+
+    def path(self, target: str, file: str) -> str:
+        """Returns the file of the repository that a link in `file` leads to."""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), urlsplit(target).path))
+        if not (ROOT / path).is_file():
+            raise ValueError(f"{file}: got a link to {target}, expected a file of the repository")
+        return path
 
     def source(self, path: str, language: str, here: str) -> str:
         """Returns the address of a source file: the repository's, or a page that shows it."""
@@ -181,8 +193,13 @@ class Links:
             return posixpath.relpath(source_name(path), here)
         return outside(language, here, html_name(source_name(path)))
 
-    def line(self, fragment: str) -> str:
-        """Returns the anchor of a line of a source file, `L12` as GitHub names it."""
+    def line(self, path: str, fragment: str) -> str:
+        """Returns the anchor of a line of a source file.
+
+        fragment: `L12` as GitHub names it, or the name of what the line defines, `MoE.forward`.
+        """
+        if path.endswith(".py") and fragment and not re.fullmatch(r"L\d+", fragment):
+            fragment = f"L{defined(path, fragment)}"
         if self.repo_url or not fragment:
             return f"#{fragment}" if fragment else ""
         return "#__codelineno-0-" + fragment.removeprefix("L")
@@ -191,6 +208,34 @@ class Links:
 def outside(language: str, here: str, page: str) -> str:
     """Returns the way from a folder of one language's site to a page of the other's."""
     return posixpath.normpath(posixpath.join(posixpath.relpath(".", here), OTHER[language], page))
+
+
+def defined(path: str, name: str) -> int:
+    """Returns the line of a source file that defines a name, as `losses` or `MoE.forward`."""
+    lines = []
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    for piece in name.split("."):
+        named = [
+            node
+            for node in body
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == piece
+        ]
+        if not named:
+            raise ValueError(f"got a link to {path}#{name}, expected what that file defines")
+        # The last one is what Python uses, too; those before it are overloads.
+        body = named[-1].body
+        lines.append(named[-1].lineno)
+    return lines[-1]
+
+
+def with_switch(path: str) -> str:
+    """Returns a figure as a part of a page, whose dark colours follow the switch of the site."""
+    svg = (ROOT / path).read_text(encoding="utf-8")
+    dark = DARK.sub(r'[data-md-color-scheme="slate"] \g<rule>', svg)
+    if dark == svg:
+        raise ValueError(f"got {path} alone on a line, expected a figure of draw_figures.py")
+    # A blank line would end the HTML in Markdown.
+    return f"<figure>\n{dark.strip()}\n</figure>"
 
 
 def source_name(path: str) -> str:

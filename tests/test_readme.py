@@ -1,7 +1,8 @@
 """Runs what the READMEs, the pages of docs/ and --help show a reader to type.
 
 A block that needs what this machine may lack stands below a comment, `<!-- needs: hours -->`, with
-reasons from NEEDS.
+reasons from NEEDS. Where a block without a language follows a block of Python, it shows what that
+prints.
 """
 
 import contextlib
@@ -113,11 +114,12 @@ ENDLESS = {"serve", "explore"}  # commands that run until they are interrupted
 
 
 class Block(NamedTuple):
-    """A fenced block of a page, and the needs that the comment above it lists."""
+    """A fenced block of a page, the needs that the comment above it lists, and what it prints."""
 
     language: str
     body: str
     needs: tuple[str, ...]
+    output: str
 
     @property
     def lines(self) -> list[str]:
@@ -125,7 +127,8 @@ class Block(NamedTuple):
 
 
 FENCE = re.compile(
-    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$"
+    r"(?=(?:\n\n```\n(?P<output>.*?)^```$)?)",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -133,7 +136,12 @@ FENCE = re.compile(
 def all_blocks(page: Path) -> list[Block]:
     result = FENCE.finditer(page.read_text(encoding="utf-8"))
     return [
-        Block(m["language"], m["body"], tuple(m["needs"].split(", ")) if m["needs"] else ())
+        Block(
+            m["language"],
+            m["body"],
+            tuple(m["needs"].split(", ")) if m["needs"] else (),
+            (m["output"] or "") if m["language"] == "python" else "",
+        )
         for m in result
     ]
 
@@ -363,7 +371,10 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
             )
             for number, less in SMALLER.items():
                 code = code.replace(number, less)
+            capsys.readouterr()
             exec(compile(code, page.name, "exec"), names)
+            if block.output:
+                assert capsys.readouterr().out == block.output, block.body
         elif block.language == "sh":
             for line in block.lines:
                 if slow_too or not slow(shlex.split(line, comments=True)):

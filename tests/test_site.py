@@ -111,6 +111,40 @@ def test_links_to_source_files_lead_to_the_repository_where_it_has_an_address() 
     assert not hosted.sources
 
 
+def test_a_link_to_a_definition_leads_to_its_line() -> None:
+    lines = (ROOT / "scripts/build_site.py").read_text(encoding="utf-8").splitlines()
+    assert lines[site.defined("scripts/build_site.py", "Links.line") - 1].startswith(
+        "    def line("
+    )
+    assert lines[site.defined("scripts/build_site.py", "main") - 1].startswith("def main(")
+    result = links().target("../scripts/build_site.py#main", "docs/hub.md", "en", "hub.md")
+    number = site.defined("scripts/build_site.py", "main")
+    assert result == f"source/scripts/build_site.py.md#__codelineno-0-{number}"
+    hosted = site.Links(PAGES, "https://example.org/rorqual", "main")
+    result = hosted.target("../scripts/build_site.py#main", "docs/hub.md", "en", "hub.md")
+    assert result == f"https://example.org/rorqual/blob/main/scripts/build_site.py#L{number}"
+    with pytest.raises(ValueError, match=r"build_site\.py#Links\.none"):
+        site.defined("scripts/build_site.py", "Links.none")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: "site.Page") -> None:
+    for language in site.LANGUAGES:
+        file = page.source(language)
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert links().rewrite(text, file, language, page.name)
+
+
+def test_a_figure_becomes_a_part_of_the_page() -> None:
+    line = "![A token, a router and experts.](images/moe_layer.svg)\n"
+    result = links().rewrite(line, "docs/moe.md", "en", "moe.md")
+    assert result.startswith("<figure>\n<svg ")
+    assert '[data-md-color-scheme="slate"] .figure {' in result
+    assert "@media" not in result and "\n\n" not in result
+    within = "see ![it](images/moe_layer.svg) here\n"
+    assert links().rewrite(within, "docs/moe.md", "en", "moe.md") == within
+
+
 def test_a_link_into_nothing_is_refused_and_code_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"docs/index\.md: got a link to none\.md"):
         links().rewrite("[a](none.md)\n", "docs/index.md", "en", "index.md")
