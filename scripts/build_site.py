@@ -252,7 +252,8 @@ def html_name(name: str) -> str:
 def with_formulas(text: str) -> str:
     """Replaces ```math blocks and $`inline formulas`$, both as GitHub shows them, by MathML."""
     text = FORMULA_BLOCK.sub(lambda match: f"<div>{mathml(match[1], 'block')}</div>", text)
-    return FORMULA.sub(lambda match: mathml(match[1], "inline"), text)
+    # Markdown would take a formula at the start of a line for a block, but not a span.
+    return FORMULA.sub(lambda match: f"<span>{mathml(match[1], 'inline')}</span>", text)
 
 
 def mathml(latex: str, display: str) -> str:

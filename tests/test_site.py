@@ -162,6 +162,7 @@ def test_formulas_become_mathml() -> None:
     text = site.with_formulas("x $`a_i * b`$\n\n```math\n\\frac{a}{b}\n```\n")
     assert "<msub><mi>a</mi><mi>i</mi></msub>" in text
     assert "*" not in text and "_" not in text
+    assert "x <span><math" in text
     assert '<div><math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
     assert "<mfrac>" in text
     code = "written ``$`x`$``"
