@@ -54,3 +54,71 @@ def moe_layer(f: Figure) -> None:
         size=SMALL,
         kind="soft",
     )
+
+
+def moe_dispatch(f: Figure) -> None:
+    """Slots sorted by expert, one product for all experts, and the way back."""
+    f.alt = f.say(
+        "Three tokens choose two experts each. Their six copies are sorted by expert into runs of "
+        "two, three and one rows, each run is multiplied by its expert's matrix, and every token "
+        "sums its two rows. A line between experts 1 and 2 shows where two devices would part.",
+        "三个词元各选两个专家。六个副本按专家排序，成为 2、3、1 行的三段，每段乘以本专家的矩阵，"
+        "然后每个词元把自己的两行相加。专家 1 与 2 之间的虚线是两台设备的分界。",
+    )
+    colours = ("learned", "state", "memory")
+    choices = ((0, 1), (1, 2), (0, 1))
+    left = 8.0
+    size = 30.0
+    heading = {"size": SMALL, "kind": "soft", "anchor": "start", "width": 112.0}
+    f.text(left, 4, f.say("tokens and their experts", "词元及其专家"), **heading)
+    tokens = []
+    for n, pair in enumerate(choices):
+        y = 46 + n * 68
+        box = f.box(left, y, size, f"t_{{{n + 1}}}", height=size, kind=colours[n])
+        f.text(box.right + 8, y + 6, f"{pair[0]}, {pair[1]}", anchor="start")
+        tokens.append(box)
+    # The rows, sorted by expert and stable within each.
+    slots = sorted((expert, n) for n, pair in enumerate(choices) for expert in pair)
+    middle = 138.0
+    f.text(middle - 8, 4, f.say("rows sorted by expert", "按专家排序的行"), **heading)
+    rows = []
+    y = 40.0
+    for position, (expert, n) in enumerate(slots):
+        if position and slots[position - 1][0] != expert:
+            y += 20
+        box = f.box(middle, y, size + 14, f"t_{{{n + 1}}}", height=size - 4, kind=colours[n])
+        rows.append(box)
+        y = box.bottom
+    right = 240.0
+    f.text(right, 4, f.say("one matrix for each run", "每段一个矩阵"), **heading)
+    for expert in range(3):
+        run = [box for box, slot in zip(rows, slots, strict=True) if slot[0] == expert]
+        middle_y = (run[0].y + run[-1].bottom) / 2
+        height = max(26.0, run[-1].bottom - run[0].y)
+        matrix = f.box(
+            right, middle_y - height / 2, 62, f"W_{{{expert}}}", height=height, kind="chosen"
+        )
+        f.connect((run[0].right + 6, middle_y), matrix.west())
+        label = f.say(f"{len(run)} row{'s' if len(run) > 1 else ''}", f"{len(run)} 行")
+        f.text(matrix.right + 8, middle_y - 7, label, size=SMALL, kind="soft", anchor="start")
+        if expert == 1:
+            first = slots.index((1, 0))
+            border = (rows[first - 1].bottom + rows[first].y) / 2
+            f.line((middle - 12, border), (374, border), dashed=True)
+    bottom = max(rows[-1].bottom, tokens[-1].bottom) + 22
+    sums = []
+    for n in range(3):
+        x = 8 + n * 126
+        text = f.say(f"y_{{{n + 1}}} = Σ w · 2 rows", f"y_{{{n + 1}}} = 两行加权和")
+        sums.append(f.box(x, bottom, 112, text, kind=colours[n], size=SMALL))
+    f.text(
+        190,
+        sums[0].bottom + 6,
+        f.say(
+            "dashed: the border of two devices; rows cross it by all-to-all",
+            "虚线：两台设备的分界，行通过 all-to-all 越过它",
+        ),
+        size=SMALL,
+        kind="soft",
+        width=360,
+    )
