@@ -528,6 +528,26 @@ def test_the_pages_name_the_same_commands() -> None:
     assert first == second
 
 
+def test_chinese_pages_have_the_same_worked_examples() -> None:
+    for page in DOCS:
+        chinese = ROOT / "docs/zh" / page.name
+        if page.parent == ROOT / "docs" and chinese.is_file():
+            first, second = (
+                [(block.body, block.output) for block in all_blocks(path) if block.output]
+                for path in (page, chinese)
+            )
+            assert first == second, page.name
+
+
+def test_what_a_block_prints_is_read_from_the_block_below_it(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nprint(1)\n```\n\n```\n1\n```\n\n"
+        "```python\nprint(2)\n```\n\nText between.\n\n```\n3\n```\n"
+    )
+    assert [block.output for block in all_blocks(page)] == ["1\n", "", "", ""]
+
+
 @pytest.mark.parametrize(
     "page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name
 )

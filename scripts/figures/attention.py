@@ -47,7 +47,7 @@ def attention_kinds(f: Figure) -> None:
                     f.line(query.south(), (query.cx, box.y))
             y = top + 80
             continue
-        own = [
+        of_heads = [
             f.box(query.x, top + 40, 34, "k v", height=22, kind="learned", size=SMALL)
             for query in queries
         ]
@@ -60,7 +60,7 @@ def attention_kinds(f: Figure) -> None:
             kind="state",
             size=SMALL,
         )
-        for query, box in zip(queries, own, strict=True):
+        for query, box in zip(queries, of_heads, strict=True):
             f.line(query.south(), box.north())
             f.connect((box.cx, latent.y), box.south())
         f.text(
