@@ -123,6 +123,32 @@ def test_a_figure_without_a_fault_has_none() -> None:
     assert not list(figure.problems())
 
 
+def test_every_kind_of_drawing_is_in_the_file() -> None:
+    figure = svg.Figure()
+    figure.alt = "One of everything."
+    grid = figure.cells(
+        60, 40, [[0.0, 1.0], [0.5, None]], rows=["a", "b"], columns=["c", "d"], show="{:.1f}".format
+    )
+    figure.bracket(grid, "right", "two rows")
+    figure.bracket(grid, "below", "two columns")
+    box = figure.box(220, 40, 80, "x_{i}^{2}", kind="memory")
+    sign = figure.circle(260, 110, "+")
+    figure.connect(box.south(), sign.north(), kind="chosen", dashed=True)
+    figure.line((10, 150), (100, 150))
+    assert not list(figure.problems())
+    drawn = ElementTree.fromstring(figure.svg())
+    space = "{http://www.w3.org/2000/svg}"
+    # Four cells, colours on three of them, and the box.
+    assert len(drawn.findall(f"{space}rect")) == 8
+    assert len(drawn.findall(f"{space}polygon")) == 1
+    assert len(drawn.findall(f"{space}circle")) == 1
+    words = ["".join(text.itertext()) for text in drawn.findall(f"{space}text")]
+    assert {"0.0", "0.5", "a", "d", "two rows", "two columns", "xi2", "+"} <= set(words)
+    moved = [span.get("dy") for span in drawn.iter(f"{space}tspan") if span.get("dy")]
+    # Down to the index, and from there up to the power.
+    assert float(moved[0]) > 0 > float(moved[1])
+
+
 def test_colours_follow_light_and_dark() -> None:
     assert svg.LIGHT.keys() == svg.DARK.keys()
 
