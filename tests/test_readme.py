@@ -5,6 +5,7 @@ reasons from NEEDS. Where a block without a language follows a block of Python, 
 prints.
 """
 
+import ast
 import contextlib
 import gc
 import os
@@ -383,9 +384,30 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
     gc.collect()
 
 
-WITH_BLOCKS = [
-    page for page in DOCS if any(block.language in ("sh", "python") for block in all_blocks(page))
-]
+def run_blocks(page: Path) -> list[tuple[str, str]]:
+    """Returns the language and the code of each block that is run, Python without its comments."""
+    result = []
+    for block in all_blocks(page):
+        code = block.body
+        if block.language == "python":
+            tree = ast.parse(code)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            code = ast.dump(tree) + block.output
+        if block.language in ("sh", "python"):
+            result.append((block.language, code))
+    return result
+
+
+def repeats(page: Path) -> bool:
+    """Returns whether a Chinese page runs what the English page of its name does."""
+    english = ROOT / "docs" / page.name
+    chinese = page.parent.name == "zh" and english.is_file()
+    return chinese and run_blocks(page) == run_blocks(english)
+
+
+WITH_BLOCKS = [page for page in DOCS if run_blocks(page) and not repeats(page)]
 WITH_SLOW = [
     page
     for page in WITH_BLOCKS
@@ -435,6 +457,15 @@ def test_the_page_runs(
 ) -> None:
     monkeypatch.chdir(pages_folder)
     read_through(page, capsys, slow_too=slow_too)
+
+
+def test_a_chinese_page_that_repeats_the_code_of_the_english_one_is_run_once() -> None:
+    english = ROOT / "docs/moba.md"
+    chinese = ROOT / "docs/zh/moba.md"
+    assert repeats(chinese) and not repeats(english)
+    assert english in WITH_BLOCKS and chinese not in WITH_BLOCKS
+    # Its comments are Chinese, so that the text differs.
+    assert blocks(chinese, "python") != blocks(english, "python")
 
 
 def help_examples() -> dict[str, list[str]]:
