@@ -38,21 +38,21 @@ def dsa_indexer(f: Figure) -> None:
         left, query.bottom + 34, width, "I_{t,s} = Σ_{j} w_{j} ReLU(q_{j}·k_{s})", size=12
     )
     f.connect(query.south(), scores.north())
-    chosen = f.box(
+    topk = f.box(
         left,
         scores.bottom + 34,
         width,
         f.say("S: the top 2048 keys", "S：前 2048 个键"),
         kind="chosen",
     )
-    f.connect(scores.south(), chosen.north())
+    f.connect(scores.south(), topk.north())
     attend = f.box(
         right,
-        chosen.y - 8,
+        topk.y - 8,
         width,
         f.say("MLA: softmax over\nthe latents of S", "MLA：只对 S 的\n潜在向量做 softmax"),
     )
-    f.connect(chosen.east(), (attend.x, chosen.cy), kind="chosen")
+    f.connect(topk.east(), (attend.x, topk.cy), kind="chosen")
     f.connect(latent.south(), attend.north())
     out = f.box(right + 35, attend.bottom + 26, 90, f.say("output", "输出"))
     f.connect(attend.south(), out.north())

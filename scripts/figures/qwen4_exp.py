@@ -40,17 +40,17 @@ def qwen4_block(f: Figure) -> None:
             kind="learned",
             size=12,
         )
-        part = f.box(150, read.bottom + 20, 170, name, kind="state", size=12)
+        layer = f.box(150, read.bottom + 20, 170, name, kind="state", size=12)
         write = f.box(
             120,
-            part.bottom + 20,
+            layer.bottom + 20,
             230,
             f.say("write: x_{i} ← x_{i} + w_{i} F(u)", "写：x_{i} ← x_{i} + w_{i} F(u)"),
             kind="learned",
             size=12,
         )
-        f.connect((read.cx, read.bottom), part.north())
-        f.connect(part.south(), (part.cx, write.y))
+        f.connect((read.cx, read.bottom), layer.north())
+        f.connect(layer.south(), (layer.cx, write.y))
         reads.append((read, write))
         y = write.bottom + 26
     bottom = y - 8
