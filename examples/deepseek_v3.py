@@ -338,7 +338,7 @@ def main() -> None:
         draw(model, records, options.draw)
         print(f"   drawn: {options.draw}")
     if options.compare:
-        print(f"6. {options.steps} steps with each switch alone, means of the last quarter:")
+        print(f"6. {options.steps} steps with each switch alone, one seed, last quarter:")
         compare(options.steps)
 
 
