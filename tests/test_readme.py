@@ -383,19 +383,9 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
     gc.collect()
 
 
-def run_blocks(page: Path) -> list[Block]:
-    """Returns the blocks of a page that are run."""
-    return [block for block in all_blocks(page) if block.language in ("sh", "python")]
-
-
-def repeats(page: Path) -> bool:
-    """Returns whether a Chinese page runs what the English page of its name does."""
-    english = ROOT / "docs" / page.name
-    chinese = page.parent.name == "zh" and english.is_file()
-    return chinese and run_blocks(page) == run_blocks(english)
-
-
-WITH_BLOCKS = [page for page in DOCS if run_blocks(page) and not repeats(page)]
+WITH_BLOCKS = [
+    page for page in DOCS if any(block.language in ("sh", "python") for block in all_blocks(page))
+]
 WITH_SLOW = [
     page
     for page in WITH_BLOCKS
@@ -445,13 +435,6 @@ def test_the_page_runs(
 ) -> None:
     monkeypatch.chdir(pages_folder)
     read_through(page, capsys, slow_too=slow_too)
-
-
-def test_a_chinese_page_that_repeats_the_code_of_the_english_one_is_run_once() -> None:
-    english = ROOT / "docs/moba.md"
-    chinese = ROOT / "docs/zh/moba.md"
-    assert repeats(chinese) and not repeats(english)
-    assert english in WITH_BLOCKS and chinese not in WITH_BLOCKS
 
 
 def help_examples() -> dict[str, list[str]]:
