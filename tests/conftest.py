@@ -135,11 +135,11 @@ def _structure(module: Any) -> int:
             for named in (module._parameters, module._buffers)
             for name, tensor in named.items()
         ]
-        parts = [
-            (name, None if part is None else _structure(part))
-            for name, part in module._modules.items()
+        children = [
+            (name, None if child is None else _structure(child))
+            for name, child in module._modules.items()
         ]
-        key = (type(module), repr(settings), *tensors, *parts)
+        key = (type(module), repr(settings), *tensors, *children)
         number = STRUCTURES.setdefault(key, len(STRUCTURES))
         STRUCTURE_OF[module] = size, number
     return number
