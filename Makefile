@@ -2,11 +2,13 @@
 # make test    linters, types, and every fast test         (SLOW=1: the slow tests too)
 # make lint    the linters and types alone
 # make docs    builds the documentation site into site/ and checks its links
+# make notebooks  executes the notebooks and compares what they print   (WRITE=1: writes them anew)
 # make wheel   builds the wheel and tries it in an environment of its own
 # make venv    .venv with everything that work on rorqual needs; make demo installs less
 
 PYTHON ?= python3
 SLOW ?=
+WRITE ?=
 LINTED ?=
 PY := .venv/bin/python
 DEMO := .venv/demo-installed
@@ -28,7 +30,7 @@ VENV = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 CHECKSUM := { pwd; cksum pyproject.toml constraints.txt Makefile; }
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint docs wheel venv
+.PHONY: demo test lint docs notebooks wheel venv
 
 venv: $(TEST)
 
@@ -73,6 +75,9 @@ $(DOCS): pyproject.toml constraints.txt Makefile
 
 docs: $(DOCS)
 	$(PY) scripts/build_site.py
+
+notebooks: $(TEST)
+	$(PY) scripts/build_notebooks.py $(if $(WRITE),,--check)
 
 demo: $(DEMO)
 	$(PY) -m rorqual demo
