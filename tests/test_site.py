@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -39,14 +40,15 @@ def test_every_page_has_a_title() -> None:
     for page in PAGES:
         for language in site.LANGUAGES:
             file = page.source(language)
-            first = (ROOT / file).read_text(encoding="utf-8").partition("\n")[0]
+            first = site.page_text(file)[0].partition("\n")[0]
             assert first.startswith("# "), file
             assert page.titles[language].strip(), file
 
 
 def test_chinese_pages_exist_where_the_navigation_says_so() -> None:
     chinese = {path.name for path in (ROOT / "docs/zh").glob("*.md")}
-    translated = {page.file.rpartition("/")[2] for page in PAGES if not page.english}
+    pages = [page for page in PAGES if not page.file.startswith("notebooks/")]
+    translated = {page.file.rpartition("/")[2] for page in pages if not page.english}
     assert chinese == translated
     for page in PAGES:
         assert page.title("zh").endswith("（英文）") == page.english, page.file
@@ -150,6 +152,33 @@ def test_a_link_into_nothing_is_refused_and_code_is_left_alone() -> None:
         links().rewrite("[a](none.md)\n", "docs/index.md", "en", "index.md")
     code = "```\n[a](none.md)\n```\n"
     assert links().rewrite(code, "docs/index.md", "en", "index.md") == code
+
+
+def test_a_notebook_is_a_page_with_its_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# 1. Title: more\n", "\n", "$a_i$ and $$b$$"]},
+        {
+            "cell_type": "code",
+            "source": ["print(1)"],
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": ["1\n"]},
+                {"output_type": "display_data", "data": {"image/png": "YWJj\n", "text/plain": []}},
+            ],
+        },
+    ]
+    for folder in ("notebooks", "notebooks/zh"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "01_x.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    (page,) = site.notebook_pages()
+    assert page.source("zh") == "notebooks/zh/01_x.ipynb"
+    assert page.titles == {"en": "1. Title", "zh": "1. Title"}
+    text, pictures = site.page_text(page.file)
+    assert "$`a_i`$ and \n```math\nb\n```" in text
+    assert "```python\nprint(1)\n```\n\n```text\n1\n```" in text
+    assert pictures == {"01_x-1.png": b"abc"} and 'src="01_x-1.png"' in text
 
 
 def test_chinese_lines_join_without_a_space() -> None:
