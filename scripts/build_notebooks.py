@@ -427,7 +427,7 @@ def build(name: str, mode: str) -> tuple[list[str], float]:
 def environment(folder: str) -> None:
     """Sets what kernels inherit: this checkout's rorqual, one thread, no network, no traces."""
     os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["PYTHONWARNINGS"] = "error:::rorqual"
+    os.environ["PYTHONWARNINGS"] = "error:::rorqual,ignore:IProgress not found"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Compiling a decoding step would take longer than a notebook generates.

@@ -58,7 +58,7 @@ def source(folder: Path, code: str) -> Path:
 
 
 def test_there_are_notebooks_and_nothing_else() -> None:
-    assert len(NAMES) >= 5
+    assert len(NAMES) >= 6
     assert all(re.fullmatch(r"\d\d_[a-z0-9_]+", name) for name in NAMES)
     stored = {path.relative_to(notebooks.FOLDER).as_posix() for path in files()}
     expected = {

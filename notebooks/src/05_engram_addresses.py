@@ -52,14 +52,14 @@ print("one canonical id:", [tokenizer.token(i) for i in np.flatnonzero(canonical
 # rows of its own: the next prime from `rows_per_head` on that no head before it has. Different primes make the heads' collisions
 # independent: two n-grams that meet in one head are apart in another.
 #
-# **Exercise 1.** Write the choice of primes for one layer, [orders][heads].
+# **Exercise 1.** Write the choice of primes for one layer, `[orders][heads]`.
 # %% [markdown] lang="zh"
 # ## 素数与乘数
 #
 # 下面的记忆有两个阶（2-gram 与 3-gram），每阶两个哈希头，所以一个词元读四行。每个头有自己的行数：从 `rows_per_head` 起，前面的头都没用过的
 # 下一个素数。素数不同，各头的冲突就彼此独立：在一个头里相遇的两个 n-gram，在另一个头里是分开的。
 #
-# **练习 1.** 写出一层的素数选取，形如 [orders][heads]。
+# **练习 1.** 写出一层的素数选取，形如 `[orders][heads]`。
 # %% tags=["exercise"]
 def primes_of(rows_per_head: tuple[int, ...], heads: int) -> list[list[int]]:
     """Returns the primes of every order's heads; no prime occurs twice."""
