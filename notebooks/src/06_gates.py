@@ -186,7 +186,7 @@ for ids in sample:
         trigrams[tuple(canonical[i] for i in ids[t - 2 : t + 1])] for t in range(2, len(ids))
     ]
 values = torch.cat(values)
-power = torch.tensor(occurrences).log2().floor().clamp_max(8).long()
+power = torch.tensor(occurrences).log2().clamp_max(8).long()
 
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 axes.boxplot(
