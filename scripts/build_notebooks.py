@@ -38,14 +38,14 @@ from typing import NamedTuple
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode, v4
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 SOURCES = FOLDER / "src"
 TAGS = {"exact", "exercise", "wrong", "gate"}
-SECONDS = 300  # the time limit of a cell
+SECONDS = 300  # the time limit of a cell, and of a kernel's start
 BYTES = 300_000  # the limit of a stored notebook
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -315,13 +315,15 @@ def execute(name: str, cells: Sequence[Cell]) -> list[list[NotebookNode]]:
         client = NotebookClient(
             notebook,
             timeout=SECONDS,
+            startup_timeout=SECONDS,
             resources={"metadata": {"path": folder}},
             # That messages within this machine are not encrypted is no news.
             extra_arguments=["--log-level=ERROR"],
         )
         try:
             client.execute()
-        except CellExecutionError as error:
+        except (CellExecutionError, CellTimeoutError, RuntimeError) as error:
+            # A RuntimeError is a kernel that does not start, or died.
             raise Broken(f"{name}: {error}") from None
     outputs = []
     for probe, run in zip(probes, notebook.cells, strict=True):
