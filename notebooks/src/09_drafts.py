@@ -5,14 +5,14 @@
 # free: the model reads the draft together with the last token, and if it is what the model would have said, two tokens came out of one forward pass. The text does not
 # change, only the number of passes.
 #
-# *Paper: DeepSeek-V3 (arXiv 2412.19437), section 2.2. Forty seconds of one core.*
+# Level: look inside. Takes 20 minutes. Paper: DeepSeek-V3 (arXiv 2412.19437), section 2.2. Forty seconds of one core.
 # %% [markdown] lang="zh"
 # # 9. 多词元预测与草稿
 #
 # DeepSeek-V3 在每个位置上训练预测两个词元。第二个预测促使模型提前规划，而在生成时它就是一份免费的草稿：模型把草稿连同最后一个词元一起读入，如果草稿正是
 # 模型自己会说的，一次前向就得到两个词元。文本不变，变的只是前向的次数。
 #
-# *论文：DeepSeek-V3（arXiv 2412.19437）第 2.2 节。单核约四十秒。*
+# 层次：看内部。用时 20 分钟。论文：DeepSeek-V3（arXiv 2412.19437）第 2.2 节。单核约四十秒。
 # %%
 import os
 

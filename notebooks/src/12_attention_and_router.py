@@ -4,14 +4,14 @@
 # You will write an attention that reads the tokens 0, 1, 2, 4, 8, 16, ... before, and a router that compares directions instead of sizes; thirty
 # lines each, and the tests that say whether they are right. Both run in a whole model: packed documents, padding, a cache and generation included.
 #
-# *Sparse attention at distances of powers of two: LogSparse Transformer (arXiv 1907.00235). Cosine routing: X-MoE (arXiv 2204.09179). Half a minute of one core.*
+# Level: extend. Takes 60 minutes. Sparse attention at distances of powers of two: LogSparse Transformer (arXiv 1907.00235). Cosine routing: X-MoE (arXiv 2204.09179). Half a minute of one core.
 # %% [markdown] lang="zh"
 # # 12. 写一种新的注意力和一种新的路由
 #
 # 你将写一种注意力，它只读之前第 0、1、2、4、8、16……个词元；再写一种路由，它比较方向而不是大小。各三十行，外加判断对错的测试。两者都在完整的模型里
 # 运行，打包文档、填充、缓存与生成都包括在内。
 #
-# *距离为 2 的幂的稀疏注意力：LogSparse Transformer（arXiv 1907.00235）；余弦路由：X-MoE（arXiv 2204.09179）。单核约半分钟。*
+# 层次：扩展。用时 60 分钟。距离为 2 的幂的稀疏注意力：LogSparse Transformer（arXiv 1907.00235）；余弦路由：X-MoE（arXiv 2204.09179）。单核约半分钟。
 # %%
 import os
 
