@@ -1,7 +1,7 @@
 # %% [markdown] lang="en"
 # # 8. Sparse attention, drawn
 #
-# Full attention reads every earlier token. Sparse attention first decides, cheaply, what is worth reading. NSA, MoBA, DSA and DeepSeek-V4's CSA and HCA decide in four different ways. You will hide needles in a text, train each of them to answer questions about the needles, and see on a map what every
+# Full attention reads every earlier token. Sparse attention first decides, cheaply, what is worth reading. NSA, MoBA, DSA and DeepSeek-V4's CSA and HCA each have their own way to decide. You will hide needles in a text, train each of them to answer questions about the needles, and see on a map what every
 # query read.
 #
 # Level: look inside. Takes 30 minutes. Papers: NSA (arXiv 2502.11089), MoBA (2502.13189), DSA (DeepSeek-V3.2, 2512.02556), CSA and HCA (DeepSeek-V4, section 2.3). Forty seconds of one core.

@@ -116,11 +116,11 @@ layers = (4, 12) if blocks == 30 else (1, 2)
 # %% [markdown] lang="en"
 # ## Before
 #
-# The facts are invented: four airport codes that do not exist. `FORMS` are the sentences of the training; the model is asked with a sentence that is not among them.
+# The facts are invented: four airport codes, each with a city where no airport has it. `FORMS` are the sentences of the training; the model is asked with a sentence that is not among them.
 # %% [markdown] lang="zh"
 # ## 之前
 #
-# 这些事实是编造的：四个不存在的机场代码。`FORMS` 是训练用的句子；提问用的句子不在其中。
+# 这些事实是编造的：四个机场代码，各配一座并没有这个代码的城市。`FORMS` 是训练用的句子；提问用的句子不在其中。
 # %%
 @torch.no_grad()
 def answer(code: str) -> str:

@@ -40,7 +40,7 @@ from rorqual.serve.decoding import decode
 # An attention is a module with `forward(hidden, ctx)`. It returns the output of the new tokens and, in second place, an indexer's loss or `None`. `hidden` are the new
 # tokens $[B, T, D]$. `ctx` is all else that a call knows, and these are the parts that matter here:
 #
-# | | |
+# | field | what it is |
 # | --- | --- |
 # | `ctx.columns` $[B, T]$ | the column of each new token among all keys, cached ones included |
 # | `ctx.key_count` | the number of keys, $L$ |
@@ -57,7 +57,7 @@ from rorqual.serve.decoding import decode
 # 注意力是一个带有 `forward(hidden, ctx)` 的模块，返回新词元的输出，以及索引器的损失或 `None`。`hidden` 是新词元 $[B, T, D]$。`ctx` 是一次调用所知道的其余一切，
 # 这里用到的有：
 #
-# | | |
+# | 字段 | 含义 |
 # | --- | --- |
 # | `ctx.columns` $[B, T]$ | 每个新词元在全部键（包括已缓存的）中的列号 |
 # | `ctx.key_count` | 键的个数 $L$ |
