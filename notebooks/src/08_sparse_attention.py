@@ -4,14 +4,14 @@
 # Full attention reads every earlier token. Sparse attention first decides, cheaply, what is worth reading. NSA, MoBA, DSA and DeepSeek-V4's CSA and HCA each have their own way to decide. You will hide needles in a text, train each of them to answer questions about the needles, and see on a map what every
 # query read.
 #
-# Level: look inside. Takes 30 minutes. Papers: NSA (arXiv 2502.11089), MoBA (2502.13189), DSA (DeepSeek-V3.2, 2512.02556), CSA and HCA (DeepSeek-V4, section 2.3). Forty seconds of one core.
+# Level: look inside. Takes 30 minutes. Papers: NSA (arXiv 2502.11089), MoBA (2502.13189), DSA (DeepSeek-V3.2, 2512.02556), CSA and HCA (DeepSeek-V4, section 2.3). Half a minute of one core.
 # %% [markdown] lang="zh"
 # # 8. 把稀疏注意力画出来
 #
 # 完整注意力读取前面的每个词元。稀疏注意力先用很小的代价决定哪些值得读。NSA、MoBA、DSA 以及 DeepSeek-V4 的 CSA 与 HCA 各有各的决定方式。你将把针藏进文本，训练它们回答关于针的问题，
 # 再从图上看每个查询到底读了什么。
 #
-# 层次：看内部。用时 30 分钟。论文：NSA（arXiv 2502.11089）、MoBA（2502.13189）、DSA（DeepSeek-V3.2，2512.02556）、CSA 与 HCA（DeepSeek-V4 第 2.3 节）。单核约四十秒。
+# 层次：看内部。用时 30 分钟。论文：NSA（arXiv 2502.11089）、MoBA（2502.13189）、DSA（DeepSeek-V3.2，2512.02556）、CSA 与 HCA（DeepSeek-V4 第 2.3 节）。单核约半分钟。
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
@@ -351,10 +351,10 @@ axes.legend(frameon=False, ncols=2)
 plt.show()
 
 # %% [markdown] lang="en"
-# **Key finding.** All six are one softmax over fewer keys; they differ in the unit that is chosen, and in what the chooser learns from. A choice of single keys finds single needles and needs an indexer; blocks are read faster and cost a needle's whole neighbourhood; entries are short, and blur.
+# **Key finding.** All of them are softmax attention to fewer keys; they differ in the unit that is chosen, and in what the chooser learns from. A choice of single keys finds single needles and needs an indexer; blocks lie together in memory, and bring a needle's whole neighbourhood along; entries are few, and blur.
 #
 # With the papers' sizes, the same code: `rorqual/layers/moba.py`, `nsa.py`, `dsa.py`, `csa.py`. What it costs and brings in time: `python benchmarks/sparse.py`; how well trained models find needles: `docs/needle.md`. Next: several tokens a step, in notebook 9.
 # %% [markdown] lang="zh"
-# **关键结论。** 六种注意力都是在更少的键上做一次 softmax；区别在于选择的单位，以及选择者从什么学习。选单个键能找到单根针，但需要索引器；选块读得更快，但要连针的整个邻域一起读；条目很短，但会模糊。
+# **关键结论。** 它们都是在更少的键上做 softmax 注意力；区别在于选择的单位，以及选择者从什么学习。选单个键能找到单根针，但需要索引器；同一块的键在内存里相邻，但要连针的整个邻域一起读；条目数少，但会模糊。
 #
 # 论文的尺寸用的是同样的代码：`rorqual/layers/moba.py`、`nsa.py`、`dsa.py`、`csa.py`。时间上的代价与收益：`python benchmarks/sparse.py`；训练好的模型找针的能力：`docs/needle.md`。接下来：一步多个词元，见第 9 个笔记本。

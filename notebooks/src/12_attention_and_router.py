@@ -148,7 +148,7 @@ ATTENTION_TESTS = (
 # **练习 1.** 写出这个掩码。对两个整数，`a & b` 保留两者都有的二进制位；16 = 10000，15 = 01111。
 # %% tags=["exercise"]
 class LogSparse(GQA):
-    """Attends to the tokens 0, 1, 2, 4, 8, ... before: log2(T) + 2 keys a query."""
+    """Attends to the tokens 0, 1, 2, 4, 8, ... before: log2(T) + 1 keys a query."""
 
     def forward(self, hidden, ctx):
         """Returns the output of the new tokens, and None in place of an indexer's loss."""
