@@ -274,13 +274,12 @@ def train(model: rq.LanguageModel, distance: int, steps: int = 100) -> list[floa
 window = rq.replace(config, "gqa.window", 7)
 figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True, layout="constrained")
 for axes, distance in zip(panels, (32, 40, 42), strict=True):
-    for name, made in (
-        ("all keys", with_attention(config, GQA)),
-        ("7 keys, LogSparse", with_attention(config, LogSparse)),
-        ("7 keys, window", with_attention(window, GQA)),
+    for name, made, dashes in (
+        ("all keys", with_attention(config, GQA), "-"),
+        ("7 keys, LogSparse", with_attention(config, LogSparse), "-"),
+        ("7 keys, window", with_attention(window, GQA), ":"),
     ):
-        axes.plot(train(made, distance), label=name)
-    axes.axhline(torch.tensor(32.0).log(), color="gray", ls=":")
+        axes.plot(train(made, distance), dashes, label=name)
     axes.set(xlabel="step", title=f"{distance} tokens before")
 panels[0].set_ylabel("loss, nats")
 panels[0].legend(frameon=False, fontsize=8)
