@@ -169,7 +169,7 @@ print(f"{next_letter_loss(logits, ids).item():.2f} nats; ln 100 = {math.log(100)
 # %% [markdown] lang="zh"
 # ## 训练
 #
-# 被最小化的量有三部分：下一个字母、0.3 倍的再下一个字母（MTP），以及很小的均衡损失。路由的偏置每步移动一次，不经过梯度，
+# 训练要最小化的量有三部分：下一个字母、0.3 倍的再下一个字母（MTP），以及很小的均衡损失。路由的偏置每步移动一次，不经过梯度，
 # 使每个专家分到自己那一份字母；这是第 3 个笔记本的主题。
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
@@ -203,7 +203,7 @@ plt.show()
 # %% [markdown] lang="zh"
 # ## 注意力现在看向哪里
 #
-# 用 MLA 自己的部件算出展开形式的概率：每个头的查询与键，缩放、掩码、softmax。行是发问的字母，列是被读的字母。亮的竖条
+# 用 MLA 自己的部件算出展开形式的概率：每个头的查询与键，缩放、掩码、softmax。行是作查询的字母，列是被读的字母。亮的竖条
 # 是被后面许多字母读取的字母；短斜线是按固定距离读取的头。
 # %%
 from rorqual.layers.context import context

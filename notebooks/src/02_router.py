@@ -43,8 +43,8 @@ from rorqual.layers.router import Router, RouterConfig
 #
 # 词元的隐藏状态为 $u$，共 $E$ 个专家，各有向量 $w_i$：
 #
-# $$s_i = \sigma(\langle w_i, u \rangle), \qquad \text{selected} = \text{the } K \text{ largest } s_i + b_i, \qquad
-# g_i = \lambda \frac{s_i}{\sum_{j\ \text{selected}} s_j}$$
+# $$s_i = \sigma(\langle w_i, u \rangle), \qquad \text{选中} = s_i + b_i \text{ 最大的 } K \text{ 个}, \qquad
+# g_i = \lambda \frac{s_i}{\sum_{j\ \text{选中}} s_j}$$
 #
 # 偏置 $b_i$ 只决定选谁，权重 $g_i$ 里没有它。DeepSeek 换过三次打分函数：对全部专家做 softmax（V1、V2），每个专家各自 sigmoid（V3），
 # softplus 的平方根（V4）。下面让同样的八个 logits 经过这四种路由。矩阵为单位阵的路由，输入就是 logits。
@@ -143,7 +143,7 @@ assert torch.allclose(weights, expected.weights, atol=1e-5)
 # 每个词元按它要用的专家各复制一份；副本按专家排序，于是一个专家就是对若干行做一次矩阵乘法；结果回到各自的词元，加权求和，再加上
 # 每个词元都用的共享专家：
 #
-# $$y = \mathrm{shared}(u) + \sum_{i\ \text{selected}} g_i\, \mathrm{expert}_i(u)$$
+# $$y = \mathrm{shared}(u) + \sum_{i\ \text{选中}} g_i\, \mathrm{expert}_i(u)$$
 # %%
 torch.manual_seed(0)
 words = ["the", "whale", "sings", "and", "the", "whale", "dives"]

@@ -138,7 +138,7 @@ for _ in range(20):
 # A direction that all tokens share raises the scores of some experts. The bias moves until the selection is even; the scores, and with
 # them the weights of what is selected, stay as they are.
 # %% [markdown] lang="zh"
-# ## 手工治好一个倾斜的路由
+# ## 手工纠正一个倾斜的路由
 #
 # 所有词元共有的一个方向会抬高某些专家的得分。偏置不断移动，直到选择变得均匀；得分以及选中专家的权重则保持不变。
 # %%

@@ -228,7 +228,7 @@ assert torch.allclose(mine, theirs, atol=1e-12)
 #
 # $$\text{absorbed} = T\,(2 R + P), \qquad \text{expanded} = R\,(N + Q) + T\,(N + P + Q)$$
 #
-# $R$ 是潜在向量的宽度，$P$ 是旋转键的宽度，$N$ 与 $Q$ 是一个头的键宽与值宽。吸收形式乘的向量更宽，展开形式要先为每个键付一次账。
+# $R$ 是潜在向量的宽度，$P$ 是旋转键的宽度，$N$ 与 $Q$ 是一个头的键宽与值宽。吸收形式乘的向量更宽，展开形式要先为每个键做一次展开。
 # %% tags=["exact"]
 c = v3.mla
 R, P, N, Q = c.kv_lora_rank, c.rope_dim, c.nope_dim, c.value_dim

@@ -70,7 +70,7 @@ print(f"{config.streams} residual streams, a gate for each")
 # g = \sigma\!\left(\mathrm{sign}(s) \sqrt{|s|}\right)$$
 #
 # 这是只有一个键的注意力：用 sigmoid 代替 softmax，于是答案可以是“一点也不要”。带符号的平方根放大小分数、缩小大分数：门控很早就表态，
-# 很晚才饱和。（它在作者的代码里，不在论文的公式里。）在 0 处斜率会是无穷大，所以 $|s|$ 至少取 $10^{-6}$。
+# 很晚才饱和。（这一步见于作者的代码，论文的公式里没有。）在 0 处斜率会是无穷大，所以 $|s|$ 至少取 $10^{-6}$。
 #
 # **练习 1.** 对已经归一化的查询与键写出门控。
 # %% tags=["exercise"]
@@ -112,7 +112,7 @@ for score in (-4.0, -0.25, -0.01, 0.01, 0.25, 4.0):
 # %% [markdown] lang="en"
 # Now with the model's own numbers: a tap records what goes into the gate of a block, the hidden states and the keys.
 # %% [markdown] lang="zh"
-# 再用模型自己的数：用 tap 记下某个块的门控的输入，即隐藏状态与键。
+# 再用模型自己的数：用 `Taps` 记下某个块门控的输入，即隐藏状态与键。
 # %%
 sentence = "The sperm whale is a large whale with a very large head."
 inputs = []
