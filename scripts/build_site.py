@@ -169,7 +169,8 @@ class Links:
             raise ValueError(f"{file}: got a link to {target}, expected a file of the repository")
         if path.endswith(PICTURES):
             self.pictures.add(path)
-            return posixpath.relpath(path.removeprefix("docs/"), here)
+            # The anchor of a picture names the colour scheme in which GitHub and the theme show it.
+            return posixpath.relpath(path.removeprefix("docs/"), here) + anchor
         return self.source(path, language, here) + self.line(split.fragment)
 
     def source(self, path: str, language: str, here: str) -> str:

@@ -79,6 +79,13 @@ def test_every_public_name_is_on_a_page_of_the_reference() -> None:
         ("../train.md", "docs/zh/README.md", "zh", "commands.md", "train.md"),
         ("../engram.md", "docs/zh/README.md", "zh", "commands.md", "engram.md"),
         ("../images/gates.png", "docs/zh/README.md", "zh", "commands.md", "images/gates.png"),
+        (
+            "../images/explore-dark.png#gh-dark-mode-only",
+            "docs/zh/explore.md",
+            "zh",
+            "explore.md",
+            "images/explore-dark.png#gh-dark-mode-only",
+        ),
         ("../CONTRIBUTING.md", "docs/index.md", "en", "index.md", "contributing.md"),
         ("#words", "docs/glossary.md", "en", "glossary.md", "#words"),
         ("https://example.org/a.md", "docs/hub.md", "en", "hub.md", "https://example.org/a.md"),
