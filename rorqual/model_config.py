@@ -1050,6 +1050,7 @@ class ModelConfig:
 
     @property
     def streams(self) -> int:
+        """The residual streams; 1 without hyper-connections."""
         return self.hyper.streams if self.hyper is not None else 1
 
     @property
@@ -1087,6 +1088,7 @@ class ModelConfig:
         )
 
     def has_engram(self, index: int) -> bool:
+        """Whether block `index` has Engram."""
         return self.engram is not None and index in self.engram.layers
 
     def check_parts(self) -> None:
