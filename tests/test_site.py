@@ -141,6 +141,12 @@ def test_formulas_become_mathml() -> None:
     assert site.with_formulas(code) == code
 
 
+def test_pictures_are_small() -> None:
+    pictures = sorted((ROOT / "docs/images").glob("*.png"))
+    large = {path.name: path.stat().st_size for path in pictures if path.stat().st_size > 150_000}
+    assert pictures and not large, "scripts/take_screenshots.py reduces the colours of a picture"
+
+
 def test_broken_links_and_other_hosts_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         '<h1 id="top">a</h1><a href="b.html#here">b</a><a href="b.html#gone">b</a>'
