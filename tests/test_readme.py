@@ -363,6 +363,8 @@ OURS = os.environ | {
 def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bool) -> None:
     """Runs a page's blocks, from first to last, in one folder and one Python process."""
     names: dict[str, Any] = {"__name__": "page", "replace": replace}
+    # Folders of runs that are not trained, since only what is fast is run.
+    missing = set[str]()
     for block in all_blocks(page):
         if block.needs:
             continue
@@ -377,8 +379,11 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
             exec(compile(code, page.name, "exec"), names)
         elif block.language == "sh":
             for line in block.lines:
-                if slow_too or not slow(shlex.split(line, comments=True)):
+                words = shlex.split(line, comments=True)
+                if slow_too or not (slow(words) or missing & set(words)):
                     type_it(line, capsys)
+                elif "--folder" in words:
+                    missing.add(words[words.index("--folder") + 1])
     names.clear()
     gc.collect()
 
