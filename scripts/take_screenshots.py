@@ -30,7 +30,9 @@ COLOURS = (256, 128, 64)
 SCHEMES = ("light", "dark")
 TIMEOUT = 300_000  # milliseconds, for a machine that does other work besides
 # Words that WordNet's glosses use, so that the model of the demo has something to say.
-TEXT = "a small North American tree having white flowers and red fruit; the wood is used for furniture"
+TEXT = (
+    "a small North American tree having white flowers and red fruit; the wood is used for furniture"
+)
 # The token whose lookups are shown, and whose longest n-gram is suppressed.
 TOKEN = re.compile(r"^\s*flowers$")
 
