@@ -1,7 +1,7 @@
 """Runs what the READMEs, the pages of docs/ and --help show a reader to type.
 
 A block that needs what this machine may lack stands below a comment, `<!-- needs: hours -->`, with
-reasons from NEEDS. A Chinese page that shows what its English page shows is not run again.
+reasons from NEEDS.
 """
 
 import ast
@@ -142,6 +142,19 @@ def all_blocks(page: Path) -> list[Block]:
 
 def blocks(page: Path, language: str) -> list[str]:
     return [block.body for block in all_blocks(page) if block.language == language]
+
+
+def typed(page: Path) -> list[tuple[Any, ...]]:
+    """Returns the commands and the code of a page, without comments, and what they need."""
+    result: list[tuple[Any, ...]] = []
+    for block in all_blocks(page):
+        if block.language == "python":
+            result.append(("python", block.needs, ast.dump(ast.parse(block.body))))
+        elif block.language == "sh":
+            result.append(("sh", block.needs, *shlex.split(block.body, comments=True)))
+        elif block.language == "diff":
+            result.append(("diff", block.needs, block.body))
+    return result
 
 
 def commands() -> list[str]:
@@ -386,19 +399,6 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
                     missing.add(words[words.index("--folder") + 1])
     names.clear()
     gc.collect()
-
-
-def typed(page: Path) -> list[tuple[Any, ...]]:
-    """Returns the commands and the code of a page, without comments, and what they need."""
-    result: list[tuple[Any, ...]] = []
-    for block in all_blocks(page):
-        if block.language == "python":
-            result.append(("python", block.needs, ast.dump(ast.parse(block.body))))
-        elif block.language == "sh":
-            result.append(("sh", block.needs, *shlex.split(block.body, comments=True)))
-        elif block.language == "diff":
-            result.append(("diff", block.needs, block.body))
-    return result
 
 
 def run_blocks(page: Path) -> list[Block]:
