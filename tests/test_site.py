@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,30 @@ def test_chinese_pages_exist_where_the_navigation_says_so() -> None:
     assert chinese == translated
     for page in PAGES:
         assert page.title("zh").endswith("（英文）") == page.english, page.file
+
+
+def outline(file: str) -> tuple[int, int, int]:
+    """Counts the headings, the lines of tables and the pictures of a page."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings, lines, pictures = (
+        len(re.findall(sign, prose, re.MULTILINE)) for sign in (r"^#+ ", r"^\|", r"^!\[")
+    )
+    return headings, lines, pictures
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        for section in site.sections()
+        if section.titles["en"] == "Guides"
+        for page in section.pages
+    ],
+    ids=lambda page: page.name,
+)
+def test_a_chinese_guide_has_the_sections_and_tables_of_the_english_one(page: "site.Page") -> None:
+    assert outline(page.source("zh")) == outline(page.file)
 
 
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
