@@ -947,9 +947,9 @@ class ModelConfig:
     Exactly one of `mla`, `gqa` and `csa` is on.
     """
 
-    vocab_size: int = 4096
-    dim: int = 64
-    layers: int = 3
+    vocab_size: int = 4096  # ids that the embedding and the head have
+    dim: int = 64  # width of the hidden states
+    layers: int = 3  # blocks
     dense_width: int = 256  # SwiGLU width of blocks without experts
     mla: MLAConfig | None = field(default_factory=MLAConfig)
     gqa: GQAConfig | None = None
@@ -967,7 +967,7 @@ class ModelConfig:
     mtp: MTPConfig | None = None
     tied: bool = False  # the head is the embedding
     eps: float = 1e-6  # of every RMSNorm but Engram's own
-    init_std: float = 0.006
+    init_std: float = 0.006  # standard deviation of matrices at the start
 
     def __post_init__(self) -> None:
         _at_least(self, "", 1, "vocab_size", "dim", "layers", "dense_width")

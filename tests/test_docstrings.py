@@ -148,6 +148,28 @@ def test_tensors_in_the_reference_have_their_shapes() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_numbers_among_the_fields_of_the_reference_say_what_they_count() -> None:
+    """By a comment, which `rorqual config` and the API reference show, or in the docstring."""
+    builder = site()
+    wrong = []
+    for module, names in builder.public_names().items():
+        path = ROOT / builder.module_file(module)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in tree_of(path).body:
+            if not isinstance(node, ast.ClassDef) or node.name not in names:
+                continue
+            text = ast.get_docstring(node) or ""
+            for field in node.body:
+                if not isinstance(field, ast.AnnAssign):
+                    continue
+                name = ast.unparse(field.target)
+                number = re.search(r"\b(int|float)\b", ast.unparse(field.annotation))
+                comment = docstrings.field_comment(lines, field.lineno, field.end_lineno or 0)
+                if number and not comment and name not in text:
+                    wrong.append(f"{module}.{node.name}.{name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_every_file_of_a_paper_names_it() -> None:
     files = [path for path in (ROOT / "rorqual/layers").glob("*.py") if path.stem not in NO_PAPER]
     wrong = [
