@@ -2,11 +2,13 @@
 # make test    linters, types, and every fast test         (SLOW=1: the slow tests too)
 # make lint    the linters and types alone
 # make docs    builds the documentation site into site/ and checks its links
+# make notebooks  executes the notebooks and compares what they print   (WRITE=1: writes them anew)
 # make wheel   builds the wheel and tries it in an environment of its own
 # make venv    .venv with everything that work on rorqual needs; make demo installs less
 
 PYTHON ?= python3
 SLOW ?=
+WRITE ?=
 LINTED ?=
 PY := .venv/bin/python
 DEMO := .venv/demo-installed
@@ -14,6 +16,8 @@ TEST := .venv/test-installed
 DOCS := .venv/docs-installed
 export OMP_NUM_THREADS ?= 1
 export PIP_ROOT_USER_ACTION ?= ignore
+# The demo and the tests start Python some hundred times; each would compile the library again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Wheels alone: nothing is compiled or built on a user's machine. Errors alone: pip's warnings about the settings of a
 # machine would fill the first screen that a user sees.
@@ -26,7 +30,7 @@ VENV = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 CHECKSUM := { pwd; cksum pyproject.toml constraints.txt Makefile; }
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint docs wheel venv
+.PHONY: demo test lint docs notebooks wheel venv
 
 venv: $(TEST)
 
@@ -71,6 +75,9 @@ $(DOCS): pyproject.toml constraints.txt Makefile
 
 docs: $(DOCS)
 	$(PY) scripts/build_site.py
+
+notebooks: $(TEST)
+	$(PY) scripts/build_notebooks.py $(if $(WRITE),,--check)
 
 demo: $(DEMO)
 	$(PY) -m rorqual demo

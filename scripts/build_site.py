@@ -3,15 +3,17 @@
     python scripts/build_site.py          writes site/; needs what [docs] in pyproject.toml lists
     python scripts/build_site.py --check  checks the links of a site that was built
 
-The pages are Markdown files that read well in the repository, too. A copy of them goes to
-build/site, where links to source files become links to pages that show them, each page without a
-Chinese version gets its English text under a Chinese note, and the pages of the API reference are
-written. Then zensical builds both languages with warnings as errors, and every link, anchor and
-picture of the result must exist. Nothing is loaded from another host.
+The pages are Markdown files that read well in the repository, too, and the notebooks with their
+outputs. A copy of them goes to build/site, where links to source files become links to pages that
+show them, each page without a Chinese version gets its English text under a Chinese note, and the
+pages of the API reference are written. Figures are put into the pages, so that they follow the
+switch between light and dark. Then zensical builds both languages with warnings as errors, and
+every link, anchor and picture of the result must exist. Nothing is loaded from another host.
 """
 
 import argparse
 import ast
+import base64
 import html.parser
 import json
 import os
@@ -49,7 +51,13 @@ WRAPPED = re.compile(rf"(?<={HAN})\n *(?={HAN})")
 FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Not within a longer code span, which shows how a formula is written.
 FORMULA = re.compile(r"(?<!`)\$`([^`\n]+)`\$(?!`)")
-PICTURES = (".png", ".svg", ".jpg")
+DISPLAYED = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
+DOLLARS = re.compile(r"(?<![\\$`])\$([^$`]+)\$(?![$`])")
+# Copied to the site as they are.
+FILES = (".png", ".svg", ".jpg", ".ipynb")
+# A line that is a figure of scripts/draw_figures.py and nothing else, and its dark colours.
+FIGURE = re.compile(r"^!\[[^\]]*\]\((?P<target>[^)\s]+\.svg)\)$")
+DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{ (?P<rule>\.figure \{[^}]*\}) \}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Page:
         """Returns the file that has the page's text in a language."""
         if language == "en" or self.english:
             return self.file
+        if self.file.startswith("notebooks/"):
+            return "notebooks/zh/" + posixpath.basename(self.file)
         return "docs/zh/" + posixpath.basename(self.file)
 
     def title(self, language: str) -> str:
@@ -97,6 +107,8 @@ def sections() -> list[Section]:
             Page(page["file"], page_name(page["file"]), titles(page), page.get("english", False))
             for page in section["pages"]
         )
+        if section.get("notebooks", False):
+            pages += notebook_pages()
         result.append(Section(titles(section), pages, section.get("api", False)))
     return result
 
@@ -125,7 +137,8 @@ class Links:
         self.repo_url = repo_url
         self.branch = branch
         self.sources: set[str] = set()
-        self.pictures: set[str] = set()
+        # Pictures, and notebooks without a page.
+        self.files: set[str] = set()
         # (language, name) of the page that a file's text is on.
         self.names: dict[str, tuple[str, str]] = {}
         for page in pages:
@@ -139,7 +152,10 @@ class Links:
         fenced = False
         for line in text.splitlines():
             fenced ^= bool(FENCE.match(line))
-            if not fenced:
+            figure = FIGURE.match(line)
+            if figure and not fenced:
+                line = with_switch(self.path(figure["target"], file))
+            elif not fenced:
                 line = LINK.sub(
                     lambda match: (
                         match["before"]
@@ -156,7 +172,7 @@ class Links:
         split = urlsplit(target)
         if split.scheme or target.startswith("#"):
             return target
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), split.path))
+        path = self.path(target, file)
         anchor = f"#{split.fragment}" if split.fragment else ""
         here = posixpath.dirname(name) or "."
         if path in self.names:
@@ -165,13 +181,18 @@ class Links:
             if of == "zh" and language == "en":
                 return outside("en", here, html_name(page)) + anchor
             return posixpath.relpath(page, here) + anchor
-        if not (ROOT / path).is_file():
-            raise ValueError(f"{file}: got a link to {target}, expected a file of the repository")
-        if path.endswith(PICTURES):
-            self.pictures.add(path)
+        if path.endswith(FILES):
+            self.files.add(path)
             # The anchor of a picture names the colour scheme in which GitHub and the theme show it.
             return posixpath.relpath(path.removeprefix("docs/"), here) + anchor
-        return self.source(path, language, here) + self.line(split.fragment)
+        return self.source(path, language, here) + self.line(path, split.fragment)
+
+    def path(self, target: str, file: str) -> str:
+        """Returns the file of the repository that a link in `file` leads to."""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), urlsplit(target).path))
+        if not (ROOT / path).is_file():
+            raise ValueError(f"{file}: got a link to {target}, expected a file of the repository")
+        return path
 
     def source(self, path: str, language: str, here: str) -> str:
         """Returns the address of a source file: the repository's, or a page that shows it."""
@@ -182,8 +203,13 @@ class Links:
             return posixpath.relpath(source_name(path), here)
         return outside(language, here, html_name(source_name(path)))
 
-    def line(self, fragment: str) -> str:
-        """Returns the anchor of a line of a source file, `L12` as GitHub names it."""
+    def line(self, path: str, fragment: str) -> str:
+        """Returns the anchor of a line of a source file.
+
+        fragment: `L12` as GitHub names it, or the name of what the line defines, `MoE.forward`.
+        """
+        if path.endswith(".py") and fragment and not re.fullmatch(r"L\d+", fragment):
+            fragment = f"L{defined(path, fragment)}"
         if self.repo_url or not fragment:
             return f"#{fragment}" if fragment else ""
         return "#__codelineno-0-" + fragment.removeprefix("L")
@@ -192,6 +218,34 @@ class Links:
 def outside(language: str, here: str, page: str) -> str:
     """Returns the way from a folder of one language's site to a page of the other's."""
     return posixpath.normpath(posixpath.join(posixpath.relpath(".", here), OTHER[language], page))
+
+
+def defined(path: str, name: str) -> int:
+    """Returns the line of a source file that defines a name, as `losses` or `MoE.forward`."""
+    lines = []
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    for piece in name.split("."):
+        named = [
+            node
+            for node in body
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == piece
+        ]
+        if not named:
+            raise ValueError(f"got a link to {path}#{name}, expected what that file defines")
+        # The last one is what Python uses, too; those before it are overloads.
+        body = named[-1].body
+        lines.append(named[-1].lineno)
+    return lines[-1]
+
+
+def with_switch(path: str) -> str:
+    """Returns a figure as a part of a page, whose dark colours follow the switch of the site."""
+    svg = (ROOT / path).read_text(encoding="utf-8")
+    dark = DARK.sub(r'[data-md-color-scheme="slate"] \g<rule>', svg)
+    if dark == svg:
+        raise ValueError(f"got {path} alone on a line, expected a figure of draw_figures.py")
+    # A blank line would end the HTML in Markdown.
+    return f"<figure>\n{dark.strip()}\n</figure>"
 
 
 def source_name(path: str) -> str:
@@ -208,7 +262,8 @@ def html_name(name: str) -> str:
 def with_formulas(text: str) -> str:
     """Replaces ```math blocks and $`inline formulas`$, both as GitHub shows them, by MathML."""
     text = FORMULA_BLOCK.sub(lambda match: f"<div>{mathml(match[1], 'block')}</div>", text)
-    return FORMULA.sub(lambda match: mathml(match[1], "inline"), text)
+    # Markdown would take a formula at the start of a line for a block, but not a span.
+    return FORMULA.sub(lambda match: f"<span>{mathml(match[1], 'inline')}</span>", text)
 
 
 def mathml(latex: str, display: str) -> str:
@@ -219,6 +274,54 @@ def mathml(latex: str, display: str) -> str:
     result = convert(latex.strip(), display=display)
     # Markdown reads the text between tags, too.
     return result.replace("*", "&#42;").replace("_", "&#95;")
+
+
+# Notebooks
+
+
+def notebook_pages() -> tuple[Page, ...]:
+    """Returns a page for every stored notebook; its titles are what the notebook begins with."""
+    result = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        titles = {}
+        for language, folder in (("en", path.parent), ("zh", path.parent / "zh")):
+            title = cells_of(folder / path.name)[0]["source"][0]
+            titles[language] = re.split("[:：]", title.strip().removeprefix("# "))[0]
+        file = path.relative_to(ROOT).as_posix()
+        result.append(Page(file, f"notebooks/{path.stem}.md", titles))
+    return tuple(result)
+
+
+def cells_of(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def page_text(file: str) -> tuple[str, dict[str, bytes]]:
+    """Returns the Markdown of a page and its pictures by name; a notebook is turned into both."""
+    if not file.endswith(".ipynb"):
+        return (ROOT / file).read_text(encoding="utf-8"), {}
+    pieces = []
+    pictures: dict[str, bytes] = {}
+    for cell in cells_of(ROOT / file):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = DISPLAYED.sub(r"\n```math\n\1\n```\n", source)
+            pieces.append(DOLLARS.sub(lambda match: f"$`{' '.join(match[1].split())}`$", source))
+            continue
+        # Readers of the site install nothing.
+        if "%pip install" in source:
+            continue
+        pieces.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{Path(file).stem}-{len(pictures) + 1}.png"
+                pictures[name] = base64.b64decode("".join(data["image/png"]))
+                pieces.append(f'<p><img src="{name}" alt="{name}"></p>')
+            else:
+                text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+                pieces.append(f"```text\n{text}\n```")
+    return "\n\n".join(pieces) + "\n", pictures
 
 
 # The API reference
@@ -301,7 +404,10 @@ def stage(language: str, links: Links) -> None:
     for section in sections():
         for page in section.pages:
             file = page.source(language)
-            text = (ROOT / file).read_text(encoding="utf-8")
+            text, pictures = page_text(file)
+            for picture, content in pictures.items():
+                (folder / page.name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / page.name).with_name(picture).write_bytes(content)
             text = with_formulas(links.rewrite(text, file, language, page.name))
             # Between Chinese characters a browser would show the end of a line as a space.
             text = WRAPPED.sub("", text)
@@ -324,8 +430,8 @@ def stage(language: str, links: Links) -> None:
 
 
 def stage_files(links: Links) -> None:
-    """Writes what pages link to: pictures in both languages, source files in the English one."""
-    for path in sorted(links.pictures):
+    """Writes what pages link to: files in both languages, source files in the English one."""
+    for path in sorted(links.files):
         for language in LANGUAGES:
             copy = WORK / language / "docs" / path.removeprefix("docs/")
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,21 @@
 """Configures pytest: imports rorqual with its shapes checked, on OMP_NUM_THREADS threads, or one.
 
 Every jaxtyping annotation in rorqual is checked by beartype while tests run, once for each kind of
-call in a test, and by nothing in production. torch.compile cannot trace the checks, so a test
+call, and by nothing in production. torch.compile cannot trace the checks, so a test
 marked `compiled` runs in a process of its own without them. One marked `interpreted` runs Triton's
 kernels: on a GPU where there is one, else in a process of its own, interpreted.
 """
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import inspect
 import os
 import re
 import subprocess
 import sys
+import typing
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,16 +30,19 @@ import numpy as np
 import pytest
 
 CHECKED = os.environ.get("RORQUAL_SHAPES", "1") != "0"
-SEEN: set[tuple] = set()  # what was checked in this test
+SEEN: set[int] = set()  # hashes of the calls that were checked
+KINDS: dict[type, Callable[[Any], Any]] = {}  # what gives the kind of a class's values
+STRUCTURES: dict[tuple, int] = {}  # a number for each structure of a module
+STRUCTURE_OF: weakref.WeakKeyDictionary[Any, tuple] = weakref.WeakKeyDictionary()
 jaxtyped = jaxtyping.jaxtyped
 
 
 def checked_once(fn: Any = None, **options: Any) -> Any:
-    """Decorates as jaxtyping.jaxtyped does, but a test checks equal calls of a function once.
+    """Decorates as jaxtyping.jaxtyped does, but equal calls of a function are checked once.
 
     Calls are equal if their tensors and arrays have equal shapes and dtypes, also those in lists
-    and dataclasses as a context, their numbers are equal, their modules are the same, and other
-    arguments have equal types. A check takes longer than most functions of small tensors.
+    and dataclasses as a context, their numbers are equal, their modules have equal structures, and
+    other arguments have equal types. A check takes longer than most functions of small tensors.
     """
     if fn is None:
         return functools.partial(checked_once, **options)
@@ -47,13 +52,15 @@ def checked_once(fn: Any = None, **options: Any) -> Any:
         return fn
     if not inspect.isfunction(fn):
         return jaxtyped(fn, **options)
+    if not any(map(_has_shapes, fn.__annotations__.values())):
+        return fn
     # A function inside of another one is made anew whenever that one is called.
     code = fn.__code__
     checked = list[Any]()
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        key = (code, *map(_kind, args), *((name, _kind(x)) for name, x in kwargs.items()))
+        key = hash((code, *map(_kind, args), *((name, _kind(x)) for name, x in kwargs.items())))
         if key in SEEN:
             return fn(*args, **kwargs)
         if not checked:
@@ -65,24 +72,77 @@ def checked_once(fn: Any = None, **options: Any) -> Any:
     return call
 
 
+def _has_shapes(annotation: Any) -> bool:
+    """Returns whether an annotation is of jaxtyping, or has such a part."""
+    if isinstance(annotation, str):
+        return True  # not known yet
+    if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    return any(map(_has_shapes, typing.get_args(annotation)))
+
+
 def _kind(x: Any) -> Any:
-    if isinstance(x, torch.Tensor | np.ndarray):
-        return tuple(x.shape), x.dtype
-    if isinstance(x, str | bool | int):
-        return x
-    if isinstance(x, torch.nn.Module):
-        # Tests look at what is left when a module goes.
-        return weakref.ref(x)
-    if isinstance(x, slice):
-        return x.start, x.stop, x.step
-    # Long lists are of ids: their number says enough.
-    if isinstance(x, tuple | list):
-        return type(x), len(x), *map(_kind, x[:8])
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        # Not its numbers, or each step of a decoding loop would be a kind of its own.
-        values = [getattr(x, field.name, None) for field in dataclasses.fields(x)]
-        return type(x), *(_kind(y) if isinstance(y, torch.Tensor) else type(y) for y in values)
-    return type(x)
+    """Returns what two values share that a check cannot tell apart."""
+    kind = KINDS.get(type(x))
+    if kind is None:
+        kind = KINDS[type(x)] = _kind_of(type(x))
+    return kind(x)
+
+
+def _kind_of(cls: type) -> Callable[[Any], Any]:
+    """Returns the function that gives the kind of the values of a class."""
+    if issubclass(cls, torch.Tensor | np.ndarray):
+        return lambda x: (x.shape, x.dtype)
+    if issubclass(cls, str | bool | int):
+        return lambda x: x
+    if issubclass(cls, torch.nn.Module):
+        return lambda x: _structure(x) if "_modules" in vars(x) else cls
+    if issubclass(cls, slice):
+        return lambda x: (x.start, x.stop, x.step)
+    if issubclass(cls, tuple | list):
+        # Long lists are of ids: their number says enough.
+        return lambda x: (cls, len(x), *map(_kind, x[:8]))
+    if dataclasses.is_dataclass(cls):
+        names = [field.name for field in dataclasses.fields(cls)]
+
+        def fields(x: Any) -> Any:
+            # Not its numbers, or each step of a decoding loop would be a kind of its own.
+            values = [getattr(x, name, None) for name in names]
+            return cls, *(
+                (y.shape, y.dtype) if isinstance(y, torch.Tensor) else type(y) for y in values
+            )
+
+        return fields
+    return lambda x: cls
+
+
+def _structure(module: Any) -> int:
+    """Returns a number that two modules share if they are built alike.
+
+    Their classes, settings, and the shapes and dtypes of their tensors are equal, and their parts'.
+    """
+    # A module may be seen while it is being built.
+    size = len(vars(module)), len(module._parameters), len(module._buffers), len(module._modules)
+    seen, number = STRUCTURE_OF.get(module, (None, 0))
+    if seen != size:
+        settings = [
+            (name, value)
+            for name, value in vars(module).items()
+            if isinstance(value, str | bool | int | float | tuple)
+        ]
+        tensors = [
+            (name, None if tensor is None else (tuple(tensor.shape), tensor.dtype))
+            for named in (module._parameters, module._buffers)
+            for name, tensor in named.items()
+        ]
+        children = [
+            (name, None if child is None else _structure(child))
+            for name, child in module._modules.items()
+        ]
+        key = (type(module), repr(settings), *tensors, *children)
+        number = STRUCTURES.setdefault(key, len(STRUCTURES))
+        STRUCTURE_OF[module] = size, number
+    return number
 
 
 if CHECKED:
@@ -173,11 +233,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(NoOtherSkips(patterns))
 
 
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of later garbage collections, which trainers ask for often.
+
+    With all libraries loaded one takes a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Starts every test from the same seed and without checked calls, whichever ran before it."""
+    """Starts every test from the same seed, whichever ran before it."""
     torch.manual_seed(0)
-    SEEN.clear()
 
 
 @pytest.fixture

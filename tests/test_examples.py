@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CLASSROOM = ROOT / "examples" / "deepseek_v3.py"
 RETROFIT = ROOT / "examples" / "retrofit.py"
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path != RETROFIT)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error:::rorqual"}
@@ -36,6 +37,48 @@ def test_the_example_runs(path: Path, tmp_path: Path) -> None:
     assert steps == [str(n) for n in range(1, len(steps) + 1)]
     assert len(steps) >= 4
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_classroom_model_draws_its_flow_and_compares_its_switches(tmp_path: Path) -> None:
+    words = ["--draw", "flow.png", "--compare", "--steps", "40"]
+    command = [sys.executable, CLASSROOM, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+    shapes = re.findall(r"^   ([\w.]+) +\[([\d, ]+)\]", done.stdout, re.MULTILINE)
+    assert [name for name, _ in shapes][::11] == ["embed", "mtp.0"]
+    row = r"^   ([\w() -]+?) +([\d.]+) bit +([\d.]+) +([\d.]+) +([\d.]+) nats$"
+    rows = re.findall(row, done.stdout, re.MULTILINE)
+    table = {name: [float(number) for number in numbers] for name, *numbers in rows}
+    names = ["none", "bias (loss-free)", "balance loss", "noisy gate", "adaptive k"]
+    assert list(table) == names
+    for name in ("bias (loss-free)", "balance loss"):
+        # What balances raises the entropy of the load and lowers MaxVio.
+        assert table[name][0] > table["none"][0]
+        assert table[name][1] < table["none"][1]
+    assert [table[name][2] for name in names[:4]] == [2.0] * 4
+    assert 1 <= table["adaptive k"][2] < 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "got --steps 0, expected at least 1"),
+        (["--noise", "-1"], "router.noise: got -1.0"),
+        (
+            ["--adaptive-mass", "2"],
+            "router.adaptive_mass: got 2.0, expected more than 0, at most 1",
+        ),
+    ],
+)
+def test_the_classroom_model_refuses_what_it_cannot_do(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(CLASSROOM))
+    with pytest.raises(SystemExit, match="2"):
+        example["options_of"](words)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -1,7 +1,8 @@
 """Runs what the READMEs, the pages of docs/ and --help show a reader to type.
 
 A block that needs what this machine may lack stands below a comment, `<!-- needs: hours -->`, with
-reasons from NEEDS.
+reasons from NEEDS. Where a block without a language follows a block of Python, it shows what that
+prints.
 """
 
 import ast
@@ -115,11 +116,12 @@ ENDLESS = {"serve", "explore"}  # commands that run until they are interrupted
 
 
 class Block(NamedTuple):
-    """A fenced block of a page, and the needs that the comment above it lists."""
+    """A fenced block of a page, the needs that the comment above it lists, and what it prints."""
 
     language: str
     body: str
     needs: tuple[str, ...]
+    output: str
 
     @property
     def lines(self) -> list[str]:
@@ -127,7 +129,8 @@ class Block(NamedTuple):
 
 
 FENCE = re.compile(
-    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$",
+    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$"
+    r"(?=(?:\n\n```\n(?P<output>.*?)^```$)?)",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -135,7 +138,12 @@ FENCE = re.compile(
 def all_blocks(page: Path) -> list[Block]:
     result = FENCE.finditer(page.read_text(encoding="utf-8"))
     return [
-        Block(m["language"], m["body"], tuple(m["needs"].split(", ")) if m["needs"] else ())
+        Block(
+            m["language"],
+            m["body"],
+            tuple(m["needs"].split(", ")) if m["needs"] else (),
+            (m["output"] or "") if m["language"] == "python" else "",
+        )
         for m in result
     ]
 
@@ -389,7 +397,10 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
             )
             for number, less in SMALLER.items():
                 code = code.replace(number, less)
+            capsys.readouterr()
             exec(compile(code, page.name, "exec"), names)
+            if block.output:
+                assert capsys.readouterr().out == block.output, block.body
         elif block.language == "sh":
             for line in block.lines:
                 words = shlex.split(line, comments=True)
@@ -573,6 +584,26 @@ def test_the_readme_begins_as_the_site_does(readme: Path, first_page: Path) -> N
         for page in (readme, first_page)
     )
     assert first == second
+
+
+def test_chinese_pages_have_the_same_worked_examples() -> None:
+    for page in DOCS:
+        chinese = ROOT / "docs/zh" / page.name
+        if page.parent == ROOT / "docs" and chinese.is_file():
+            first, second = (
+                [(block.body, block.output) for block in all_blocks(path) if block.output]
+                for path in (page, chinese)
+            )
+            assert first == second, page.name
+
+
+def test_what_a_block_prints_is_read_from_the_block_below_it(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nprint(1)\n```\n\n```\n1\n```\n\n"
+        "```python\nprint(2)\n```\n\nText between.\n\n```\n3\n```\n"
+    )
+    assert [block.output for block in all_blocks(page)] == ["1\n", "", "", ""]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -40,14 +41,15 @@ def test_every_page_has_a_title() -> None:
     for page in PAGES:
         for language in site.LANGUAGES:
             file = page.source(language)
-            first = (ROOT / file).read_text(encoding="utf-8").partition("\n")[0]
+            first = site.page_text(file)[0].partition("\n")[0]
             assert first.startswith("# "), file
             assert page.titles[language].strip(), file
 
 
 def test_chinese_pages_exist_where_the_navigation_says_so() -> None:
     chinese = {path.name for path in (ROOT / "docs/zh").glob("*.md")}
-    translated = {page.file.rpartition("/")[2] for page in PAGES if not page.english}
+    pages = [page for page in PAGES if not page.file.startswith("notebooks/")]
+    translated = {page.file.rpartition("/")[2] for page in pages if not page.english}
     assert chinese == translated
     for page in PAGES:
         assert page.title("zh").endswith("（英文）") == page.english, page.file
@@ -143,11 +145,72 @@ def test_links_to_source_files_lead_to_the_repository_where_it_has_an_address() 
     assert not hosted.sources
 
 
+def test_a_link_to_a_definition_leads_to_its_line() -> None:
+    lines = (ROOT / "scripts/build_site.py").read_text(encoding="utf-8").splitlines()
+    assert lines[site.defined("scripts/build_site.py", "Links.line") - 1].startswith(
+        "    def line("
+    )
+    assert lines[site.defined("scripts/build_site.py", "main") - 1].startswith("def main(")
+    result = links().target("../scripts/build_site.py#main", "docs/hub.md", "en", "hub.md")
+    number = site.defined("scripts/build_site.py", "main")
+    assert result == f"source/scripts/build_site.py.md#__codelineno-0-{number}"
+    hosted = site.Links(PAGES, "https://example.org/rorqual", "main")
+    result = hosted.target("../scripts/build_site.py#main", "docs/hub.md", "en", "hub.md")
+    assert result == f"https://example.org/rorqual/blob/main/scripts/build_site.py#L{number}"
+    with pytest.raises(ValueError, match=r"build_site\.py#Links\.none"):
+        site.defined("scripts/build_site.py", "Links.none")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: "site.Page") -> None:
+    for language in site.LANGUAGES:
+        file = page.source(language)
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert links().rewrite(text, file, language, page.name)
+
+
+def test_a_figure_becomes_a_part_of_the_page() -> None:
+    line = "![A token, a router and experts.](images/moe_layer.svg)\n"
+    result = links().rewrite(line, "docs/moe.md", "en", "moe.md")
+    assert result.startswith("<figure>\n<svg ")
+    assert '[data-md-color-scheme="slate"] .figure {' in result
+    assert "@media" not in result and "\n\n" not in result
+    within = "see ![it](images/moe_layer.svg) here\n"
+    assert links().rewrite(within, "docs/moe.md", "en", "moe.md") == within
+
+
 def test_a_link_into_nothing_is_refused_and_code_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"docs/index\.md: got a link to none\.md"):
         links().rewrite("[a](none.md)\n", "docs/index.md", "en", "index.md")
     code = "```\n[a](none.md)\n```\n"
     assert links().rewrite(code, "docs/index.md", "en", "index.md") == code
+
+
+def test_a_notebook_is_a_page_with_its_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# 1. Title: more\n", "\n", "$a_i$ and $$b$$"]},
+        {
+            "cell_type": "code",
+            "source": ["print(1)"],
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": ["1\n"]},
+                {"output_type": "display_data", "data": {"image/png": "YWJj\n", "text/plain": []}},
+            ],
+        },
+    ]
+    for folder in ("notebooks", "notebooks/zh"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "01_x.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    (page,) = site.notebook_pages()
+    assert page.source("zh") == "notebooks/zh/01_x.ipynb"
+    assert page.titles == {"en": "1. Title", "zh": "1. Title"}
+    text, pictures = site.page_text(page.file)
+    assert "$`a_i`$ and \n```math\nb\n```" in text
+    assert "```python\nprint(1)\n```\n\n```text\n1\n```" in text
+    assert pictures == {"01_x-1.png": b"abc"} and 'src="01_x-1.png"' in text
 
 
 def test_chinese_lines_join_without_a_space() -> None:
@@ -160,6 +223,7 @@ def test_formulas_become_mathml() -> None:
     text = site.with_formulas("x $`a_i * b`$\n\n```math\n\\frac{a}{b}\n```\n")
     assert "<msub><mi>a</mi><mi>i</mi></msub>" in text
     assert "*" not in text and "_" not in text
+    assert "x <span><math" in text
     assert '<div><math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
     assert "<mfrac>" in text
     code = "written ``$`x`$``"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rorqual import config as configs
+from rorqual.cli.main import COMMANDS
 from rorqual.cli.parse import parse
 from rorqual.experiments.allocation import SweepConfig
 from rorqual.experiments.demo import DemoConfig
@@ -250,7 +251,7 @@ def test_prose_is_plain() -> None:
 
 
 def test_summaries_are_sentences() -> None:
-    """No docstring begins with what goes in and what comes out, with a sign between them."""
+    """No docstring or help begins with what goes in and comes out, with a sign between them."""
     wrong = []
     for path in sources():
         for node in ast.walk(tree_of(path)):
@@ -258,4 +259,5 @@ def test_summaries_are_sentences() -> None:
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
                 if "->" in summary:
                     wrong.append(f"{name(path)}:{getattr(node, 'lineno', 1)}: {summary}")
+    wrong += [f"{word}: {each.what}" for word, each in COMMANDS.items() if "->" in each.what]
     assert not wrong, "\n".join(wrong)

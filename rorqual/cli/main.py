@@ -72,9 +72,9 @@ COMMANDS = {
         "params moe-27b engram-27b",
         "train",
     ),
-    "report": Command("runs -> one self-contained page", "report runs/demo", "inspect"),
+    "report": Command("compare runs on one self-contained page", "report runs/demo", "inspect"),
     "explore": Command(
-        "a run -> a live page: experts, memory rows, gates", "explore runs/demo/engram", "infer"
+        "a live page of a model: experts, memory rows, gates", "explore runs/demo/engram", "infer"
     ),
     "memory": Command(
         "read and edit what a model remembers, with undo",
@@ -94,7 +94,7 @@ COMMANDS = {
         "measure a server: throughput, latencies, goodput", "bench serve runs/demo/engram", "bench"
     ),
     "plan": Command(
-        "a budget -> models of equal size and cost", "plan --like tiny --rho 0.75", "train"
+        "find models of equal size and cost for a budget", "plan --like tiny --rho 0.75", "train"
     ),
     "sweep": Command(
         "train a row of models, say what is established", "sweep allocation --seeds 3", "train"

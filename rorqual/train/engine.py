@@ -12,7 +12,6 @@
 OLMo-core's own checkpoints are pickles; SafetensorsCheckpointer never reads or writes them.
 """
 
-import logging
 import netrc
 import os
 import secrets
@@ -592,8 +591,6 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     that checkpoint, if `config.on_diverged` says so, and on with the batches after those that led
     there, as PaLM was trained (arXiv 2204.02311, 5.1): the same would lead there again.
     """
-    # The errors that OLMo-core raises are enough.
-    logging.getLogger("olmo_core").setLevel(logging.CRITICAL)
     config = step.config
     folder = Path(config.folder) / "checkpoints"
     if distributed.rank() == 0:

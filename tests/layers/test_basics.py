@@ -409,6 +409,18 @@ def test_chunked_cross_entropy_of_nothing_is_zero():
     assert loss.item() == 0 and not weight.grad.any()
 
 
-def test_impossible_labels_are_refused():
+@pytest.mark.parametrize("label", [7, -1, -99])
+def test_impossible_labels_are_refused(label):
     with pytest.raises(IndexError):
-        chunked_cross_entropy(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 7, 2]))
+        chunked_cross_entropy(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, label, 2]))
+
+
+@pytest.mark.parametrize("far", [30.0, 200.0, 1e4])
+def test_the_loss_of_a_target_whose_probability_underflows(far):
+    """It is how far its logit lies below the others', and its gradient softmax - onehot."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[far], [0.0], [far]])
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([1]))
+    assert loss.item() == pytest.approx(far + math.log(2), rel=1e-6)
+    loss.backward()
+    assert hidden.grad.item() == pytest.approx(far, rel=1e-6)

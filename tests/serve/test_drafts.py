@@ -71,10 +71,12 @@ def guess(monkeypatch, share: float, following: dict[tuple, list[int]], *, compa
     monkeypatch.setattr(Drafter, "propose", guessed)
 
 
-def following_of(model, prompts, count: int, sampling=GREEDY) -> dict[tuple, list[int]]:
+def following_of(model, prompts, counts: int | list, sampling=GREEDY) -> dict[tuple, list[int]]:
+    """Returns the ids that each prompt gets alone, as many as its count."""
+    counts = [counts] * len(prompts) if isinstance(counts, int) else counts
     return {
         tuple(prompt): alone(model, prompt, max_new_tokens=count, sampling=sampling)
-        for prompt in prompts
+        for prompt, count in zip(prompts, counts, strict=True)
     }
 
 
@@ -84,16 +86,21 @@ def test_ids_are_those_of_a_request_alone(case, monkeypatch):
     model = drafting(case)
     sampling = SAMPLINGS[list(CASES).index(case) % 2]
     prompts = texts(3, [100, 2, 100, 5], shared=0)
-    guess(monkeypatch, 0.7, following_of(model, prompts, 60, sampling))
+    counts = [60, 3, 40, 5]
+    following = following_of(model, prompts, counts, sampling)
+    guess(monkeypatch, 0.7, following)
     options = {"context": 220, "drafts": True, "sampling": sampling}
-    engine = check(model, prompts, counts=[60, 3, 40, 5], cache_tokens=256, **options)
+    engine = check(model, prompts, counts=counts, expected=following, cache_tokens=256, **options)
     stats = engine.stats()
     assert stats.preemptions
     assert stats.drafted > stats.accepted > stats.drafted // 4
     monkeypatch.undo()
     prompts = texts(3, [20, 2, 70, 5], shared=130)
-    guess(monkeypatch, 0.7, following_of(model, prompts, 12, sampling))
-    engine = check(model, prompts, seed=1, max_batch_size=3, prefill_chunk=17, **options)
+    counts = [3, 11, 5, 9]
+    following = following_of(model, prompts, counts, sampling)
+    guess(monkeypatch, 0.7, following)
+    options |= {"seed": 1, "max_batch_size": 3, "prefill_chunk": 17}
+    engine = check(model, prompts, counts=counts, expected=following, **options)
     assert bool(engine.stats().prefix_tokens) or case in ("delta net", "qwen4")
 
 
@@ -106,10 +113,12 @@ def test_ids_are_those_of_a_request_alone_under_many_arrivals(case, share, monke
     for seed, (shared, sampling) in enumerate(zip((0, 130), SAMPLINGS, strict=True)):
         prompts = texts(seed, [1, 50, 2, 64], shared)
         prompts.append(prompts[3] + [1, 2, 3])
-        guess(monkeypatch, share, following_of(model, prompts, 50, sampling))
+        counts = [40, 9, 50, 6, 30]
+        following = following_of(model, prompts, counts, sampling)
+        guess(monkeypatch, share, following)
         options = {"context": 260, "cache_tokens": 288, "prefill_chunk": 40, "seed": seed}
         options |= {"drafts": True, "sampling": sampling}
-        engine = check(model, prompts, counts=[40, 9, 50, 6, 30], **options)
+        engine = check(model, prompts, counts=counts, expected=following, **options)
         stats = engine.stats()
         assert (stats.accepted > 0) == (share > 0)
         assert (stats.accepted < stats.drafted) == (share < 1)
@@ -149,9 +158,11 @@ def test_drafts_are_those_of_modules_that_read_everything(case, monkeypatch):
         (((60, 1, 58), 0, 240), ((20, 2, 40), 70, 1280))
     ):
         prompts = texts(seed, list(lengths), shared=shared)
-        guess(monkeypatch, 0.6, following_of(model, prompts, 20), compared=compared)
+        counts = [20, 3, 12]
+        following = following_of(model, prompts, counts)
+        guess(monkeypatch, 0.6, following, compared=compared)
         more = {"cache_tokens": tokens, "prefill_chunk": 17} | options
-        check(model, prompts, counts=[20, 3, 12], seed=seed, **more)
+        check(model, prompts, counts=counts, expected=following, seed=seed, **more)
         monkeypatch.undo()
     assert count > 20
     assert not wrong
@@ -261,7 +272,8 @@ def test_a_grammar_sees_the_ids_one_by_one(share, sampling, monkeypatch):
     expected = alone(model, prompt, max_new_tokens=50, sampling=sampling, matcher=Counting())
     assert len(expected) == 20
     others = texts(0, [5, 9], shared=0)
-    guess(monkeypatch, share, following_of(model, others, 25) | {tuple(prompt): expected})
+    following = following_of(model, others, 25)
+    guess(monkeypatch, share, following | {tuple(prompt): expected})
     engine = Engine(model, drafts=True)
     rest = [engine.submit(other, max_new_tokens=25) for other in others]
     options = {"max_new_tokens": 50, "sampling": sampling}
@@ -269,7 +281,7 @@ def test_a_grammar_sees_the_ids_one_by_one(share, sampling, monkeypatch):
     while not engine.idle:
         engine.step()
     assert (request.ids, request.finish) == (expected, "stop")
-    assert [one.ids for one in rest] == [alone(model, one, max_new_tokens=25) for one in others]
+    assert [one.ids for one in rest] == list(following.values())
 
 
 def test_who_is_cancelled_within_a_round_gets_no_more_ids(monkeypatch):
@@ -359,8 +371,9 @@ def test_drafts_that_would_change_the_logits_before_them_are_not_made(parts, mon
     """Where the rotary frequencies, or a choice among equals, depend on the length of a call."""
     model = model_of("dsa", mtp=MTPConfig(depth=2), engram=None, **parts)
     prompts = texts(0, [12, 2, 7], shared=0)
-    guess(monkeypatch, 0.7, following_of(model, prompts, 16))
-    engine = check(model, prompts, counts=[16, 16, 16], drafts=True)
+    following = following_of(model, prompts, 16)
+    guess(monkeypatch, 0.7, following)
+    engine = check(model, prompts, counts=[16, 16, 16], expected=following, drafts=True)
     assert engine.stats().drafted or "dsa" in parts
 
 
@@ -394,8 +407,9 @@ def test_rows_on_a_disk_are_fetched_as_soon_as_ids_are_drawn(drafts, tmp_path, m
             inside[0] = 0
 
     prompts = texts(1, [9, 9, 9], shared=0)
-    expected = [alone(resident, prompt, max_new_tokens=20) for prompt in prompts]
-    guess(monkeypatch, 0.0, following_of(resident, prompts, 20))
+    following = following_of(resident, prompts, 20)
+    expected = list(following.values())
+    guess(monkeypatch, 0.0, following)
     propose = Drafter.propose
     announce = LanguageModel.announce
 

@@ -34,9 +34,19 @@ def texts(seed: int, lengths: list[int], shared: int) -> list[list[int]]:
 
 
 def check(
-    model, prompts, *, seed=0, counts: list | None = None, sampling: Sampling = GREEDY, **options
+    model,
+    prompts,
+    *,
+    seed=0,
+    counts: list | None = None,
+    sampling: Sampling = GREEDY,
+    expected: dict[tuple, list[int]] | None = None,
+    **options,
 ) -> Engine:
-    """Requests come, are sent back and cancelled at random; each gets the ids it gets alone."""
+    """Requests come, are sent back and cancelled at random; each gets the ids it gets alone.
+
+    `expected`: these ids of each prompt, where they are known already.
+    """
     draw = random.Random(seed)
     engine = Engine(model, **options)
     requests = []
@@ -52,10 +62,13 @@ def check(
         stats = engine.stats()
         assert stats.cached_tokens <= stats.capacity
     for request, prompt, count in zip(requests, prompts, counts, strict=True):
-        expected = alone(model, prompt, max_new_tokens=count, sampling=sampling)
+        if expected is None:
+            ids = alone(model, prompt, max_new_tokens=count, sampling=sampling)
+        else:
+            ids = expected[tuple(prompt)][:count]
         if request.finish == "cancelled":
-            expected = expected[: len(request.ids)]
-        assert request.ids == expected
+            ids = ids[: len(request.ids)]
+        assert request.ids == ids
     assert engine.stats().cached_tokens == 0
     return engine
 

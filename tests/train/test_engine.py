@@ -7,6 +7,7 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -574,3 +575,10 @@ def test_weights_and_biases_gets_every_line_of_one_run(small, run, tmp_path, mon
     assert {"loss", "lr", "memory", "mfu"} <= sent[0].keys() and "load" not in sent[0]
     ends = [call[1]["exit_code"] for call in fake.calls if call[0] == "finish"]
     assert ends == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_imported_says_nothing_of_what_is_not_installed():
+    code = "import rorqual.train.trainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
