@@ -152,7 +152,7 @@ def _whole_block(config: ModelConfig, index: int) -> int:
 class BlockFlops(NamedTuple):
     """Forward FLOPs a token of one block, and of them those of its routed experts."""
 
-    total: int
+    total: int  # experts included
     experts: int
 
 

@@ -73,6 +73,7 @@ STORED = {
 
 
 def rank() -> int:
+    """Returns the number of this process among those of the run; 0 without a process group."""
     return dist.get_rank() if _together() else 0
 
 

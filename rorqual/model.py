@@ -333,7 +333,7 @@ class LanguageModel(nn.Module):
         ctx = context(ids.shape[0], ids.shape[1], ids.device, past=ahead)
         cache.announced.append((ids, self._prefetch(ids, ctx, cache.ids)))
 
-    def cache_is_outdated(self, cache: Cache, ids: Tensor, lengths=None) -> bool:
+    def cache_is_outdated(self, cache: Cache, ids: Int[Tensor, "B T"], lengths=None) -> bool:
         """Whether the new tokens change what an uncached call computes for the cached ones.
 
         They do if an indexer selects among equal scores as torch.topk does, and if the rotary
@@ -558,7 +558,7 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
         """Returns an empty cache for `batch` sequences.
 
-        It has room for `capacity` tokens at first and grows.
+        It has room for `capacity` tokens at first and grows. ValueError for less than one of each.
         """
         if batch < 1 or capacity < 1:
             raise ValueError(

@@ -947,9 +947,9 @@ class ModelConfig:
     Exactly one of `mla`, `gqa` and `csa` is on.
     """
 
-    vocab_size: int = 4096
-    dim: int = 64
-    layers: int = 3
+    vocab_size: int = 4096  # ids that the embedding and the head have
+    dim: int = 64  # width of the hidden states
+    layers: int = 3  # blocks
     dense_width: int = 256  # SwiGLU width of blocks without experts
     mla: MLAConfig | None = field(default_factory=MLAConfig)
     gqa: GQAConfig | None = None
@@ -967,7 +967,7 @@ class ModelConfig:
     mtp: MTPConfig | None = None
     tied: bool = False  # the head is the embedding
     eps: float = 1e-6  # of every RMSNorm but Engram's own
-    init_std: float = 0.006
+    init_std: float = 0.006  # standard deviation of matrices at the start
 
     def __post_init__(self) -> None:
         _at_least(self, "", 1, "vocab_size", "dim", "layers", "dense_width")
@@ -1050,6 +1050,7 @@ class ModelConfig:
 
     @property
     def streams(self) -> int:
+        """The residual streams; 1 without hyper-connections."""
         return self.hyper.streams if self.hyper is not None else 1
 
     @property
@@ -1087,6 +1088,7 @@ class ModelConfig:
         )
 
     def has_engram(self, index: int) -> bool:
+        """Whether block `index` has Engram."""
         return self.engram is not None and index in self.engram.layers
 
     def check_parts(self) -> None:

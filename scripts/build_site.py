@@ -183,7 +183,8 @@ class Links:
             return posixpath.relpath(page, here) + anchor
         if path.endswith(FILES):
             self.files.add(path)
-            return posixpath.relpath(path.removeprefix("docs/"), here)
+            # The anchor of a picture names the colour scheme in which GitHub and the theme show it.
+            return posixpath.relpath(path.removeprefix("docs/"), here) + anchor
         return self.source(path, language, here) + self.line(path, split.fragment)
 
     def path(self, target: str, file: str) -> str:

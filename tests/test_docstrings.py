@@ -1,8 +1,13 @@
-"""Tests how scripts/docstrings.py prepares docstrings for the API reference."""
+"""Tests what docstrings say, and how scripts/docstrings.py prepares them for the API reference."""
 
+import ast
 import importlib.util
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -46,3 +51,128 @@ def test_comments_of_fields_become_their_docstrings(tmp_path: Path) -> None:
     assert config["width"].docstring.value == "of a \\[head\\]"
     assert config["plain"].docstring is None
     assert "private" not in config.members
+
+
+# What docstrings say. A test sees whether the words are there, a reader whether they are right.
+
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+SENTENCE = re.compile(r"[A-Z`\"'(\[].*[.:]", re.DOTALL)
+PAPER = re.compile(r"\d{4}[.:]\d{4,5}|DeepSeek-V4")
+# Files of layers/ that hold no paper's idea.
+NO_PAPER = {"__init__", "attend", "cache", "context", "sparse", "tiles"}
+
+
+def site() -> ModuleType:
+    script = ROOT / "scripts" / "build_site.py"
+    spec = importlib.util.spec_from_file_location("build_site", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules["build_site"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the public classes and functions of a body, with their names."""
+    for node in body:
+        if isinstance(node, (ast.ClassDef, *FUNCTIONS)) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+
+
+def reference() -> Iterator[tuple[str, Any]]:
+    """Yields every class, function, method and property on the pages of the API reference."""
+    builder = site()
+    for module, names in builder.public_names().items():
+        for name, node in definitions(tree_of(ROOT / builder.module_file(module)).body):
+            if name not in names:
+                continue
+            yield f"{module}.{name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node.body, f"{module}.{name}.")
+
+
+def test_every_public_function_and_class_has_a_docstring_that_begins_with_a_sentence() -> None:
+    wrong = []
+    for path in sorted((ROOT / "rorqual").rglob("*.py")):
+        for name, node in definitions(tree_of(path).body):
+            summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
+            if not SENTENCE.fullmatch(summary):
+                wrong.append(f"{path.relative_to(ROOT)}: {name}: {summary!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_member_in_the_reference_has_a_docstring_that_begins_with_a_sentence() -> None:
+    wrong = []
+    for name, node in reference():
+        # The overloads of a function have its docstring.
+        if "overload" in map(ast.unparse, getattr(node, "decorator_list", [])):
+            continue
+        summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
+        if not SENTENCE.fullmatch(summary):
+            wrong.append(f"{name}: {summary!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_errors_that_a_function_in_the_reference_raises_are_in_its_docstring() -> None:
+    wrong = []
+    for name, node in reference():
+        if not isinstance(node, FUNCTIONS):
+            continue
+        text = ast.get_docstring(node) or ""
+        for raised in ast.walk(node):
+            if isinstance(raised, ast.Raise) and isinstance(raised.exc, ast.Call):
+                error = ast.unparse(raised.exc.func)
+                if error not in text and not re.search(r"[Rr]efuse", text):
+                    wrong.append(f"{name} raises {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tensors_in_the_reference_have_their_shapes() -> None:
+    """A tensor's annotation names its axes, or the docstring shows them in brackets."""
+    wrong = []
+    for name, node in reference():
+        if not isinstance(node, FUNCTIONS):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        for argument in arguments:
+            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+            plain = re.sub(r"\w+\[Tensor, '[^']*'\]", "", annotation)
+            if re.search(r"\bTensor\b", plain) and "[" not in (ast.get_docstring(node) or ""):
+                wrong.append(f"{name}: {argument.arg}: {annotation}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_numbers_among_the_fields_of_the_reference_say_what_they_count() -> None:
+    """By a comment, which `rorqual config` and the API reference show, or in the docstring."""
+    builder = site()
+    wrong = []
+    for module, names in builder.public_names().items():
+        path = ROOT / builder.module_file(module)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in tree_of(path).body:
+            if not isinstance(node, ast.ClassDef) or node.name not in names:
+                continue
+            text = ast.get_docstring(node) or ""
+            for field in node.body:
+                if not isinstance(field, ast.AnnAssign):
+                    continue
+                name = ast.unparse(field.target)
+                number = re.search(r"\b(int|float)\b", ast.unparse(field.annotation))
+                comment = docstrings.field_comment(lines, field.lineno, field.end_lineno or 0)
+                if number and not comment and name not in text:
+                    wrong.append(f"{module}.{node.name}.{name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_file_of_a_paper_names_it() -> None:
+    files = [path for path in (ROOT / "rorqual/layers").glob("*.py") if path.stem not in NO_PAPER]
+    wrong = [
+        path.name for path in files if not PAPER.search(ast.get_docstring(tree_of(path)) or "")
+    ]
+    assert not wrong

@@ -5,8 +5,10 @@ reasons from NEEDS. Where a block without a language follows a block of Python, 
 prints.
 """
 
+import ast
 import contextlib
 import gc
+import json
 import os
 import re
 import shlex
@@ -150,6 +152,19 @@ def blocks(page: Path, language: str) -> list[str]:
     return [block.body for block in all_blocks(page) if block.language == language]
 
 
+def typed(page: Path) -> list[tuple[Any, ...]]:
+    """Returns the commands and the code of a page, without comments, and what they need."""
+    result: list[tuple[Any, ...]] = []
+    for block in all_blocks(page):
+        if block.language == "python":
+            result.append(("python", block.needs, ast.dump(ast.parse(block.body))))
+        elif block.language == "sh":
+            result.append(("sh", block.needs, *shlex.split(block.body, comments=True)))
+        elif block.language == "diff":
+            result.append(("diff", block.needs, block.body))
+    return result
+
+
 def commands() -> list[str]:
     lines = {
         line: None
@@ -166,6 +181,11 @@ def shorter(words: Sequence[str]) -> list[str]:
     flags = SHORTER.get(" ".join(words[1:3]), SHORTER.get(words[1], []))
     if words[1] == "memory" and "--data" not in words:
         flags = []
+    # Chats have their file, and weights of another run its tokenizer.
+    if "--data.column" in words:
+        flags = [flag for flag in flags if flag not in ("--data.source", "notes/")]
+    if "--init-from" in words:
+        flags = [flag for flag in flags if flag not in ("--data.vocab-size", "300")]
     return [*(SMALLER.get(word, word) for word in words), *flags]
 
 
@@ -234,6 +254,10 @@ def pages_folder(stand_in: Path, tmp_path: Path) -> Path:
     shutil.copytree(stand_in / "llama", tmp_path / "HuggingFaceTB/SmolLM2-135M")
     shutil.copytree(ROOT / "tests/golden/deepseek_v2_lite_tiny", tmp_path / "DeepSeek-V2-Lite")
     save_file({"0": torch.tensor([3, 1])}, tmp_path / "hot.safetensors")
+    answer = {"role": "assistant", "content": "You saw a blue whale."}
+    chats = [[{"role": "user", "content": f"{i} of what?"}, answer] for i in range(9)]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "notes").mkdir()
     for i in range(120):
         (tmp_path / "notes" / f"{i}.txt").write_text(
@@ -360,6 +384,8 @@ OURS = os.environ | {
 def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bool) -> None:
     """Runs a page's blocks, from first to last, in one folder and one Python process."""
     names: dict[str, Any] = {"__name__": "page", "replace": replace}
+    # Folders of runs that are not trained, since only what is fast is run.
+    missing = set[str]()
     for block in all_blocks(page):
         if block.needs:
             continue
@@ -377,15 +403,28 @@ def read_through(page: Path, capsys: pytest.CaptureFixture[str], *, slow_too: bo
                 assert capsys.readouterr().out == block.output, block.body
         elif block.language == "sh":
             for line in block.lines:
-                if slow_too or not slow(shlex.split(line, comments=True)):
+                words = shlex.split(line, comments=True)
+                if slow_too or not (slow(words) or missing & set(words)):
                     type_it(line, capsys)
+                elif "--folder" in words:
+                    missing.add(words[words.index("--folder") + 1])
     names.clear()
     gc.collect()
 
 
-WITH_BLOCKS = [
-    page for page in DOCS if any(block.language in ("sh", "python") for block in all_blocks(page))
-]
+def run_blocks(page: Path) -> list[Block]:
+    """Returns the blocks of a page that are run."""
+    return [block for block in all_blocks(page) if block.language in ("sh", "python")]
+
+
+def repeats(page: Path) -> bool:
+    """Returns whether a Chinese page runs what the English page of its name does."""
+    english = ROOT / "docs" / page.name
+    chinese = page.parent.name == "zh" and english.is_file()
+    return chinese and typed(page) == typed(english)
+
+
+WITH_BLOCKS = [page for page in DOCS if run_blocks(page) and not repeats(page)]
 WITH_SLOW = [
     page
     for page in WITH_BLOCKS
@@ -487,11 +526,21 @@ def test_blocks_say_what_they_are_and_what_they_need() -> None:
         assert text.count("<!-- needs:") == sum(bool(block.needs) for block in result), page
         assert {reason for block in result for reason in block.needs} <= NEEDS, page
         for block in result:
-            assert block.language in ("", "sh", "python", "math"), page
+            assert block.language in ("", "sh", "python", "math", "diff"), page
             if not block.language:  # a drawing or a formula
                 assert not re.search(
                     r"^\s*(rorqual [a-z]|python |make |import |from )", block.body, re.MULTILINE
                 ), page
+
+
+def test_the_changes_that_a_page_shows_apply_to_the_library() -> None:
+    patches = [patch for page in DOCS for patch in blocks(page, "diff")]
+    assert patches
+    for patch in patches:
+        done = subprocess.run(
+            ["git", "apply", "--check"], cwd=ROOT, input=patch, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{done.stderr}\nexpected docs/new_attention.md to fit"
 
 
 INLINE = re.compile(r"`(?:OMP_NUM_THREADS=1 )?((?:rorqual|python) [^`]*)`")
@@ -523,8 +572,17 @@ def test_the_demo_of_the_page_is_the_demo_of_the_makefile() -> None:
     assert "-m rorqual demo" in done.stdout
 
 
-def test_the_pages_name_the_same_commands() -> None:
-    first, second = (blocks(page, "sh") for page in PAGES)
+@pytest.mark.parametrize(
+    ("readme", "first_page"),
+    [(PAGES[0], ROOT / "docs/index.md"), (PAGES[1], ROOT / "docs/zh/index.md")],
+    ids=["en", "zh"],
+)
+def test_the_readme_begins_as_the_site_does(readme: Path, first_page: Path) -> None:
+    """Up to the section after the table of measurements; only links lead elsewhere."""
+    first, second = (
+        re.sub(r"\]\([^)]*\)|<!--.*-->\n", "", page.read_text(encoding="utf-8")).split("\n## ")[:2]
+        for page in (readme, first_page)
+    )
     assert first == second
 
 
@@ -546,6 +604,17 @@ def test_what_a_block_prints_is_read_from_the_block_below_it(tmp_path: Path) -> 
         "```python\nprint(2)\n```\n\nText between.\n\n```\n3\n```\n"
     )
     assert [block.output for block in all_blocks(page)] == ["1\n", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [PAGES[1], *(page for page in DOCS if page.parent.name == "zh")],
+    ids=lambda page: page.name,
+)
+def test_a_chinese_page_shows_the_commands_of_the_english_one_or_none(page: Path) -> None:
+    english = PAGES[0] if page == PAGES[1] else ROOT / "docs" / page.name
+    chinese, expected = ([it for it in typed(one) if it[0] != "python"] for one in (page, english))
+    assert chinese in ([], expected)
 
 
 @pytest.mark.parametrize(

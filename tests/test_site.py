@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,30 @@ def test_chinese_pages_exist_where_the_navigation_says_so() -> None:
         assert page.title("zh").endswith("（英文）") == page.english, page.file
 
 
+def outline(file: str) -> tuple[int, int, int]:
+    """Counts the headings, the lines of tables and the pictures of a page."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings, lines, pictures = (
+        len(re.findall(sign, prose, re.MULTILINE)) for sign in (r"^#+ ", r"^\|", r"^!\[")
+    )
+    return headings, lines, pictures
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        for section in site.sections()
+        if section.titles["en"] == "Guides"
+        for page in section.pages
+    ],
+    ids=lambda page: page.name,
+)
+def test_a_chinese_guide_has_the_sections_and_tables_of_the_english_one(page: "site.Page") -> None:
+    assert outline(page.source("zh")) == outline(page.file)
+
+
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
     listed = site.public_names()
     names = {name for names in listed.values() for name in names}
@@ -81,6 +106,13 @@ def test_every_public_name_is_on_a_page_of_the_reference() -> None:
         ("../train.md", "docs/zh/README.md", "zh", "commands.md", "train.md"),
         ("../engram.md", "docs/zh/README.md", "zh", "commands.md", "engram.md"),
         ("../images/gates.png", "docs/zh/README.md", "zh", "commands.md", "images/gates.png"),
+        (
+            "../images/explore-dark.png#gh-dark-mode-only",
+            "docs/zh/explore.md",
+            "zh",
+            "explore.md",
+            "images/explore-dark.png#gh-dark-mode-only",
+        ),
         ("../CONTRIBUTING.md", "docs/index.md", "en", "index.md", "contributing.md"),
         ("#words", "docs/glossary.md", "en", "glossary.md", "#words"),
         ("https://example.org/a.md", "docs/hub.md", "en", "hub.md", "https://example.org/a.md"),
@@ -196,6 +228,12 @@ def test_formulas_become_mathml() -> None:
     assert "<mfrac>" in text
     code = "written ``$`x`$``"
     assert site.with_formulas(code) == code
+
+
+def test_pictures_are_small() -> None:
+    pictures = sorted((ROOT / "docs/images").glob("*.png"))
+    large = {path.name: path.stat().st_size for path in pictures if path.stat().st_size > 150_000}
+    assert pictures and not large, "scripts/take_screenshots.py reduces the colours of a picture"
 
 
 def test_broken_links_and_other_hosts_are_reported(tmp_path: Path) -> None:

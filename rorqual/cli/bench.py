@@ -60,6 +60,7 @@ class Serve:
 
 
 def bench_command(argv: list[str]) -> int:
+    """Measures a server; returns the exit code."""
     as_json, argv = take("--json", argv)
     verb, rest = split_first(argv, "serve", EXAMPLE)
     if verb in ("-h", "--help"):

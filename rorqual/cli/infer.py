@@ -56,6 +56,7 @@ def _table_options(options: "Generate | Serve | Chat") -> dict[str, Any]:
 
 
 def generate_command(argv: list[str]) -> int:
+    """Continues a text; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Generate, argv, "generate")
     from rorqual.serve.drafts import AcceptanceStats
@@ -136,6 +137,7 @@ class Evaluate:
 
 
 def eval_command(argv: list[str]) -> int:
+    """Scores a run on a text or on tasks; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Evaluate, argv, "eval")
     from rorqual import evaluate
@@ -227,6 +229,7 @@ class Serve:
 
 
 def serve_command(argv: list[str]) -> int:
+    """Starts the HTTP server and runs it until ctrl-C; returns the exit code."""
     options = parse_new(Serve, argv, "serve")
     from rorqual.serve.generate import load
     from rorqual.serve.server import listen, serve
@@ -300,6 +303,7 @@ CHAT_HELP = """/reset              begin anew
 
 
 def chat_command(argv: list[str]) -> int:
+    """Talks with a run in the terminal; returns the exit code."""
     options = parse_new(Chat, argv, "chat")
     from rorqual.serve.chat import Conversation
     from rorqual.serve.generate import load
@@ -403,6 +407,7 @@ def _changed(sampling: "Sampling", words: str) -> "Sampling":
 
 
 def explore_command(argv: list[str]) -> int:
+    """Shows the live page of a run until ctrl-C; returns the exit code."""
     name, flags = split_first(argv, "a run folder", "rorqual explore runs/demo/engram")
     from rorqual import explore
 
@@ -446,6 +451,7 @@ class Memory:
 
 
 def memory_command(argv: list[str]) -> int:
+    """Prints or edits the rows that a text reads; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Memory, argv, "memory")
     asked = (

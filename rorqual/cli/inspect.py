@@ -21,6 +21,7 @@ class Data:
 
 
 def data_command(argv: list[str]) -> int:
+    """Describes a source of texts; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Data, argv, "data")
     from rorqual.data.corpus import open_corpus
@@ -75,6 +76,7 @@ class Doctor:
 
 
 def doctor_command(argv: list[str]) -> int:
+    """Describes this machine and what runs on it; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Doctor, argv, "doctor")
     from rorqual import doctor
@@ -101,6 +103,7 @@ class Report:
 
 
 def report_command(argv: list[str]) -> int:
+    """Writes the page of one run or several; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Report, argv, "report")
     from rorqual.analyze.report import page_for, write_report

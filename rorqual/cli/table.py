@@ -130,6 +130,7 @@ class Bench:
 
 
 def table_command(argv: list[str]) -> int:
+    """Runs one of the verbs of `rorqual table`; returns the exit code."""
     as_json, argv = take("--json", argv)
     verb, rest = split_first(argv, f"one of {', '.join(VERBS)}", EXAMPLE)
     if verb in ("-h", "--help"):
@@ -150,6 +151,7 @@ def table_command(argv: list[str]) -> int:
 
 
 def build(options: Build, as_json: bool) -> int:
+    """Writes a table as files, of normal numbers or from a run; returns the exit code."""
     from rorqual import tables
 
     if options.source is not None:
@@ -191,6 +193,7 @@ def build(options: Build, as_json: bool) -> int:
 
 
 def convert(options: Convert, as_json: bool) -> int:
+    """Writes a table anew in another format; returns the exit code."""
     return _written(options, options.source, as_json)
 
 
@@ -227,6 +230,7 @@ def _shard_rows(options: Build | Convert, size: int) -> int:
 
 
 def inspect(options: Inspect, as_json: bool) -> int:
+    """Describes tables in files; returns the exit code."""
     descriptions = [
         _about(path, name) for path, name in tables_in(Path(options.table), options.name)
     ]
@@ -292,6 +296,7 @@ def _about(path: Path, name: str) -> dict[str, Any]:
 
 
 def verify(options: Verify, as_json: bool) -> int:
+    """Names the rows that are not as they were written; returns 1 if there are any."""
     from rorqual import tables
 
     damaged = tables.verify(options.table)
@@ -313,6 +318,7 @@ def verify(options: Verify, as_json: bool) -> int:
 
 
 def hot(options: Hot, as_json: bool) -> int:
+    """Writes the row ids that a corpus reads most; returns the exit code."""
     from safetensors.torch import save_file
     from torch import int64, tensor
 
@@ -361,6 +367,7 @@ def hot(options: Hot, as_json: bool) -> int:
 
 
 def bench(options: Bench, as_json: bool) -> int:
+    """Measures the lookups of every placement; returns the exit code."""
     from rorqual.experiments import tables
 
     names = [field.name for field in fields(tables.BenchConfig)]

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 
 def demo_command(argv: list[str]) -> int:
+    """Trains the two models of the demo and compares them; returns the exit code."""
     as_json, argv = take("--json", argv)
     from rich.console import Console
 
@@ -68,6 +69,7 @@ DATA = {"data": "data.source"}  # what --data is short for
 
 
 def train_command(argv: list[str]) -> int:
+    """Trains a model, or counts what that would take; returns the exit code."""
     as_json, argv = take("--json", argv)
     dry, argv = take("--dry-run", argv)
     options = train_options(argv)
@@ -405,6 +407,7 @@ ROWS = (
 
 
 def params_command(argv: list[str]) -> int:
+    """Counts the parameters and FLOPs of models; returns the exit code."""
     as_json, argv = take("--json", argv)
     names: list[str] = []
     while argv and not is_option(argv[0]):
@@ -475,6 +478,7 @@ MACHINE = ("device", "devices", "utilisation", "step_tokens", "optimizer", "plac
 
 
 def plan_command(argv: list[str]) -> int:
+    """Plans a split of a budget, or a run on many devices; returns the exit code."""
     as_json, argv = take("--json", argv)
     if argv and not is_option(argv[0]):
         return cluster_command(argv[0], named(argv[0]), argv[1:], as_json)
@@ -641,6 +645,7 @@ SWEEP_ENDS = "The sweep of needles has options of its own: rorqual sweep needle 
 
 
 def sweep_command(argv: list[str]) -> int:
+    """Trains the runs of a comparison; returns the exit code."""
     as_json, argv = take("--json", argv)
     name, flags = split_first(argv, "a kind of sweep", "rorqual sweep allocation --seeds 3")
     from rich.console import Console

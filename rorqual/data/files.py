@@ -308,6 +308,7 @@ def hub_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -163,7 +163,10 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token(self, i: int) -> str:
-        """Returns the text of one id, or its vocabulary string if it is a piece of a character."""
+        """Returns the text of one id, or its vocabulary string if it is a piece of a character.
+
+        ValueError for an id that the tokenizer does not have.
+        """
         if not 0 <= i < self.vocab_size:
             raise ValueError(f"got id {i}, expected 0 to {self.vocab_size - 1}")
         text = self.decode([i])

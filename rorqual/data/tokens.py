@@ -471,6 +471,7 @@ class _Writer:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array as numpy does, with an error where the disk is full."""
     # numpy's own writing to a file raises no error when the disk is full
     whole = io.BytesIO()
     np.save(whole, array)

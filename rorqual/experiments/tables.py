@@ -150,6 +150,7 @@ def memory_of(config: BenchConfig) -> EngramConfig:
 
 
 def model_with(config: BenchConfig, tables: Tables) -> LanguageModel:
+    """Builds a dense model whose Engram reads these tables."""
     shape = ModelConfig(
         vocab_size=VOCAB_SIZE,
         dim=config.dim,

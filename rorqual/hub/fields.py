@@ -11,6 +11,7 @@ MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 
 
 def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
+    """Returns a number of a config.json; ValueError, naming the field, for anything else."""
     value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
@@ -18,6 +19,7 @@ def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
 
 
 def whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
+    """Returns a whole number of a config.json; ValueError for anything else."""
     value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
         raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")

@@ -142,6 +142,7 @@ def over_blocks(
 
 @_loop
 def scaled(query, scale, out):  # pragma: no cover
+    """Computes out = scale query for the heads of one token, [H, P]."""
     for h in range(out.shape[0]):
         for i in range(out.shape[1]):
             out[h, i] = query[h, i] * scale

@@ -20,6 +20,7 @@ ONE = np.float32(1)
 
 @compiled
 def matrix_at(address, rows, columns):  # pragma: no cover
+    """Views the float32 numbers at an address as a matrix."""
     return numba.carray(pointer(address), (rows, columns), np.float32)
 
 
@@ -29,6 +30,7 @@ def _any_order(function):
 
 @_any_order
 def norm(x, weight, eps, out):  # pragma: no cover
+    """Computes out = RMSNorm(x) * weight of one vector."""
     total = ZERO
     for i in range(x.shape[0]):
         total += x[i] * x[i]
@@ -51,12 +53,14 @@ def rotate(x, cos, sin, interleaved):  # pragma: no cover
 
 @compiled
 def fill(x, value):  # pragma: no cover
+    """Sets every number of a vector."""
     for i in range(x.shape[0]):
         x[i] = value
 
 
 @_any_order
 def largest(numbers):  # pragma: no cover
+    """Returns the largest number of a vector."""
     best = numbers[0]
     for l in range(1, numbers.shape[0]):
         best = max(best, numbers[l])

@@ -177,10 +177,12 @@ class Run:
 
     @property
     def config(self) -> ModelConfig:
+        """The model's configuration."""
         return self.model.config
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ValueError if its folder has none."""
         if self._tokenizer is None:
             raise ValueError(
                 f"{self.folder} holds no tokenizer.json: "
@@ -394,7 +396,8 @@ class Run:
     ) -> Iterator[Sequence[int | None]]:
         """Yields the new ids of every prompt, step by step, and None for one that has ended.
 
-        With `acceptance_stats` the model drafts, and the drafts are counted there.
+        With `acceptance_stats` the model drafts, and the drafts are counted there. ValueError for
+        less than one new token, and for an empty prompt.
         """
         if max_new_tokens < 1:
             raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")

@@ -30,7 +30,9 @@ _KEPT = 4  # reads whose records are kept for an update; those of others are rea
 
 
 class RecordFile:
-    """float32 rows and their optimizer state in FOLDER/records, with `keep` marks to go back to.
+    """Rows in float32 and their optimizer state in FOLDER/records, with marks to go back to.
+
+    `keep` is how many marks there are.
 
     `read` and `replace` are called in order by one thread.
     """

@@ -140,11 +140,11 @@ class TrainConfig:
     needles: NeedleConfig | None = None  # questions to train on; `data` is then not read
     init_from: str | None = None  # a run whose weights and tokenizer the training begins with
     folder: str = "runs/train"
-    steps: int = 1000
+    steps: int = 1000  # updates of the parameters
     batch_size: int = 16
     seq_len: int = 256
     micro_batch_size: int | None = None  # sequences a forward pass; None: all of this rank's
-    seed: int = 0
+    seed: int = 0  # of the values at the start and of the order of the data
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
     placement: Literal["device", "host", "disk"] = "device"  # Engram's rows; disk: FOLDER/learning

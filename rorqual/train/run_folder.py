@@ -127,6 +127,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
 
 
 def write_rollbacks(folder: Path, rollbacks: list[Rollback]) -> None:
+    """Writes the rollbacks of a run to its folder, in place of those before."""
     write_json(folder / ROLLBACKS, [each._asdict() for each in rollbacks])
 
 

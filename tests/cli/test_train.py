@@ -519,7 +519,7 @@ def test_a_file_and_overrides_are_one_config(
     configs.save(replace(asked[2], steps=9), "runs/whale/train.json")
     assert main(["config", "runs/whale", "keep=3"]) == 0
     assert (
-        "steps: 9\n" in (message := capsys.readouterr().out)
+        "steps: 9  # updates of the parameters\n" in (message := capsys.readouterr().out)
         and "keep: 3  # checkpoints\n" in message
     )
 
