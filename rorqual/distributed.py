@@ -6,7 +6,6 @@
     Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
                  the results
     mean_rows    gathers a table's row gradients of all ranks, which each have the whole table
-    together     raises an error of one rank on every rank
     torchrun     runs a command in several processes, and restarts it when one of them dies
 
 Parallelism is applied from outside; model code does not depend on it. The mathematics is that of
@@ -22,7 +21,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import run
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -50,6 +49,12 @@ from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP
 from rorqual.layers.streams import Streams
 from rorqual.model import Block, LanguageModel
+from rorqual.ranks import barrier as barrier
+from rorqual.ranks import raise_together as raise_together
+from rorqual.ranks import rank as rank
+from rorqual.ranks import together as together
+from rorqual.ranks import total as total
+from rorqual.ranks import world as world
 from rorqual.tables import Handle, Table
 
 T = TypeVar("T")
@@ -72,25 +77,12 @@ STORED = {
 }
 
 
-def rank() -> int:
-    return dist.get_rank() if _together() else 0
-
-
-def world() -> int:
-    """Returns the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if _together() else 1
-
-
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def join(device: torch.device) -> bool:
     """Joins the process group that torchrun's environment describes.
 
     False where there is none, or it was already joined.
     """
-    if runtime.ranks()[1] == 1 or _together():
+    if runtime.ranks()[1] == 1 or dist.is_initialized():
         return False
     if device.type == "cuda":
         # FSDP and NCCL use the current device, which is the first one for every rank.
@@ -101,7 +93,7 @@ def join(device: torch.device) -> bool:
 
 def leave() -> None:
     """Leaves the process group that `join` joined."""
-    if _together():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -164,66 +156,18 @@ def _refuse(message: str) -> NoReturn:
 
 
 def first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 before the other ranks, which find its files on the disk."""
-    if rank() > 0:
-        dist.barrier()
-    result = work()
-    if rank() == 0 and world() > 1:
-        dist.barrier()
-    return result
+    """Runs `work` on rank 0 before the other ranks, which find its files on the disk.
 
-
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if world() > 1:
-        dist.barrier()
-
-
-def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Returns the sum over all ranks."""
-    if world() == 1:
-        return tensor
-    summed = tensor.clone()
-    dist.all_reduce(summed)
-    return summed
-
-
-def raise_together(error: Exception | None) -> None:
-    """Raises the error of one rank on every rank, so that none waits for one that has ended.
-
-    Every rank calls it. The others raise a ValueError that names the first rank and its message.
+    An error of one of them is raised on all.
     """
-    if world() == 1:
-        if error is not None:
-            raise error
-        return
-    wrong = torch.tensor(int(error is not None))
-    dist.all_reduce(wrong)
-    if not wrong:
-        return
-    messages: list[str | None] = [None] * world()
-    dist.all_gather_object(messages, None if error is None else str(error))
-    if error is not None:
-        raise error
-    number, message = next((n, text) for n, text in enumerate(messages) if text is not None)
-    raise ValueError(f"rank {number}: {message}")
-
-
-def together(work: Callable[..., T]) -> Callable[..., T]:
-    """Makes a call that raises ValueError on one rank raise it on every rank."""
-
-    @functools.wraps(work)
-    def agreed(*args: Any, **kwargs: Any) -> T:
-        error = None
-        result: Any = None
-        try:
-            result = work(*args, **kwargs)
-        except ValueError as raised:
-            error = raised
-        raise_together(error)
-        return result
-
-    return agreed
+    results = []
+    with together():
+        if rank() == 0:
+            results.append(work())
+    with together():
+        if rank() > 0:
+            results.append(work())
+    return results[0]
 
 
 def mean_rows(table: nn.Parameter) -> None:
@@ -294,7 +238,7 @@ def parallelize(
             # Before any rank asks others for rows: an exchange that one rank does not join would be
             # answered by its next one.
             addresses = model.addresses
-            addresses.forward = together(addresses.forward)  # type: ignore[method-assign]
+            addresses.forward = together()(addresses.forward)  # type: ignore[method-assign]
         if config.context > 1:
             split_sequences(model, mesh.get_group("context"))
         _shard(model, blocks, mesh)

@@ -4,14 +4,10 @@ Run as a script, this file is the processes.
 """
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +28,9 @@ from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.run_folder import losses
 from rorqual.train.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import fork_ranks, run_script
 
 # Without experts and gates: a choice of experts tips with rounding, and the slope of the gate's
 # root is 500 at a score of 1e-6. One process that adds its micro-batches in another order then has
@@ -320,37 +319,6 @@ PHASES = {
 }
 
 
-def one_of_several(work, folder: Path) -> None:
-    """Exits without cleanup; a process that fails ends the others, which would wait for it."""
-    try:
-        signal.alarm(100)
-        distributed.join(torch.device("cpu"))
-        work(folder)
-        distributed.leave()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)
-
-
-def main(phases: str, folder: Path) -> None:
-    for world, work in PHASES[phases]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(world):
-            if (child := os.fork()) == 0:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-                os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-                one_of_several(work, folder)
-            children.append(child)
-        if any(os.waitpid(child, 0)[1] for child in children):
-            raise SystemExit(1)
-
-
 def run_phases(phases: str, folder: Path) -> Path:
     """Runs this file as the processes of some phases; returns the folder with their results."""
     lines = (
@@ -358,16 +326,7 @@ def run_phases(phases: str, folder: Path) -> Path:
         for n in range(300)
     )
     (folder / "text.jsonl").write_text("\n".join(lines))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "RORQUAL_SHAPES": "0",
-    }
-    command = [sys.executable, __file__, phases, str(folder)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, start_new_session=True
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_script(__file__, phases, folder, shapes=False)
     return folder
 
 
@@ -468,4 +427,5 @@ def test_rows_on_a_disk_go_on_with_other_ranks(folder, world):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for ranks, work in PHASES[sys.argv[1]]:
+        fork_ranks(ranks, partial(work, Path(sys.argv[2])))

@@ -9,6 +9,7 @@ from the records that were marked at that step. Those stay, for checkpoints befo
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,23 +77,29 @@ class RecordShard(NamedTuple):
         )
         return [] if newest and newest[0].world == self.world else newest
 
-    def take_over(self, file: RecordFile, step: int, barrier: Callable[[], None]) -> None:
+    def take_over(
+        self, file: RecordFile, step: int, together: Callable[[], AbstractContextManager]
+    ) -> None:
         """Fills this rank's file with its rows as another number of ranks had them at a mark.
 
         Every rank calls it. It does nothing if no other number of ranks marked the step
-        after these.
+        after these. `together()` is a block whose error is raised on every rank, and which ends
+        when all ranks have ended it.
         """
-        sources = self.others(step)
+        sources: list[RecordShard] = []
+        with together():
+            sources = self.others(step)
         if not sources:
             return
-        for source in sources[self.rank :: self.world]:
-            records = RecordFile(source.folder, source.each, self.width, keep=1)
-            try:
-                records.rewind(step)
-            finally:
-                records.close()
-        barrier()
-        file.replace_all(self._records_of(sources), step)
+        with together():
+            for source in sources[self.rank :: self.world]:
+                records = RecordFile(source.folder, source.each, self.width, keep=1)
+                try:
+                    records.rewind(step)
+                finally:
+                    records.close()
+        with together():
+            file.replace_all(self._records_of(sources), step)
 
     def _records_of(self, sources: "list[RecordShard]") -> Iterator[UInt8[np.ndarray, "K record"]]:
         """Yields this rank's records in order, from those of other shards."""

@@ -403,6 +403,18 @@ class Optimizer:
 
         table.update(gradient._indices()[0], gradient._values(), change)
 
+    def failed_write(self) -> Exception | None:
+        """Waits for the rows that the last step writes to the disk; returns the error of a write.
+
+        It is of this rank. The next update would raise it, on this rank alone.
+        """
+        try:
+            for table in self.tables_on_disk.values():
+                table.flush()
+        except (ValueError, OSError) as error:
+            return error
+        return None
+
     def mark(self, step: int) -> None:
         """Marks a step to which tables on disk can be rewound."""
         for table in self.tables_on_disk.values():

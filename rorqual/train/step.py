@@ -172,14 +172,18 @@ class TrainStep:
         """Returns why this step must be skipped, None if it need not; all ranks agree.
 
         A sum over ranks is not finite if a rank's value is not. The same sum tells every rank
-        whether one of them was asked to stop.
+        whether one of them was asked to stop, and whether the rows of one could not be written,
+        which all raise.
         """
-        stop = torch.tensor(float(self.stop_requested()), device=self.device)
-        stacked = torch.stack(
-            [value.detach().to(self.device).float() for value in (*values.values(), stop)]
-        )
-        *sums, stops = distributed.total(stacked).tolist()
+        error = self.optimizer.failed_write()
+        flags = torch.tensor([self.stop_requested(), error is not None], dtype=torch.float32)
+        stacked = torch.stack([value.detach().to(self.device).float() for value in values.values()])
+        *sums, stops, failed = distributed.total(
+            torch.cat([stacked, flags.to(self.device)])
+        ).tolist()
         self.stopping = stops > 0
+        if failed:
+            distributed.raise_together(error)
         means = {
             name: total / distributed.world() for name, total in zip(values, sums, strict=True)
         }

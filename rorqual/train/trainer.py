@@ -76,8 +76,9 @@ def train(
         with run_folder.explain_full_disk(folder), run_folder.exclusive(folder):
             run_folder.start_run(folder, config)
             _train(config, device, on_metrics)
-            if distributed.rank() == 0:
-                (folder / checkpoint.UNDER_WAY).unlink()
+            with distributed.together():
+                if distributed.rank() == 0:
+                    (folder / checkpoint.UNDER_WAY).unlink()
     finally:
         if joined:
             distributed.leave()
@@ -190,8 +191,9 @@ def _train(
     with ExitStack() as open_tables:
         model = _build_model(config, source, device, open_tables)
         step = TrainStep(model, Optimizer(model, config.optim), config)
-        if distributed.rank() == 0:
-            checkpoint.describe_model(folder, model.config, source.tokenizer)
+        with distributed.together():
+            if distributed.rank() == 0:
+                checkpoint.describe_model(folder, model.config, source.tokenizer)
 
         def estimate() -> float:
             _, parts = config.distributed.data_rank(distributed.rank(), distributed.world())
@@ -338,14 +340,14 @@ def _write_tables(folder: Path, model: LanguageModel) -> None:
     ]
     if not learnt:
         return
-    for table in learnt:
-        table.flush()
-    distributed.barrier()
-    if distributed.rank() == 0:
-        shutil.rmtree(folder / "tables", ignore_errors=True)
-        for number, table in enumerate(learnt):
-            path = folder / "tables" / str(number)
-            write_rows(path, table.rows, table.width, table.read_trained)
-    distributed.barrier()
+    with distributed.together():
+        for table in learnt:
+            table.flush()
+    with distributed.together():
+        if distributed.rank() == 0:
+            shutil.rmtree(folder / "tables", ignore_errors=True)
+            for number, table in enumerate(learnt):
+                path = folder / "tables" / str(number)
+                write_rows(path, table.rows, table.width, table.read_trained)
     for table in learnt:
         table.close()

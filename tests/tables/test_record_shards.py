@@ -1,7 +1,9 @@
 """Tests record_shards.py: records go from one number of ranks to another, as of a mark."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,13 @@ def resumed(root: Path, world: int, step: int) -> list[RecordFile]:
     for file, shard in zip(files, shards, strict=True):
         file.draw(0.02, shard.first, ROWS)
 
+    @contextmanager
+    def together() -> Iterator[None]:
+        yield
+        barrier.wait()
+
     def resume(file: RecordFile, shard: RecordShard) -> None:
-        shard.take_over(file, step, barrier.wait)
+        shard.take_over(file, step, together)
         file.rewind(step)
 
     with ThreadPoolExecutor(world) as ranks:
