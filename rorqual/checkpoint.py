@@ -63,7 +63,7 @@ from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
 from rorqual.ranks import raise_together, rank, together, world
 from rorqual.runtime import log
-from rorqual.tables import TableConfig, open_tables
+from rorqual.tables import RowFile, TableConfig, open_tables
 from rorqual.tensor_file import Layout, open_tensors, read_pieces, write_tensors
 
 DIGEST = "digest.json"
@@ -73,6 +73,7 @@ FORMAT = "rorqual-state-1"
 # The fields of config.json beside ModelConfig's, by which transformers recognizes a run folder.
 KIND: Mapping[str, Any] = {"model_type": "rorqual", "architectures": ["RorqualForCausalLM"]}
 SPECIAL = {"bos_token_id": "begin_id", "eos_token_id": "end_id", "pad_token_id": "pad_id"}
+_ROWS = 1 << 16  # of a table, read at a time
 _MODEL = "model."  # the prefix of a model's tensors in a checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -665,6 +666,113 @@ def _open_weights(path: Path, device: str) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise Damaged(f"{path}: got a torn file ({error}), expected safetensors") from error
+
+
+def load_weights(
+    folder: str | os.PathLike[str], model: LanguageModel, *, without_engram: bool = False
+) -> bool:
+    """Fills a model in place with the weights of a run, as `load_model` would find them.
+
+    Every rank calls it, and reads its shards of each tensor alone. ValueError for a run of another
+    model. If `without_engram`, the run may lack the Engram that the model has; returns whether it
+    does.
+    """
+    folder = Path(folder)
+    run = run_of(folder)
+    lacks = without_engram and read_config(run).engram is None and model.config.engram is not None
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (lacks and (".engram." in name or name.startswith(("addresses.", "tables."))))
+    }
+    # Engram derives tensors from its canonical map when it is loaded.
+    addresses = {
+        name: torch.empty_like(tensor)
+        for name, tensor in state.items()
+        if name.startswith("addresses.")
+    }
+    state |= addresses
+    source = _newest_weights(folder)
+    with together():
+        if source is None:
+            _read_finished(folder, model, state)
+    if source is not None:
+        named = {f"{_MODEL}{name}": tensor for name, tensor in state.items()}
+        saved = {n: shape for n, shape in _saved_shapes(source).items() if n.startswith(_MODEL)}
+        with together():
+            _compare(source, saved, _shapes(named))
+        _read(source, named)
+        log(_where_read(run, source))
+    if model.addresses is not None and addresses:
+        own = {name.removeprefix("addresses."): tensor for name, tensor in addresses.items()}
+        model.addresses.load_state_dict(own)
+    return lacks
+
+
+def _newest_weights(folder: Path) -> Path | None:
+    """Returns the checkpoint that has the weights of a run; None for a finished one. All ranks."""
+    if not is_checkpoint(folder):
+        if is_finished(folder):
+            return None
+        checkpoints = folder / "checkpoints"
+        best = checkpoints / BEST
+        try:
+            path = latest(checkpoints, shared=True)
+        except Damaged:
+            if not is_checkpoint(best):
+                raise
+            path = None
+        if path is not None:
+            return path
+        if not is_checkpoint(best):
+            raise ValueError(f"{folder}: got no model and no checkpoint, expected a run with one")
+        folder = best
+    verify(folder, shared=True)
+    return folder
+
+
+def _read_finished(folder: Path, model: LanguageModel, state: Mapping[str, Tensor]) -> None:
+    """Fills this rank's shards of tensors from model.safetensors, and rows from FOLDER/tables."""
+    path = folder / "model.safetensors"
+    stored = stored_shapes(path)
+    wanted = dict(state)
+    if model.config.tied:
+        # It is the embedding's.
+        wanted.pop("head.weight", None)
+    if "tables.0.weight" in state and "tables.0.weight" not in stored:
+        for number in range(len(model.tables)):
+            _read_rows(folder / "tables" / str(number), wanted.pop(f"tables.{number}.weight"))
+    _compare(folder, stored, _shapes(wanted))
+    with open_tensors(path) as file:
+        for name, tensor in wanted.items():
+            local, slices = _local_part(tensor)
+            for rows, values in read_pieces(file, name, slices):
+                local[rows].copy_(values)
+
+
+def _read_rows(path: Path, tensor: Tensor) -> None:
+    """Fills this rank's rows of a table from the files of a table."""
+    local, (rows, _) = _local_part(tensor)
+    file = RowFile(path, "rows")
+    try:
+        for start in range(rows.start, rows.stop, _ROWS):
+            ids = np.arange(start, min(start + _ROWS, rows.stop))
+            values = file.numbers(file.read(ids))
+            local[start - rows.start : start - rows.start + len(ids)].copy_(values)
+    finally:
+        file.close()
+
+
+def _local_part(tensor: Tensor) -> tuple[Tensor, list[slice]]:
+    """Returns this rank's part of a tensor, and where it is in the whole."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor, [slice(0, size) for size in tensor.shape]
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    slices = [slice(first, first + size) for first, size in zip(offsets, sizes, strict=True)]
+    return tensor.to_local(), slices
 
 
 def _load_newest(

@@ -3,6 +3,7 @@
     parallelize  makes a model run on a mesh of ranks with the axes replicate, shard, context and
                  expert: FSDP2 and HSDP, expert and context parallelism, activation checkpointing,
                  torch.compile
+    build        makes a model on such a mesh, of which no rank ever has the whole
     Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
                  the results
     mean_rows    gathers a table's row gradients of all ranks, which each have the whole table
@@ -15,7 +16,8 @@ one process with the batches of all ranks concatenated.
 import argparse
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -34,6 +36,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -48,7 +51,7 @@ from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP
 from rorqual.layers.streams import Streams
-from rorqual.model import Block, LanguageModel
+from rorqual.model import Block, LanguageModel, init
 from rorqual.ranks import barrier as barrier
 from rorqual.ranks import raise_together as raise_together
 from rorqual.ranks import rank as rank
@@ -245,6 +248,85 @@ def parallelize(
     return model
 
 
+def build(
+    make: Callable[[], LanguageModel],
+    mesh: DeviceMesh,
+    config: DistributedConfig,
+    device: torch.device,
+    seed: int,
+) -> LanguageModel:
+    """Builds a model on the ranks of `mesh`, as `parallelize` does of a model that is there.
+
+    `make` returns a model without values. Its parameters get the values that one process draws from
+    the seed, to the bit, and no rank ever has more of them than its shards and one whole tensor.
+    """
+    with _without_values():
+        model = make()
+    parallelize(model, mesh, config)
+    model._apply(
+        lambda tensor: (
+            torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        )
+    )
+    if model.config.tied:
+        model.head.weight = model.embed.weight
+    init(model, seed, write=_write_shard, whole=_whole)
+    return model
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Leaves parameters that are made in the block without memory, but for those of tables.
+
+    Buffers, which are small and are computed when a module is made, have theirs.
+    """
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        del name
+        if isinstance(module, Table) or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _write_shard(parameter: Tensor, values: Tensor) -> None:
+    """Writes this rank's part of whole values, without asking other ranks."""
+    if isinstance(parameter, DTensor):
+        shard = distribute_tensor(
+            values, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter = parameter.to_local()
+        values = shard.to_local()
+    parameter.copy_(values)
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Makes a module's parameters whole in the block; afterwards this rank has its parts of them.
+
+    What the block does not set is undefined.
+    """
+    sharded = dict(module.named_parameters())
+    for name, parameter in sharded.items():
+        whole = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+        _replace_parameter(module, name, whole)
+    yield
+    values = dict(module.named_parameters())
+    for name, parameter in sharded.items():
+        _replace_parameter(module, name, parameter)
+        _write_shard(parameter, values[name])
+
+
+def _replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = parameter
+
+
 def _blocks(model: LanguageModel) -> list[Block]:
     drafting = [cast(MTP, module).block for module in model.mtp]
     return [cast(Block, block) for block in (*model.blocks, *drafting)]
@@ -322,7 +404,8 @@ def _split_experts(mixture: MoE, mesh: DeviceMesh) -> None:
     """Gives rank r of W the r-th range of E / W experts; an Exchange sends tokens to them."""
     experts = mixture.experts
     for name, parameter in list(experts.named_parameters()):
-        split = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        # All ranks have the same values, or none yet.
+        split = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(split))
     # Its hooks are FSDP's; the weights that it has are this rank's.
     with torch.device("meta"):

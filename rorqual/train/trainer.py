@@ -252,14 +252,21 @@ def _build_model(
             shape = configs.replace(shape, "engram.eos_id", source.end_id)
         shape = configs.replace(shape, "engram.pad_id", source.pad_id)
     tables = _build_tables(config, shape, open_tables)
-    model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables)
+    if distributed.world() > 1:
+        model = distributed.build(
+            lambda: LanguageModel(shape, canonical_map, seed=None, tables=tables),
+            distributed.make_mesh(config.distributed, device.type),
+            config.distributed,
+            device,
+            config.seed,
+        )
+    else:
+        model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables).to(device)
+        distributed.parallelize(model, None, config.distributed)
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         _start_from(model, config.init_from)
         _log_warmup(config)
-    model = model.to(device)
-    several = distributed.world() > 1
-    mesh = distributed.make_mesh(config.distributed, device.type) if several else None
-    return distributed.parallelize(model, mesh, config.distributed)
+    return model
 
 
 def _start_from(model: LanguageModel, run: str) -> None:
@@ -268,15 +275,12 @@ def _start_from(model: LanguageModel, run: str) -> None:
     Its value projection is 0, and so is its convolution; rows and keys are random, so that the
     projection, and then the rows, have gradients.
     """
-    base = checkpoint.load_model(run)
-    adds_engram = base.config.engram is None and model.config.engram is not None
-    model.load_state_dict(base.state_dict(), strict=not adds_engram)
-    if not adds_engram:
+    if not checkpoint.load_weights(run, model, without_engram=True):
         return
     for module in model.modules():
         if isinstance(module, Engram):
             for parameter in module.value_proj.parameters():
-                torch.nn.init.zeros_(parameter)
+                parameter.detach().zero_()
     runtime.log(f"{run} has no Engram: it is added, and changes no output at first")
 
 
