@@ -4,6 +4,7 @@ run_script     in a test: runs its file as a script, which calls `fork_ranks`
 fork_ranks     in the script: runs a function as every rank
 """
 
+import faulthandler
 import os
 import signal
 import socket
@@ -65,7 +66,8 @@ def fork_ranks(ranks: int, work: Callable[[], object], seconds: int = 300) -> No
 def _be_rank(work: Callable[[], object], seconds: int) -> None:
     """Exits without cleanup; a rank that fails ends the others, which would wait for it."""
     try:
-        signal.alarm(seconds)
+        # It writes where every thread waits.
+        faulthandler.dump_traceback_later(seconds, exit=True)
         distributed.join(torch.device("cpu"))
         work()
         distributed.leave()
