@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -121,10 +121,19 @@ class StateWrite:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
 
-    def add(self, label: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes tensors, whose memory may change afterwards, to files named LABEL-RANK."""
+    def add(
+        self,
+        label: str,
+        tensors: Mapping[str, Tensor],
+        pieces: Mapping[str, Callable[[int, int], Tensor]] | None = None,
+    ) -> None:
+        """Writes tensors, whose memory may change afterwards, to files named LABEL-RANK.
+
+        pieces: of tensors whose memory changes meanwhile: what returns the rows from one number to
+        another, of this rank's part, as they are to be written.
+        """
         with self._removed_if_it_fails():
-            writer = _Writer(self.partial, label)
+            writer = _Writer(self.partial, label, pieces)
             with _without_group_warning(), _first_failure(self.folder):
                 save(
                     _packed(tensors),
@@ -171,10 +180,16 @@ class StateWrite:
 class _Writer(HuggingFaceStorageWriter):
     """Writes each rank's tensors to one file from where they are; torch's copies them twice."""
 
-    def __init__(self, folder: Path, label: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        pieces: Mapping[str, Callable[[int, int], Tensor]] | None,
+    ) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.folder = folder
         self.label = label
+        self.pieces = pieces
         self.written: list[Path] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -188,7 +203,7 @@ class _Writer(HuggingFaceStorageWriter):
         if tensors:
             metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), "format": "pt"}
             path = self.folder / f"{self.label}-{plan.storage_data['shard_index']:05d}.safetensors"
-            write_tensors(path, tensors, metadata)
+            write_tensors(path, tensors, metadata, self.pieces)
             self.written.append(path)
         future: Future[list[WriteResult]] = Future()
         future.set_result([])
@@ -725,6 +740,8 @@ def _newest_weights(folder: Path) -> Path | None:
         if path is not None:
             return path
         if not is_checkpoint(best):
+            if (folder / "model.safetensors").is_file():
+                return None
             raise ValueError(f"{folder}: got no model and no checkpoint, expected a run with one")
         folder = best
     verify(folder, shared=True)

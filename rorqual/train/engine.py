@@ -245,25 +245,35 @@ class SafetensorsCheckpointer(Checkpointer):
     ) -> Future:
         """Copies everything now, and writes it on another thread.
 
-        Tables of rows and their optimizer state, which may fill the memory, are not copied: they
-        are written now, and wait for the disk on the other thread.
+        Of tables of rows and their optimizer state, which may fill the memory, only the rows that
+        change meanwhile are copied, before they do (`RowSnapshot`).
         """
         current = _state_to_save(train_module, train_state)
         state_write = checkpoint.StateWrite(_folder(dir), group=self.process_group)
+        optimizer = cast(Module, train_module).step.optimizer
+        reads = optimizer.snapshot()
+        pieces = {
+            f"{of}.{name}": read
+            for name, read in reads.items()
+            for of in ("model", "optim")
+            if f"{of}.{name}" in current
+        }
         rows = {name: tensor for name, tensor in current.items() if ".tables." in name}
-        if rows:
-            state_write.add("rows", rows)
         copies = {
             name: tensor.detach().clone() for name, tensor in current.items() if name not in rows
         }
         values = checkpoint.decode(checkpoint.encode(train_state))
 
-        def write_rest() -> None:
-            state_write.add("rest", copies)
-            state_write.complete(values)
+        def write_all() -> None:
+            try:
+                if rows:
+                    state_write.add("rows", rows, pieces)
+                state_write.add("rest", copies)
+                state_write.complete(values)
+            finally:
+                optimizer.close_snapshot()
 
-        write = self.writer.submit(write_rest)
-        return WriteFuture(write)
+        return WriteFuture(self.writer.submit(write_all))
 
     def load(
         self,
@@ -347,8 +357,6 @@ def _folder(dir: Any) -> Path:
 class CheckpointCallback(CheckpointerCallback):
     """Saves every `every` steps, while training continues, and at the end; keeps the newest `keep`.
 
-    Rows of tables, which are not copied, are written before it continues.
-
     Those of earlier sessions count; those of multiples of `keep_every` are never removed, and do
     not count. None is written or removed after a step that changed nothing: it is not known
     whether its state is good. After a rollback the batches that led to it are left out.
@@ -360,6 +368,10 @@ class CheckpointCallback(CheckpointerCallback):
         super().__init__(save_interval=every, max_checkpoints=keep, pre_train_checkpoint=False)
         self.keep_every = keep_every
         self.rollbacks = rollbacks
+        # Whether another number of ranks may have left rows on disk, and the step of the checkpoint
+        # after which that was looked at.
+        self._former_ranks = False
+        self._looked_at = 0
 
     @property
     def train_step(self) -> TrainStep:
@@ -372,6 +384,8 @@ class CheckpointCallback(CheckpointerCallback):
         saved = self.checkpointer.find_checkpoints(self.save_folder)
         self._checkpoints = [path for step, path in saved if step <= self.step]
         self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
+        self._former_ranks = bool(self.train_step.optimizer.tables_on_disk)
+        self._looked_at = self.step
         cast(Loader, self.trainer.data_loader).skip(
             sum(
                 each.step - each.checkpoint
@@ -403,10 +417,21 @@ class CheckpointCallback(CheckpointerCallback):
             self._remove_old_checkpoints()
 
     def _remove_old_checkpoints(self) -> None:
-        """Removes what is scheduled; an error of one rank is raised on all."""
+        """Removes what is scheduled, and rows on disk of another number of ranks before this one.
+
+        An error of one rank is raised on all.
+        """
         if self._checkpoints_to_remove:
             with distributed.together():
                 super()._remove_old_checkpoints()
+        if self._former_ranks and self._latest_checkpoint_step > self._looked_at:
+            self._looked_at = self._latest_checkpoint_step
+            gone = True
+            with distributed.together():
+                if distributed.rank() == 0:
+                    saved = [step for step, _ in checkpoint.steps(self.save_folder)]
+                    gone = self.train_step.optimizer.forget_former_ranks(saved)
+            self._former_ranks = bool(distributed.total(torch.tensor(int(not gone))))
 
     def _trim_checkpoints(self) -> None:
         """Schedules the removal of all but the newest checkpoints, and those that stay for good."""

@@ -99,6 +99,30 @@ def test_an_older_mark_of_the_same_step_is_not_taken(tmp_path):
         file.close()
 
 
+def test_records_of_former_ranks_go_once_no_checkpoint_needs_them(tmp_path):
+    for file in resumed(tmp_path, 1, 0):
+        write_ones([file], tmp_path, 50.0)
+        file.mark(1)
+        file.mark(2)
+        file.close()
+    for file in resumed(tmp_path, 4, 2):
+        file.mark(3)
+        file.close()
+    files = resumed(tmp_path, 2, 3)
+    for file in files:
+        file.mark(4)
+    two = RecordShard(tmp_path, ROWS, WIDTH).of(2)[0]
+    # Step 1 is of one process alone.
+    assert not two.forget_others([1, 3, 4])
+    assert (tmp_path / "records").is_file()
+    assert two.forget_others([3, 4])
+    assert {path.name for path in tmp_path.iterdir()} == {"rank0-of-2", "rank1-of-2"}
+    assert two.forget_others([3, 4])
+    assert torch.equal(two.read(0, ROWS)[:, 0], 50.0 + torch.arange(ROWS))
+    for file in files:
+        file.close()
+
+
 def test_a_step_that_nobody_marked_is_refused(tmp_path):
     for file in resumed(tmp_path, 2, 0):
         file.close()
