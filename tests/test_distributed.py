@@ -281,6 +281,48 @@ def one_of_four(folder: Path) -> None:
             torch.save((losses, gradients), folder / f"{name}.pt")
 
 
+def build_models(folder: Path) -> None:
+    """Compares models that four ranks build, and weights that they load, with those of one process.
+
+    They are equal to the bit, with shards of odd sizes and parameters that are tied.
+    """
+    tied = replace(CONFIG, tied=True, dim=20, vocab_size=301)
+    single_pass = replace(CONFIG, hyper=HyperConfig(kind="single_pass", streams=2))
+    layouts = [LAYOUTS[name] for name in ("experts_fsdp", "experts_hsdp", "fsdp")]
+    for number, config in enumerate((*MODELS.values(), tied, single_pass)):
+        layout = layouts[number % 3]
+        expected = LanguageModel(config, seed=3)
+        built = build_on_four(config, layout, 3)
+        assert_same_weights(built, expected)
+        ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+        loss = built.loss(ids[:, :-1], ids[:, 1:]).total
+        torch.testing.assert_close(loss, expected.loss(ids[:, :-1], ids[:, 1:]).total)
+        run = folder / str(number)
+        checkpoint.save_model(run, built)
+        other = build_on_four(config, layout, 4)
+        if number % 2:
+            state = {f"model.{key}": value for key, value in built.state_dict().items()}
+            path = run / "checkpoints" / "step7"
+            checkpoint.save_state(path, state, {})
+        assert not checkpoint.load_weights(path if number % 2 else run, other)
+        assert_same_weights(other, expected)
+
+
+def build_on_four(config: ModelConfig, layout: DistributedConfig, seed: int) -> LanguageModel:
+    mesh = distributed.make_mesh(layout, "cpu")
+    return distributed.build(
+        lambda: LanguageModel(config, seed=None), mesh, layout, torch.device("cpu"), seed
+    )
+
+
+def assert_same_weights(ours: LanguageModel, expected: LanguageModel) -> None:
+    state = expected.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, tensor in ours.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(whole, state[name]), name
+
+
 def one_of_two(folder: Path) -> None:
     """Runs one of the two processes; rank 0 writes the results to compare."""
     for name, (of, kind, experts) in CASES.items():
@@ -352,6 +394,9 @@ def exchange(folder: Path) -> None:
     (folder / f"exchanged{distributed.rank()}").touch()
 
 
+PHASES = {"two": (2, one_of_two), "four": (4, one_of_four), "build": (4, build_models)}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The folder with the results of the two processes."""
@@ -361,7 +406,7 @@ def folder(tmp_path_factory) -> Path:
         for n in range(300)
     )
     (folder / "text.jsonl").write_text("\n".join(lines))
-    run_script(__file__, folder, 2)
+    run_script(__file__, folder, "two")
     return folder
 
 
@@ -369,8 +414,13 @@ def folder(tmp_path_factory) -> Path:
 def layouts(tmp_path_factory) -> Path:
     """The folder with the results of the four processes."""
     folder = tmp_path_factory.mktemp("four")
-    run_script(__file__, folder, 4)
+    run_script(__file__, folder, "four")
     return folder
+
+
+@pytest.mark.slow
+def test_four_ranks_build_and_load_the_model_of_one(tmp_path):
+    run_script(__file__, tmp_path, "build")
 
 
 @pytest.mark.slow
@@ -648,6 +698,5 @@ def test_alone_nothing_is_exchanged():
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[2])
-    rank_work = one_of_two if number == 2 else one_of_four
-    fork_ranks(number, lambda: rank_work(Path(sys.argv[1])))
+    count, rank_work = PHASES[sys.argv[2]]
+    fork_ranks(count, lambda: rank_work(Path(sys.argv[1])))

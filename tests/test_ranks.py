@@ -83,7 +83,7 @@ def check_kinds() -> None:
     class Unsent(Exception):
         """An error that no other process can read, as its class is within a function."""
 
-    with pytest.raises((Unsent, ValueError), match="^this way"):
+    with pytest.raises((Unsent, ValueError), match=r"^this way"):
         fail(Unsent("this way"), 1)
 
     def fail_both() -> None:
