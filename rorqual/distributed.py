@@ -6,6 +6,7 @@
     build        makes a model on such a mesh, of which no rank ever has the whole
     Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
                  the results
+    bytes_sent   counts what both exchanges send
     mean_rows    gathers a table's row gradients of all ranks, which each have the whole table
     torchrun     runs a command in several processes, and restarts it when one of them dies
 
@@ -58,6 +59,7 @@ from rorqual.ranks import rank as rank
 from rorqual.ranks import together as together
 from rorqual.ranks import total as total
 from rorqual.ranks import world as world
+from rorqual.sharded_rows import RowExchange
 from rorqual.tables import Handle, Table
 
 T = TypeVar("T")
@@ -171,6 +173,20 @@ def first(work: Callable[[], T]) -> T:
         if rank() > 0:
             results.append(work())
     return results[0]
+
+
+def bytes_sent(model: nn.Module) -> int | None:
+    """Returns the bytes that this rank has sent for rows and for tokens on their way to experts.
+
+    Both are counted there and back, forward and backward. FSDP's parameters and gradients, context
+    parallelism, and sums over ranks are not. None where nothing is exchanged in these ways.
+    """
+    exchanges: dict[int, Exchange | RowExchange] = {}
+    for module in model.modules():
+        exchange = getattr(module, "exchange", None)
+        if isinstance(exchange, (Exchange, RowExchange)):
+            exchanges[id(exchange)] = exchange
+    return sum(each.bytes_sent for each in exchanges.values()) if exchanges else None
 
 
 def mean_rows(table: nn.Parameter) -> None:
@@ -429,10 +445,23 @@ def _apply_local(
 
 
 class Exchange:
-    """Sends tokens to the ranks of their experts and returns the results; fits `MoE.exchange`."""
+    """Sends tokens to the ranks of their experts and returns the results; fits `MoE.exchange`.
+
+    It counts the bytes that this rank sends to others.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = dist.group.WORLD if group is None else group
+        self.rank = dist.get_rank(self.group)
+        self.bytes_sent = 0
+
+    def start(self, rows: Tensor, out_sizes: list[int], in_sizes: list[int]) -> Tensor:
+        """Starts to send out_sizes[r] rows to each rank r; the result is being filled."""
+        count = len(rows) - out_sizes[self.rank]
+        self.bytes_sent += count * rows.shape[1:].numel() * rows.itemsize
+        return torch.ops._c10d_functional.all_to_all_single(
+            rows.contiguous(), in_sizes, out_sizes, self.group.group_name
+        )
 
     def __call__(
         self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"], experts: Experts
@@ -445,9 +474,9 @@ class Exchange:
         ranks = dist.get_world_size(self.group)
         sent = counts.view(ranks, -1)  # [W, E / W]
         equal = [1] * ranks
-        due = _finished(_all_to_all(sent, equal, equal, self.group))
+        due = _finished(self.start(sent, equal, equal))
         out_sizes, in_sizes = torch.stack([sent.sum(1), due.sum(1)]).tolist()
-        to_experts = _Transfer(out_sizes, in_sizes, self.group, float(ranks))
+        to_experts = _Transfer(self, out_sizes, in_sizes, float(ranks))
         on_the_way = _Start.apply(rows, to_experts)
 
         def results() -> Tensor:
@@ -457,17 +486,10 @@ class Exchange:
             order = expert.repeat_interleave(due.flatten()).argsort(stable=True)
             made = experts(arrived[order], due.sum(0))
             made = torch.empty_like(made).index_copy(0, order, made)
-            back = _Transfer(in_sizes, out_sizes, self.group, 1.0 / ranks)
+            back = _Transfer(self, in_sizes, out_sizes, 1.0 / ranks)
             return _Wait.apply(_Start.apply(made, back), back)
 
         return results
-
-
-def _all_to_all(rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: Any) -> Tensor:
-    """Starts to send out_sizes[r] rows to each rank r; the result is being filled."""
-    return torch.ops._c10d_functional.all_to_all_single(
-        rows.contiguous(), in_sizes, out_sizes, group.group_name
-    )
 
 
 def _finished(on_the_way: Tensor) -> Tensor:
@@ -480,10 +502,12 @@ class _Transfer:
     `scale` turns an expert's gradients, which all ranks add to, into their mean.
     """
 
-    def __init__(self, out_sizes: list[int], in_sizes: list[int], group: Any, scale: float) -> None:
+    def __init__(
+        self, exchange: Exchange, out_sizes: list[int], in_sizes: list[int], scale: float
+    ) -> None:
+        self.exchange = exchange
         self.out_sizes = out_sizes
         self.in_sizes = in_sizes
-        self.group = group
         self.scale = scale
         self.gradient: Tensor | None = None  # on the way back
 
@@ -494,7 +518,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        return _all_to_all(rows, transfer.out_sizes, transfer.in_sizes, transfer.group)
+        return transfer.exchange.start(rows, transfer.out_sizes, transfer.in_sizes)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
@@ -514,8 +538,8 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.gradient = _all_to_all(
-            grads[0] * transfer.scale, transfer.in_sizes, transfer.out_sizes, transfer.group
+        transfer.gradient = transfer.exchange.start(
+            grads[0] * transfer.scale, transfer.in_sizes, transfer.out_sizes
         )
         # Only of the right shape: _Start takes the gradients from the transfer.
         return grads[0], None

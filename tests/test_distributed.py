@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +35,9 @@ from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model_config import row_totals
 from rorqual.presets import preset
+from rorqual.sharded_rows import RowExchange, ShardedTable
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.run_folder import losses
@@ -188,9 +191,11 @@ def bad_ids() -> None:
     assert raised.value.__notes__ == ["raised on rank 1"]
 
 
-# Layouts of four ranks. The axis `shard` has those that are left.
+# Layouts of four ranks. The axis `shard` has those that are left. Rows are sharded over all ranks.
 LAYOUTS = {
-    "fsdp": DistributedConfig(),
+    "fsdp": DistributedConfig(rows="replicate"),
+    "fsdp_rows": DistributedConfig(),
+    "hsdp": DistributedConfig(replicate=2),
     "experts": DistributedConfig(expert=4, activation_checkpointing="selective"),
     "experts_fsdp": DistributedConfig(expert=2),
     "experts_hsdp": DistributedConfig(replicate=2, expert=2, activation_checkpointing="block"),
@@ -231,22 +236,24 @@ def spread_batch(step: int, parts: int, number: int) -> dict[str, torch.Tensor]:
     return {name: value.chunk(parts)[number] for name, value in batch.items()}
 
 
-def twenty_steps(
-    model_config: ModelConfig, layout: DistributedConfig | None, micro_batch_size: int | None = None
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Returns the losses of 20 steps, and then the gradients of another batch by name.
+def training(
+    model_config: ModelConfig,
+    layout: DistributedConfig | None,
+    micro_batch_size: int | None = None,
+    seed: int = 2,
+) -> TrainStep:
+    """Returns what trains a model on all ranks, or on this process alone.
 
     No token uses expert 3. Balance losses of micro-batches, as those of ranks, are weighted by
     their labels.
     """
-    model = LanguageModel(model_config, seed=2)
+    if layout is None:
+        model = LanguageModel(model_config, seed=seed)
+    else:
+        model = build_on_all(model_config, layout, seed)
     for module in model.modules():
         if isinstance(module, MoE):
             module.router.e_score_correction_bias[3] = -100.0
-    rank = (0, 1)
-    if layout is not None:
-        model = spread_as(layout)(model)
-        rank = layout.data_rank(distributed.rank(), distributed.world())
     optim = OptimConfig(lr=1e-3, eps=1e-4, warmup=0)
     config = TrainConfig(
         model=model_config,
@@ -254,23 +261,87 @@ def twenty_steps(
         steps=40,
         batch_size=ROWS,
         micro_batch_size=micro_batch_size,
+        distributed=layout or DistributedConfig(),
     )
-    step = TrainStep(model, Optimizer(model, optim), config)
+    return TrainStep(model, Optimizer(model, optim), config)
+
+
+def part_of_batch(step: TrainStep, number: int) -> dict[str, torch.Tensor]:
+    rank, parts = step.config.distributed.data_rank(distributed.rank(), distributed.world())
+    return spread_batch(number, parts, rank)
+
+
+def losses_of(step: TrainStep, first: int, last: int) -> list[float]:
+    """Trains in these steps, and returns their losses."""
     losses = []
-    for number in range(1, 21):
-        result = step(spread_batch(number, rank[1], rank[0]), number)
+    for number in range(first, last + 1):
+        result = step(part_of_batch(step, number), number)
         total = distributed.total(result.means["total"])
         losses.append(float(total) / distributed.world())
-    step.forward_backward(spread_batch(21, rank[1], rank[0]), 21)
+    return losses
+
+
+def twenty_steps(
+    model_config: ModelConfig, layout: DistributedConfig | None, micro_batch_size: int | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Returns the losses of 20 steps, and then the gradients of another batch by name."""
+    step = training(model_config, layout, micro_batch_size)
+    losses = losses_of(step, 1, 20)
+    step.forward_backward(part_of_batch(step, 21), 21)
     gradients = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("tables."):
+    for name, parameter in step.model.named_parameters():
+        if name in step.optimizer.replicated_rows:
             distributed.mean_rows(parameter)
         grad = parameter.grad
+        if name in step.optimizer.sharded_rows:
+            table = step.optimizer.row_tables[name]
+            local = torch.zeros_like(parameter) if grad is None else grad.to_dense()
+            gradients[name] = table.whole(local).full_tensor()
+            continue
         assert grad is not None, name
         whole = grad.full_tensor() if isinstance(grad, DTensor) else grad.to_dense()
         gradients[name] = whole
     return losses, gradients
+
+
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
+    state = {f"model.{key}": value for key, value in step.model.state_dict().items()}
+    return state | {f"optim.{key}": value for key, value in step.optimizer.state_dict().items()}
+
+
+def assert_same_parts(ours: TrainStep, theirs: dict[str, torch.Tensor]) -> None:
+    """AssertionError unless this rank's parts of the states are equal to the bit."""
+    state = state_of(ours)
+    assert state.keys() == theirs.keys()
+    for name, tensor in state.items():
+        mine, other = (
+            one.to_local() if isinstance(one, DTensor) else one for one in (tensor, theirs[name])
+        )
+        assert torch.equal(mine, other), name
+
+
+def resume(folder: Path) -> None:
+    """Goes on from step 5 to the bit, also when one process has read and written it in between."""
+    alone = dist.new_group([0])
+    for name in ("experts_fsdp", "context_experts"):
+        layout = LAYOUTS[name]
+        step = training(DENSE, layout)
+        losses_of(step, 1, 5)
+        checkpoint.save_state(folder / name / "step5", state_of(step), {})
+        five = {key: value.clone() for key, value in state_of(step).items()}
+        losses = losses_of(step, 6, 10)
+        if distributed.rank() == 0:
+            one = training(DENSE, None, seed=8)
+            state = state_of(one)
+            checkpoint.load_state(folder / name / "step5", state, group=alone)
+            checkpoint.save_state(folder / name / "alone", state, {}, group=alone)
+        distributed.barrier()
+        for source in ("step5", "alone"):
+            again = training(DENSE, layout, seed=9)
+            checkpoint.load_state(folder / name / source, state_of(again))
+            assert_same_parts(again, five)
+            assert losses_of(again, 6, 10) == losses
+            assert_same_parts(again, state_of(step))
 
 
 def one_of_four(folder: Path) -> None:
@@ -292,14 +363,14 @@ def build_models(folder: Path) -> None:
     for number, config in enumerate((*MODELS.values(), tied, single_pass)):
         layout = layouts[number % 3]
         expected = LanguageModel(config, seed=3)
-        built = build_on_four(config, layout, 3)
+        built = build_on_all(config, layout, 3)
         assert_same_weights(built, expected)
         ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
         loss = built.loss(ids[:, :-1], ids[:, 1:]).total
         torch.testing.assert_close(loss, expected.loss(ids[:, :-1], ids[:, 1:]).total)
         run = folder / str(number)
         checkpoint.save_model(run, built)
-        other = build_on_four(config, layout, 4)
+        other = build_on_all(config, layout, 4)
         if number % 2:
             state = {f"model.{key}": value for key, value in built.state_dict().items()}
             path = run / "checkpoints" / "step7"
@@ -308,10 +379,20 @@ def build_models(folder: Path) -> None:
         assert_same_weights(other, expected)
 
 
-def build_on_four(config: ModelConfig, layout: DistributedConfig, seed: int) -> LanguageModel:
-    mesh = distributed.make_mesh(layout, "cpu")
+def build_on_all(config: ModelConfig, layout: DistributedConfig, seed: int) -> LanguageModel:
+    tables = None
+    if layout.rows == "shard" and config.engram is not None:
+        exchange = RowExchange()
+        tables = [
+            ShardedTable(rows, config.engram.head_dim, exchange=exchange)
+            for rows in row_totals(config.engram)
+        ]
     return distributed.build(
-        lambda: LanguageModel(config, seed=None), mesh, layout, torch.device("cpu"), seed
+        lambda: LanguageModel(config, seed=None, tables=tables),
+        distributed.make_mesh(layout, "cpu"),
+        layout,
+        torch.device("cpu"),
+        seed,
     )
 
 
@@ -381,7 +462,8 @@ def exchange(folder: Path) -> None:
         experts.gate_up[mine].detach().clone(),
         experts.down[mine].detach().clone(),
     )
-    result = distributed.Exchange()(rows, counts, ours)()
+    sender = distributed.Exchange()
+    result = sender(rows, counts, ours)()
     torch.testing.assert_close(result, expected)
     weight = torch.arange(30.0).view(5, 6)
     (grad,) = torch.autograd.grad((expected * weight).sum(), rows, retain_graph=True)
@@ -391,10 +473,18 @@ def exchange(folder: Path) -> None:
         (both,) = torch.autograd.grad((expected * weight).sum(), parameter, retain_graph=True)
         both = distributed.total(both)[mine] / 2
         torch.testing.assert_close(dict(ours.named_parameters())[name].grad, both)
+    # One rank sends 2 rows of 6 numbers, the other 5, there and back, forward and backward; and the
+    # numbers of rows of two experts.
+    assert sender.bytes_sent == 2 * (2 + 5) * 6 * 4 + 2 * 8
     (folder / f"exchanged{distributed.rank()}").touch()
 
 
-PHASES = {"two": (2, one_of_two), "four": (4, one_of_four), "build": (4, build_models)}
+PHASES = {
+    "two": (2, one_of_two),
+    "four": (4, one_of_four),
+    "build": (4, build_models),
+    "resume": (4, resume),
+}
 
 
 @pytest.fixture(scope="module")
@@ -421,6 +511,12 @@ def layouts(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_four_ranks_build_and_load_the_model_of_one(tmp_path):
     run_script(__file__, tmp_path, "build")
+
+
+@pytest.mark.slow
+def test_four_ranks_resume_to_the_bit_and_read_what_one_process_wrote(tmp_path):
+    """Experts are sharded over both of their axes, rows over all ranks."""
+    run_script(__file__, tmp_path, "resume")
 
 
 @pytest.mark.slow

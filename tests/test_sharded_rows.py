@@ -308,6 +308,11 @@ def everything_on_three(folder: Path) -> None:
     go_on(folder)
 
 
+def everything_on_four_again(folder: Path) -> None:
+    reshard(folder, "trained-4-2")
+    reshard(folder, "trained-4-2-1")
+
+
 PHASES = {
     "fast": ((2, check_tables),),
     "slow": (
@@ -315,6 +320,7 @@ PHASES = {
         (2, everything_on_two),
         (1, everything_on_one),
         (3, everything_on_three),
+        (4, everything_on_four_again),
     ),
 }
 
@@ -393,7 +399,8 @@ def test_rows_elsewhere_are_trained_as_rows_on_the_device(folder):
 def test_four_two_one_and_three_ranks_read_each_others_checkpoints(folder, alone):
     """Rows, their Adam state and everything else stay the same to the bit."""
     expected, values = loaded(folder / "trained-4", alone[0])
-    for name in ("trained-4-2", "trained-4-2-1", "trained-4-2-1-3"):
+    names = ("4-2", "4-2-1", "4-2-1-3", "4-2-4", "4-2-1-4")
+    for name in (f"trained-{ranks}" for ranks in names):
         state, same_values = loaded(folder / name, expected)
         assert same_values == values
         for key, value in expected.items():

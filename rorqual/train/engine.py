@@ -359,7 +359,8 @@ class CheckpointCallback(CheckpointerCallback):
 
     Those of earlier sessions count; those of multiples of `keep_every` are never removed, and do
     not count. None is written or removed after a step that changed nothing: it is not known
-    whether its state is good. After a rollback the batches that led to it are left out.
+    whether its state is good. One that was due then is written after the next good step. After a
+    rollback the batches that led to it are left out.
     """
 
     def __init__(
@@ -372,6 +373,7 @@ class CheckpointCallback(CheckpointerCallback):
         # after which that was looked at.
         self._former_ranks = False
         self._looked_at = 0
+        self._overdue = False
 
     @property
     def train_step(self) -> TrainStep:
@@ -408,8 +410,17 @@ class CheckpointCallback(CheckpointerCallback):
             step.spikes.load_state_dict(state_dict["spikes"])
 
     def post_train_batch(self) -> None:
-        if not self.train_step.skipped_in_a_row:
+        assert self.save_interval is not None
+        is_due = self.step % self.save_interval == 0
+        if self.train_step.skipped_in_a_row:
+            self._overdue = self._overdue or is_due
+            return
+        if self._overdue and not is_due:
+            self._checkpoints.append(self._save_checkpoint())
+            self._trim_checkpoints()
+        else:
             super().post_train_batch()
+        self._overdue = False
 
     def post_train(self) -> None:
         super().post_train()

@@ -27,8 +27,9 @@ held-out document. Further fields of a step:
                                 devices could do: published for a GPU in bfloat16, measured for a
                                 CPU; missing for other devices
     memory                      bytes: the peak of the GPU's, else this process's resident memory
-    bytes_exchanged             bytes that rank 0 sent to others, where what sends them counts
-                                (TrainStep.bytes_exchanged); nothing does yet
+    bytes_exchanged             bytes that rank 0 sent to others for sharded rows and for tokens of
+                                split experts, exactly; FSDP's parameters and gradients, context
+                                parallelism and sums over ranks do not count
 
 A resumed run first drops the lines of the steps that it repeats.
 """

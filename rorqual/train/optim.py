@@ -434,9 +434,7 @@ class Optimizer:
 
     def forget_former_ranks(self, steps: Sequence[int]) -> bool:
         """Removes what other numbers of ranks left of tables on disk; see `RecordShard.forget`."""
-        gone = [
-            table.record_shard().forget_others(steps) for table in self.tables_on_disk.values()
-        ]
+        gone = [table.record_shard().forget_others(steps) for table in self.tables_on_disk.values()]
         return all(gone)
 
     def failed_write(self) -> Exception | None:

@@ -73,14 +73,13 @@ class TrainStep:
         self.skipped_in_a_row = 0
         self.stop_requested: Callable[[], bool] = lambda: False
         self.stopping = False
-        # The bytes that this rank has sent since the last call, where something counts them.
-        self.bytes_exchanged: Callable[[], float] | None = None
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Trains on one batch of this rank. `step` counts from 1 over the whole run."""
         config = self.config
         self.prepare_model(step)
         stream_metrics, gate_means = self.measure_inside(batch, step)
+        sent_before = distributed.bytes_sent(self.model)
 
         # Forward and backward, one micro-batch at a time.
         losses, expert_counts = self.forward_backward(batch, step)
@@ -113,8 +112,9 @@ class TrainStep:
                 values["max_violation"] = max(max_violation(counts) for counts in expert_counts)
         if self.skipped:
             values["skipped_steps"] = self.skipped
-        if self.bytes_exchanged is not None:
-            values["bytes_exchanged"] = self.bytes_exchanged()
+        if sent_before is not None:
+            sent = distributed.bytes_sent(self.model) or 0
+            values["bytes_exchanged"] = sent - sent_before
         return StepResult(losses | gate_means, stream_metrics, values, expert_counts)
 
     def forward_backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
