@@ -6,7 +6,7 @@
     build        makes a model on such a mesh, of which no rank ever has the whole
     Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
                  the results
-    bytes_sent   counts what both exchanges send
+    exchanges    lists what counts the bytes that it sends
     mean_rows    gathers a table's row gradients of all ranks, which each have the whole table
     torchrun     runs a command in several processes, and restarts it when one of them dies
 
@@ -175,18 +175,18 @@ def first(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def bytes_sent(model: nn.Module) -> int | None:
-    """Returns the bytes that this rank has sent for rows and for tokens on their way to experts.
+def exchanges(model: nn.Module) -> "list[Exchange | RowExchange]":
+    """Returns what sends rows, and tokens to experts, between ranks; each counts its bytes.
 
-    Both are counted there and back, forward and backward. FSDP's parameters and gradients, context
-    parallelism, and sums over ranks are not. None where nothing is exchanged in these ways.
+    They count both there and back, forward and backward. FSDP's parameters and gradients, context
+    parallelism, and sums over ranks are sent by others.
     """
-    exchanges: dict[int, Exchange | RowExchange] = {}
+    by_id: dict[int, Exchange | RowExchange] = {}
     for module in model.modules():
         exchange = getattr(module, "exchange", None)
         if isinstance(exchange, (Exchange, RowExchange)):
-            exchanges[id(exchange)] = exchange
-    return sum(each.bytes_sent for each in exchanges.values()) if exchanges else None
+            by_id[id(exchange)] = exchange
+    return list(by_id.values())
 
 
 def mean_rows(table: nn.Parameter) -> None:

@@ -5,6 +5,7 @@ fork_ranks     in the script: runs a function as every rank
 """
 
 import faulthandler
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,17 @@ from pathlib import Path
 import torch
 
 from rorqual import distributed
+
+
+def write_text(folder: Path) -> Path:
+    """Writes FOLDER/text.jsonl, 300 short documents."""
+    lines = (
+        json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
+        for n in range(300)
+    )
+    path = folder / "text.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
 
 
 def run_script(file: str, *arguments: object, shapes: bool = True) -> None:

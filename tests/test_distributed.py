@@ -46,7 +46,7 @@ from rorqual.train.step import TrainStep
 from rorqual.train.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import fork_ranks, run_script
+from processes import fork_ranks, run_script, write_text
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -491,11 +491,7 @@ PHASES = {
 def folder(tmp_path_factory) -> Path:
     """The folder with the results of the two processes."""
     folder = tmp_path_factory.mktemp("two")
-    lines = (
-        json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
-        for n in range(300)
-    )
-    (folder / "text.jsonl").write_text("\n".join(lines))
+    write_text(folder)
     run_script(__file__, folder, "two")
     return folder
 

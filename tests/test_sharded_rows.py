@@ -3,7 +3,6 @@
 Run as a script, this file is the processes.
 """
 
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -30,7 +29,7 @@ from rorqual.train.run_folder import losses
 from rorqual.train.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import fork_ranks, run_script
+from processes import fork_ranks, run_script, write_text
 
 # Without experts and gates: a choice of experts tips with rounding, and the slope of the gate's
 # root is 500 at a score of 1e-6. One process that adds its micro-batches in another order then has
@@ -327,11 +326,7 @@ PHASES = {
 
 def run_phases(phases: str, folder: Path) -> Path:
     """Runs this file as the processes of some phases; returns the folder with their results."""
-    lines = (
-        json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
-        for n in range(300)
-    )
-    (folder / "text.jsonl").write_text("\n".join(lines))
+    write_text(folder)
     run_script(__file__, phases, folder, shapes=False)
     return folder
 

@@ -68,6 +68,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.dtype = runtime.dtype(config.dtype)
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        self.exchanges = distributed.exchanges(model)
         self.spikes = None if config.skip_spikes is None else SpikeDetector(config.skip_spikes)
         self.skipped = 0  # steps of the whole run that changed nothing
         self.skipped_in_a_row = 0
@@ -79,7 +80,7 @@ class TrainStep:
         config = self.config
         self.prepare_model(step)
         stream_metrics, gate_means = self.measure_inside(batch, step)
-        sent_before = distributed.bytes_sent(self.model)
+        sent_before = self.bytes_sent()
 
         # Forward and backward, one micro-batch at a time.
         losses, expert_counts = self.forward_backward(batch, step)
@@ -112,9 +113,8 @@ class TrainStep:
                 values["max_violation"] = max(max_violation(counts) for counts in expert_counts)
         if self.skipped:
             values["skipped_steps"] = self.skipped
-        if sent_before is not None:
-            sent = distributed.bytes_sent(self.model) or 0
-            values["bytes_exchanged"] = sent - sent_before
+        if self.exchanges:
+            values["bytes_exchanged"] = self.bytes_sent() - sent_before
         return StepResult(losses | gate_means, stream_metrics, values, expert_counts)
 
     def forward_backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -226,6 +226,10 @@ class TrainStep:
                 "the run has stopped; its last checkpoint is good: lower --optim.lr or raise "
                 "--optim.warmup in another --folder"
             )
+
+    def bytes_sent(self) -> int:
+        """Returns the bytes that this rank has sent for rows and for tokens of split experts."""
+        return sum(exchange.bytes_sent for exchange in self.exchanges)
 
     def count_touched_rows(self) -> int:
         """Returns the number of distinct rows of all tables that this step's gradients touch."""
