@@ -303,7 +303,8 @@ def _without_values() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(emptied)
+    # Its type says that a hook returns nothing, its documentation that it may return a parameter.
+    hook = register_module_parameter_registration_hook(cast(Any, emptied))
     try:
         yield
     finally:
@@ -451,7 +452,7 @@ class Exchange:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = dist.group.WORLD if group is None else group
+        self.group = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
         self.rank = dist.get_rank(self.group)
         self.bytes_sent = 0
 

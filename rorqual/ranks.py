@@ -80,7 +80,9 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     first = error if number == rank(group) else errors[number]
     assert first is not None
     first.add_note(f"raised on rank {number}")
-    raise first from (error if error is not first else None)
+    if first is error:
+        raise first
+    raise first from error
 
 
 def _to_send(error: Exception | None) -> Exception | None:

@@ -683,6 +683,16 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
 @pytest.mark.slow
 def test_training_with_split_experts_is_training_with_whole_ones(folder):
     assert losses(folder / "two_experts") == pytest.approx(losses(folder / "two"), rel=1e-4)
+    sent = [
+        [
+            line["bytes_exchanged"]
+            for line in map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+            if "lr" in line
+        ]
+        for name in ("two", "two_experts")
+    ]
+    # Rows alone, and tokens besides.
+    assert all(tokens > rows > 0 for rows, tokens in zip(*sent, strict=True))
     ours, theirs = (
         checkpoint.load_model(folder / name).state_dict() for name in ("two_experts", "two")
     )

@@ -426,6 +426,10 @@ def test_a_resumed_run_makes_the_same_steps_to_the_bit(folder, placement):
 def test_rows_on_a_disk_go_on_with_other_ranks(folder, world):
     assert losses(folder / f"disk-{world}") == pytest.approx(losses(folder / "disk"), rel=1e-5)
     assert losses(folder / "disk") == pytest.approx(losses(folder / "device"), rel=1e-6)
+    # Those of two ranks went with the last checkpoint that needed them.
+    records = {path.name for path in (folder / f"disk-{world}" / "learning" / "0").glob("*")}
+    assert {f"rank{rank}-of-2" for rank in range(2)}.isdisjoint(records)
+    assert ("rank0-of-3" in records) == (world == 3)
 
 
 if __name__ == "__main__":
