@@ -719,8 +719,8 @@ def load_weights(
         _read(source, named)
         log(_where_read(run, source))
     if model.addresses is not None and addresses:
-        own = {name.removeprefix("addresses."): tensor for name, tensor in addresses.items()}
-        model.addresses.load_state_dict(own)
+        buffers = {name.removeprefix("addresses."): tensor for name, tensor in addresses.items()}
+        model.addresses.load_state_dict(buffers)
     return lacks
 
 

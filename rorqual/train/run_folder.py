@@ -206,11 +206,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     The lock is released when its process ends, even if it is killed.
     """
     refusal = f"{folder}: another process trains here; wait, or choose another --folder"
-    with ExitStack() as held:
+    with ExitStack() as locks:
         with distributed.together():
             folder.mkdir(parents=True, exist_ok=True)
             if distributed.rank() == 0:
-                held.enter_context(lock(folder / ".lock", refusal))
+                locks.enter_context(lock(folder / ".lock", refusal))
                 # Other processes may be writing a report or edits of memory there.
                 remove_partial(folder, age=ABANDONED)
         yield

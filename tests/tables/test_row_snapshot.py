@@ -20,8 +20,8 @@ def tensors() -> dict[str, torch.Tensor]:
 @given(st.data())
 def test_rows_are_those_of_its_beginning(data):
     """Updates and reads come in any order; rows that were read are not copied any more."""
-    live = tensors()
-    snapshot = RowSnapshot(live)
+    trained = tensors()
+    snapshot = RowSnapshot(trained)
     read: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
     left = dict.fromkeys(NAMES, 0)
     while any(first < ROWS for first in left.values()):
@@ -29,7 +29,7 @@ def test_rows_are_those_of_its_beginning(data):
             ids = data.draw(st.lists(st.integers(0, ROWS - 1), unique=True, max_size=6))
             touched = torch.tensor(sorted(ids), dtype=torch.int64)
             snapshot.preserve(touched)
-            for tensor in live.values():
+            for tensor in trained.values():
                 tensor[touched] += 100
         name = data.draw(st.sampled_from([name for name in NAMES if left[name] < ROWS]))
         end = min(ROWS, left[name] + data.draw(st.integers(1, 9)))
@@ -40,8 +40,8 @@ def test_rows_are_those_of_its_beginning(data):
 
 
 def test_two_threads_share_it():
-    live = {"weight": torch.zeros(1000, 4)}
-    snapshot = RowSnapshot(live)
+    trained = {"weight": torch.zeros(1000, 4)}
+    snapshot = RowSnapshot(trained)
     stop = threading.Event()
 
     def train() -> None:
@@ -49,7 +49,7 @@ def test_two_threads_share_it():
         while not stop.is_set():
             ids = torch.randint(0, 1000, (50,), generator=generator).unique()
             snapshot.preserve(ids)
-            live["weight"].index_add_(0, ids, torch.ones(len(ids), 4))
+            trained["weight"].index_add_(0, ids, torch.ones(len(ids), 4))
 
     thread = threading.Thread(target=train)
     thread.start()
@@ -57,7 +57,7 @@ def test_two_threads_share_it():
     stop.set()
     thread.join()
     assert not torch.cat(pieces).any()
-    assert live["weight"].any()
+    assert trained["weight"].any()
 
 
 def test_after_close_nothing_is_copied():
