@@ -3,7 +3,7 @@
 import threading
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.tables.row_snapshot import RowSnapshot
@@ -17,6 +17,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"weight": weight, "average": weight * 3, "updates": torch.arange(ROWS)}
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_rows_are_those_of_its_beginning(data):
     """Updates and reads come in any order; rows that were read are not copied any more."""
