@@ -3,7 +3,9 @@
     python benchmarks/shard_rows.py memory       RSS of a rank by role, on 1 and on 4 ranks
     python benchmarks/shard_rows.py bytes        bytes sent a step, by table size and distinct ids
     python benchmarks/shard_rows.py train        peak RSS of `rorqual train`, one process
-    python benchmarks/shard_rows.py              all three
+    python benchmarks/shard_rows.py build        peak RSS of a rank that builds a model, whole at
+                                                 first, or its shards alone
+    python benchmarks/shard_rows.py              all four
 
 Ranks are gloo processes of one thread. A role's memory is by how much the resident memory of the
 process grows when it is made: rows when the table is drawn, optimizer when its state is, steps in
@@ -23,8 +25,10 @@ import torch
 from torch import nn
 
 from rorqual import distributed
+from rorqual.distributed_config import DistributedConfig
 from rorqual.layers.attention import MLAConfig
 from rorqual.layers.engram import EngramConfig
+from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
 from rorqual.sharded_rows import RowExchange, ShardedTable
 from rorqual.tables import Table
@@ -202,6 +206,47 @@ def show_train(options: argparse.Namespace) -> None:
         print(f"resumed from its last checkpoint: peak {result['peak']:.0f} MiB")
 
 
+def rank_build(whole: bool) -> dict[str, float]:
+    """Builds a model, and returns the MiB of this process before, at most and after."""
+    config = ModelConfig(
+        vocab_size=32_000,
+        dim=512,
+        layers=8,
+        dense_width=4096,
+        mla=MLAConfig(heads=8, kv_lora_rank=128, nope_dim=64, rope_dim=32, value_dim=64),
+    )
+    layout = DistributedConfig()
+    mesh = distributed.make_mesh(layout, "cpu")
+    start = status("VmRSS")
+    if whole:
+        model = distributed.parallelize(LanguageModel(config, seed=0), mesh, layout)
+    else:
+        device = torch.device("cpu")
+        model = distributed.build(
+            lambda: LanguageModel(config, seed=None), mesh, layout, device, seed=0
+        )
+    size = sum(p.numel() for p in model.parameters()) * 4 / MIB
+    largest = max(p.numel() for p in model.parameters()) * 4 / MIB
+    after = status("VmRSS")
+    return {
+        "model": size,
+        "largest": largest,
+        "start": start,
+        "peak": status("VmHWM") - start,
+        "after": after - start,
+    }
+
+
+def show_build(options: argparse.Namespace) -> None:
+    for way in ("whole", "shards"):
+        result = as_ranks(options.ranks, "--as-rank", "build", f"--way={way}")[0]
+        print(
+            f"a model of {result['model']:.0f} MiB, its largest tensor {result['largest']:.0f}, on "
+            f"{options.ranks} ranks, {way} at first: {result['peak']:.0f} MiB at most, "
+            f"{result['after']:.0f} after, besides {result['start']:.0f}"
+        )
+
+
 def as_rank(options: argparse.Namespace) -> None:
     """Does one rank's part and prints what it measured."""
     joined = distributed.join(torch.device("cpu"))
@@ -209,6 +254,8 @@ def as_rank(options: argparse.Namespace) -> None:
         outcome = rank_memory(options.rows, options.width, tokens=65_536)
     elif options.what == "bytes":
         outcome = rank_bytes([100_000, 1_000_000, 4_000_000], [4096, 16_384, 65_536], options.width)
+    elif options.what == "build":
+        outcome = rank_build(options.way == "whole")
     else:
         outcome = train_rank(options.folder, options.rows, options.width)
     print(json.dumps(outcome))
@@ -218,18 +265,19 @@ def as_rank(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=("memory", "bytes", "train"))
+    parser.add_argument("what", nargs="?", choices=("memory", "bytes", "train", "build"))
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--train-rows", type=int, default=2_000_000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_rank:
         as_rank(options)
         return
-    shown = {"memory": show_memory, "bytes": show_bytes, "train": show_train}
+    shown = {"memory": show_memory, "bytes": show_bytes, "train": show_train, "build": show_build}
     for what, show in shown.items():
         if options.what in (None, what):
             show(options)

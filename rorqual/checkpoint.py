@@ -18,7 +18,8 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +53,7 @@ from rorqual import config as configs
 from rorqual.io import (
     BINARY,
     atomic_write,
+    flush,
     remove_partial,
     replace_folder,
     restore_folders,
@@ -59,8 +61,9 @@ from rorqual.io import (
 )
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
+from rorqual.ranks import raise_together, rank, together, world
 from rorqual.runtime import log
-from rorqual.tables import TableConfig, open_tables
+from rorqual.tables import RowFile, TableConfig, open_tables
 from rorqual.tensor_file import Layout, open_tensors, read_pieces, write_tensors
 
 DIGEST = "digest.json"
@@ -70,6 +73,7 @@ FORMAT = "rorqual-state-1"
 # The fields of config.json beside ModelConfig's, by which transformers recognizes a run folder.
 KIND: Mapping[str, Any] = {"model_type": "rorqual", "architectures": ["RorqualForCausalLM"]}
 SPECIAL = {"bos_token_id": "begin_id", "eos_token_id": "end_id", "pad_token_id": "pad_id"}
+_ROWS = 1 << 16  # of a table, read at a time
 _MODEL = "model."  # the prefix of a model's tensors in a checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -108,18 +112,28 @@ class StateWrite:
     ) -> None:
         self.folder = Path(folder)
         self.group = group
-        self.rank, self.world = _rank_and_world(group)
+        self.rank = rank(group)
+        self.world = world(group)
         self.partial = self.folder.with_name(self.folder.name + ".partial")
-        with self._removed_if_it_fails():
+        self.written: list[Path] = []  # by this rank
+        with self._removed_if_it_fails(), together(group):
             if self.rank == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
-            _barrier(group)
 
-    def add(self, label: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes tensors, whose memory may change afterwards, to files named LABEL-RANK."""
+    def add(
+        self,
+        label: str,
+        tensors: Mapping[str, Tensor],
+        pieces: Mapping[str, Callable[[int, int], Tensor]] | None = None,
+    ) -> None:
+        """Writes tensors, whose memory may change afterwards, to files named LABEL-RANK.
+
+        pieces: of tensors whose memory changes meanwhile: what returns the rows from one number to
+        another, of this rank's part, as they are to be written.
+        """
         with self._removed_if_it_fails():
-            writer = _Writer(self.partial, label)
+            writer = _Writer(self.partial, label, pieces)
             with _without_group_warning(), _first_failure(self.folder):
                 save(
                     _packed(tensors),
@@ -127,20 +141,30 @@ class StateWrite:
                     process_group=self.group,
                     no_dist=self.world == 1,
                 )
+            self.written += writer.written
 
     def complete(self, values: Any) -> None:
-        """Writes this rank's values, waits until all is on the disk, and names the folder."""
+        """Writes this rank's values, waits until all is on the disk, and names the folder.
+
+        Each rank flushes and hashes the files that it wrote.
+        """
         with self._removed_if_it_fails():
-            text = json.dumps(encode(values))
-            (self.partial / f"rank{self.rank}.json").write_text(text, encoding="utf-8")
-            _barrier(self.group)
-            if self.rank == 0:
-                paths = sorted(self.partial.iterdir())
-                files = {path.name: size_and_sha256(path) for path in paths}
-                digest = {"format": FORMAT, "files": files, "seal": _seal(files)}
-                (self.partial / DIGEST).write_text(json.dumps(digest, indent=1), encoding="utf-8")
-                replace_folder(self.partial, self.folder)
-            _barrier(self.group)
+            digests: dict[str, dict[str, Any]] = {}
+            with together(self.group):
+                path = self.partial / f"rank{self.rank}.json"
+                _write(path, json.dumps(encode(values)))
+                for written in (*self.written, path):
+                    flush(written)
+                    digests[written.name] = size_and_sha256(written)
+            all_digests = [digests] * self.world
+            if self.world > 1:
+                dist.all_gather_object(all_digests, digests, group=self.group)
+            with together(self.group):
+                if self.rank == 0:
+                    files = {name: each[name] for each in all_digests for name in sorted(each)}
+                    digest = {"format": FORMAT, "files": files, "seal": _seal(files)}
+                    _write(self.partial / DIGEST, json.dumps(digest, indent=1))
+                    replace_folder(self.partial, self.folder)
 
     @contextmanager
     def _removed_if_it_fails(self) -> Iterator[None]:
@@ -156,10 +180,17 @@ class StateWrite:
 class _Writer(HuggingFaceStorageWriter):
     """Writes each rank's tensors to one file from where they are; torch's copies them twice."""
 
-    def __init__(self, folder: Path, label: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        pieces: Mapping[str, Callable[[int, int], Tensor]] | None,
+    ) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.folder = folder
         self.label = label
+        self.pieces = pieces
+        self.written: list[Path] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         tensors: dict[str, Tensor] = {}
@@ -172,7 +203,8 @@ class _Writer(HuggingFaceStorageWriter):
         if tensors:
             metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), "format": "pt"}
             path = self.folder / f"{self.label}-{plan.storage_data['shard_index']:05d}.safetensors"
-            write_tensors(path, tensors, metadata)
+            write_tensors(path, tensors, metadata, self.pieces)
+            self.written.append(path)
         future: Future[list[WriteResult]] = Future()
         future.set_result([])
         return future
@@ -204,19 +236,21 @@ def load_state(
     folder: str | os.PathLike,
     tensors: Mapping[str, Tensor],
     *,
+    verified: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Fills tensors in place from a checkpoint; returns this rank's values, or rank 0's.
 
     Raises Damaged if the files are not those that were written, and ValueError if other names or
-    shapes were saved.
+    shapes were saved. Every rank calls it. verified: `latest` has just found the folder good.
     """
     folder = Path(folder)
-    rank, _ = _rank_and_world(group)
-    _on_first_rank(lambda: verify(folder), group)
-    _compare(folder, _saved_shapes(folder), _shapes(tensors))
+    if not verified:
+        verify(folder, shared=True, group=group)
+    with together(group):
+        _compare(folder, _saved_shapes(folder), _shapes(tensors))
     _read(folder, tensors, group)
-    return read_values(folder, rank)
+    return read_values(folder, rank(group))
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -234,7 +268,7 @@ def _read(
 ) -> None:
     """Fills tensors in place from a verified checkpoint, each rank its own shards."""
     reader = _Reader(str(folder))
-    single = _rank_and_world(group)[1] == 1
+    single = world(group) == 1
     with _without_group_warning(), _first_failure(folder):
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=single)
 
@@ -252,9 +286,33 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
     return (Path(folder) / DIGEST).is_file()
 
 
-def verify(folder: str | os.PathLike) -> None:
-    """Raises Damaged, naming the file, unless the files are those of the digest, byte for byte."""
+def verify(
+    folder: str | os.PathLike,
+    *,
+    finite: bool = False,
+    shared: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Raises Damaged, naming the file, unless the files are those of the digest, byte for byte.
+
+    finite: a NaN or an infinity counts as damage. shared: every rank of `group` calls it and reads
+    a part of the files, and all raise if one does.
+    """
     folder = Path(folder)
+    ranks = partial(together, group) if shared else nullcontext
+    with ranks():
+        files = _read_digest(folder)
+    names = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    number, count = (rank(group), world(group)) if shared else (0, 1)
+    with ranks():
+        for name in names[number::count]:
+            _verify_file(folder / name, files[name])
+            if finite and name.endswith(".safetensors"):
+                _check_finite(folder / name)
+
+
+def _read_digest(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Reads the digest of a checkpoint: the size and hash of each file, by name."""
     path = folder / DIGEST
     try:
         digest = json.loads(path.read_text(encoding="utf-8"))
@@ -276,8 +334,7 @@ def verify(folder: str | os.PathLike) -> None:
     if unknown:
         path = folder / min(unknown)
         raise Damaged(f"{path}: got a file that the digest does not name, expected none")
-    for name, expected in files.items():
-        _verify_file(folder / name, expected)
+    return files
 
 
 def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
@@ -312,17 +369,16 @@ def step_of(folder: str | os.PathLike) -> int:
     return int(Path(folder).name.removeprefix("step"))
 
 
-def latest(folder: str | os.PathLike) -> Path | None:
+def latest(folder: str | os.PathLike, *, shared: bool = False) -> Path | None:
     """Returns the newest good checkpoint in a folder, or None if there is no checkpoint at all.
 
     A good one passes `verify`, and all its numbers are finite. Others are logged. If none is good
-    it raises Damaged: starting again would hide that.
+    it raises Damaged: starting again would hide that. shared: as of `verify`.
     """
     error: Damaged | None = None
     for _, path in reversed(steps(folder)):
         try:
-            verify(path)
-            _check_finite(path)
+            verify(path, finite=True, shared=shared)
             return path
         except Damaged as damage:
             error = damage
@@ -335,16 +391,15 @@ def latest(folder: str | os.PathLike) -> Path | None:
     return None
 
 
-def _check_finite(folder: Path) -> None:
-    """Raises Damaged, naming the tensor, if a number in a checkpoint is NaN or infinite."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if any(not_finite({name: values}) for _, values in read_pieces(file, name)):
-                    raise Damaged(
-                        f"{path}: got {name} with NaN or infinite numbers, "
-                        "expected a training that is sound"
-                    )
+def _check_finite(path: Path) -> None:
+    """Raises Damaged, naming the tensor, if a number in a file is NaN or infinite."""
+    with open_tensors(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            if any(not_finite({name: values}) for _, values in read_pieces(file, name)):
+                raise Damaged(
+                    f"{path}: got {name} with NaN or infinite numbers, "
+                    "expected a training that is sound"
+                )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -367,9 +422,9 @@ def recover(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     restore_folders(folder)
     remove_partial(folder)
-    for partial in folder.glob("*.partial"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
+    for beside in folder.glob("*.partial"):
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
@@ -420,10 +475,11 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
     if model.config.tied:
         # safetensors refuses two names for one tensor.
         del state["head.weight"]
-    if _rank_and_world(None)[0] == 0:
-        describe_model(folder, model.config, tokenizer)
+    with together():
+        if rank() == 0:
+            describe_model(folder, model.config, tokenizer)
     path = folder / "model.safetensors"
-    if _rank_and_world(None)[1] == 1:
+    if world() == 1:
         with atomic_write(path) as beside:
             write_tensors(beside, state, {"format": "pt"})
     else:
@@ -433,38 +489,49 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
 def _write_together(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file by all ranks. OSError on every rank where one cannot write."""
     layout = Layout(state, {"format": "pt"})
-    rank, _ = _rank_and_world(None)
-    with atomic_write(path) if rank == 0 else nullcontext(path) as beside:
-        names = [os.fspath(beside)]
+    with ExitStack() as atomic:
+        names = [""]
+        with together():
+            if rank() == 0:
+                names = [os.fspath(atomic.enter_context(atomic_write(path)))]
         dist.broadcast_object_list(names, src=0)
-        error: OSError | None = None
-        file = -1
-        try:
-            file = os.open(names[0], os.O_WRONLY | BINARY)
-            if rank == 0:
-                layout.write_header(file)
-        except OSError as failure:
-            error = failure
         # The file has its length before others write to it.
-        _barrier(None)
+        with together(), _naming(path):
+            file = os.open(names[0], os.O_WRONLY | BINARY)
+            atomic.callback(os.close, file)
+            if rank() == 0:
+                layout.write_header(file)
+        error: OSError | None = None
         for name, tensor in state.items():
+            # A tensor may be gathered, by all ranks, whatever one of them could not write.
             rows = _rows_of_rank(tensor)
             try:
                 if rows is not None and error is None:
-                    layout.write(file, name, *rows)
+                    with _naming(path):
+                        layout.write(file, name, *rows)
             except OSError as failure:
                 error = failure
-        try:
-            if file >= 0:
-                os.fsync(file)
-                os.close(file)
-        except OSError as failure:
-            error = failure
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, None if error is None else (error.errno, error.strerror))
-        for failed in errors:
-            if failed is not None:
-                raise OSError(*failed, os.fspath(path))
+        raise_together(error)
+        with together(), _naming(path):
+            os.fsync(file)
+        # Rank 0 names the file.
+        with together():
+            atomic.pop_all().close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Makes an OSError of the block name this path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a new file. OSError, which names it, where that is not possible."""
+    with _naming(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def _rows_of_rank(tensor: Tensor) -> tuple[Tensor, int] | None:
@@ -480,7 +547,7 @@ def _rows_of_rank(tensor: Tensor) -> tuple[Tensor, int] | None:
             if not any(offsets[1:]) and tensor.to_local().shape[1:] == tensor.shape[1:]:
                 return tensor.to_local(), offsets[0] if offsets else 0
         tensor = tensor.full_tensor()
-    return (tensor, 0) if dist.get_rank() == 0 else None
+    return (tensor, 0) if rank() == 0 else None
 
 
 def describe_model(folder: str | os.PathLike, config: ModelConfig, tokenizer: Any = None) -> None:
@@ -614,6 +681,115 @@ def _open_weights(path: Path, device: str) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise Damaged(f"{path}: got a torn file ({error}), expected safetensors") from error
+
+
+def load_weights(
+    folder: str | os.PathLike[str], model: LanguageModel, *, without_engram: bool = False
+) -> bool:
+    """Fills a model in place with the weights of a run, as `load_model` would find them.
+
+    Every rank calls it, and reads its shards of each tensor alone. ValueError for a run of another
+    model. If `without_engram`, the run may lack the Engram that the model has; returns whether it
+    does.
+    """
+    folder = Path(folder)
+    run = run_of(folder)
+    lacks = without_engram and read_config(run).engram is None and model.config.engram is not None
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (lacks and (".engram." in name or name.startswith(("addresses.", "tables."))))
+    }
+    # Engram derives tensors from its canonical map when it is loaded.
+    addresses = {
+        name: torch.empty_like(tensor)
+        for name, tensor in state.items()
+        if name.startswith("addresses.")
+    }
+    state |= addresses
+    source = _newest_weights(folder)
+    with together():
+        if source is None:
+            _read_finished(folder, model, state)
+    if source is not None:
+        named = {f"{_MODEL}{name}": tensor for name, tensor in state.items()}
+        saved = {n: shape for n, shape in _saved_shapes(source).items() if n.startswith(_MODEL)}
+        with together():
+            _compare(source, saved, _shapes(named))
+        _read(source, named)
+        log(_where_read(run, source))
+    if model.addresses is not None and addresses:
+        buffers = {name.removeprefix("addresses."): tensor for name, tensor in addresses.items()}
+        model.addresses.load_state_dict(buffers)
+    return lacks
+
+
+def _newest_weights(folder: Path) -> Path | None:
+    """Returns the checkpoint that has the weights of a run; None for a finished one. All ranks."""
+    if not is_checkpoint(folder):
+        if is_finished(folder):
+            return None
+        checkpoints = folder / "checkpoints"
+        best = checkpoints / BEST
+        try:
+            path = latest(checkpoints, shared=True)
+        except Damaged:
+            if not is_checkpoint(best):
+                raise
+            path = None
+        if path is not None:
+            return path
+        if not is_checkpoint(best):
+            if (folder / "model.safetensors").is_file():
+                return None
+            raise ValueError(f"{folder}: got no model and no checkpoint, expected a run with one")
+        folder = best
+    verify(folder, shared=True)
+    return folder
+
+
+def _read_finished(folder: Path, model: LanguageModel, state: Mapping[str, Tensor]) -> None:
+    """Fills this rank's shards of tensors from model.safetensors, and rows from FOLDER/tables."""
+    path = folder / "model.safetensors"
+    stored = stored_shapes(path)
+    wanted = dict(state)
+    if model.config.tied:
+        # It is the embedding's.
+        wanted.pop("head.weight", None)
+    if "tables.0.weight" in state and "tables.0.weight" not in stored:
+        for number in range(len(model.tables)):
+            _read_rows(folder / "tables" / str(number), wanted.pop(f"tables.{number}.weight"))
+    _compare(folder, stored, _shapes(wanted))
+    with open_tensors(path) as file:
+        for name, tensor in wanted.items():
+            local, slices = _local_part(tensor)
+            for rows, values in read_pieces(file, name, slices):
+                local[rows].copy_(values)
+
+
+def _read_rows(path: Path, tensor: Tensor) -> None:
+    """Fills this rank's rows of a table from the files of a table."""
+    local, (rows, _) = _local_part(tensor)
+    file = RowFile(path, "rows")
+    try:
+        for start in range(rows.start, rows.stop, _ROWS):
+            ids = np.arange(start, min(start + _ROWS, rows.stop))
+            values = file.numbers(file.read(ids))
+            local[start - rows.start : start - rows.start + len(ids)].copy_(values)
+    finally:
+        file.close()
+
+
+def _local_part(tensor: Tensor) -> tuple[Tensor, list[slice]]:
+    """Returns this rank's part of a tensor, and where it is in the whole."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor, [slice(0, size) for size in tensor.shape]
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    slices = [slice(first, first + size) for first, size in zip(offsets, sizes, strict=True)]
+    return tensor.to_local(), slices
 
 
 def _load_newest(
@@ -873,29 +1049,3 @@ def _first_failure(folder: Path) -> Iterator[None]:
             raise OSError(cause.errno, cause.strerror, path) from None
         kind = type(cause).__name__
         raise RuntimeError(f"{folder}: got {kind} on rank {rank}: {cause}") from cause
-
-
-def _rank_and_world(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(group), dist.get_world_size(group)
-    return 0, 1
-
-
-def _barrier(group: dist.ProcessGroup | None) -> None:
-    if _rank_and_world(group)[1] > 1:
-        dist.barrier(group=group)
-
-
-def _on_first_rank(check: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Runs a check on rank 0 and raises its Damaged on every rank, so that all continue or none."""
-    rank, world = _rank_and_world(group)
-    error: list[Exception | None] = [None]
-    if rank == 0:
-        try:
-            check()
-        except Damaged as damage:
-            error[0] = damage
-    if world > 1:
-        dist.broadcast_object_list(error, group_src=0, group=group)
-    if error[0] is not None:
-        raise error[0]

@@ -3,10 +3,11 @@
     parallelize  makes a model run on a mesh of ranks with the axes replicate, shard, context and
                  expert: FSDP2 and HSDP, expert and context parallelism, activation checkpointing,
                  torch.compile
+    build        makes a model on such a mesh, of which no rank ever has the whole
     Exchange     expert parallelism: one all-to-all sends tokens to their experts, another returns
                  the results
+    exchanges    lists what counts the bytes that it sends
     mean_rows    gathers a table's row gradients of all ranks, which each have the whole table
-    together     raises an error of one rank on every rank
     torchrun     runs a command in several processes, and restarts it when one of them dies
 
 Parallelism is applied from outside; model code does not depend on it. The mathematics is that of
@@ -16,13 +17,14 @@ one process with the batches of all ranks concatenated.
 import argparse
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import run
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,6 +37,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -49,7 +52,14 @@ from rorqual.layers.experts import Experts
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP
 from rorqual.layers.streams import Streams
-from rorqual.model import Block, LanguageModel
+from rorqual.model import Block, LanguageModel, init
+from rorqual.ranks import barrier as barrier
+from rorqual.ranks import raise_together as raise_together
+from rorqual.ranks import rank as rank
+from rorqual.ranks import together as together
+from rorqual.ranks import total as total
+from rorqual.ranks import world as world
+from rorqual.sharded_rows import RowExchange
 from rorqual.tables import Handle, Table
 
 T = TypeVar("T")
@@ -72,26 +82,12 @@ STORED = {
 }
 
 
-def rank() -> int:
-    """Returns the number of this process among those of the run; 0 without a process group."""
-    return dist.get_rank() if _together() else 0
-
-
-def world() -> int:
-    """Returns the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if _together() else 1
-
-
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def join(device: torch.device) -> bool:
     """Joins the process group that torchrun's environment describes.
 
     False where there is none, or it was already joined.
     """
-    if runtime.ranks()[1] == 1 or _together():
+    if runtime.ranks()[1] == 1 or dist.is_initialized():
         return False
     if device.type == "cuda":
         # FSDP and NCCL use the current device, which is the first one for every rank.
@@ -102,7 +98,7 @@ def join(device: torch.device) -> bool:
 
 def leave() -> None:
     """Leaves the process group that `join` joined."""
-    if _together():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -165,66 +161,32 @@ def _refuse(message: str) -> NoReturn:
 
 
 def first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 before the other ranks, which find its files on the disk."""
-    if rank() > 0:
-        dist.barrier()
-    result = work()
-    if rank() == 0 and world() > 1:
-        dist.barrier()
-    return result
+    """Runs `work` on rank 0 before the other ranks, which find its files on the disk.
 
-
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if world() > 1:
-        dist.barrier()
-
-
-def total(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Returns the sum over all ranks."""
-    if world() == 1:
-        return tensor
-    summed = tensor.clone()
-    dist.all_reduce(summed)
-    return summed
-
-
-def raise_together(error: Exception | None) -> None:
-    """Raises the error of one rank on every rank, so that none waits for one that has ended.
-
-    Every rank calls it. The others raise a ValueError that names the first rank and its message.
+    An error of one of them is raised on all.
     """
-    if world() == 1:
-        if error is not None:
-            raise error
-        return
-    wrong = torch.tensor(int(error is not None))
-    dist.all_reduce(wrong)
-    if not wrong:
-        return
-    messages: list[str | None] = [None] * world()
-    dist.all_gather_object(messages, None if error is None else str(error))
-    if error is not None:
-        raise error
-    number, message = next((n, text) for n, text in enumerate(messages) if text is not None)
-    raise ValueError(f"rank {number}: {message}")
+    results = []
+    with together():
+        if rank() == 0:
+            results.append(work())
+    with together():
+        if rank() > 0:
+            results.append(work())
+    return results[0]
 
 
-def together(work: Callable[..., T]) -> Callable[..., T]:
-    """Makes a call that raises ValueError on one rank raise it on every rank."""
+def exchanges(model: nn.Module) -> "list[Exchange | RowExchange]":
+    """Returns what sends rows, and tokens to experts, between ranks; each counts its bytes.
 
-    @functools.wraps(work)
-    def agreed(*args: Any, **kwargs: Any) -> T:
-        error = None
-        result: Any = None
-        try:
-            result = work(*args, **kwargs)
-        except ValueError as raised:
-            error = raised
-        raise_together(error)
-        return result
-
-    return agreed
+    They count both there and back, forward and backward. FSDP's parameters and gradients, context
+    parallelism, and sums over ranks are sent by others.
+    """
+    by_id: dict[int, Exchange | RowExchange] = {}
+    for module in model.modules():
+        exchange = getattr(module, "exchange", None)
+        if isinstance(exchange, (Exchange, RowExchange)):
+            by_id[id(exchange)] = exchange
+    return list(by_id.values())
 
 
 def mean_rows(table: nn.Parameter) -> None:
@@ -295,11 +257,91 @@ def parallelize(
             # Before any rank asks others for rows: an exchange that one rank does not join would be
             # answered by its next one.
             addresses = model.addresses
-            addresses.forward = together(addresses.forward)  # type: ignore[method-assign]
+            addresses.forward = together()(addresses.forward)  # type: ignore[method-assign]
         if config.context > 1:
             split_sequences(model, mesh.get_group("context"))
         _shard(model, blocks, mesh)
     return model
+
+
+def build(
+    make: Callable[[], LanguageModel],
+    mesh: DeviceMesh,
+    config: DistributedConfig,
+    device: torch.device,
+    seed: int,
+) -> LanguageModel:
+    """Builds a model on the ranks of `mesh`, as `parallelize` does of a model that is there.
+
+    `make` returns a model without values. Its parameters get the values that one process draws from
+    the seed, to the bit, and no rank ever has more of them than its shards and one whole tensor.
+    """
+    with _without_values():
+        model = make()
+    parallelize(model, mesh, config)
+    model._apply(
+        lambda tensor: (
+            torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        )
+    )
+    if model.config.tied:
+        model.head.weight = model.embed.weight
+    init(model, seed, write=_write_shard, whole=_whole)
+    return model
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Leaves parameters that are made in the block without memory, but for those of tables.
+
+    Buffers, which are small and are computed when a module is made, have theirs.
+    """
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        del name
+        if isinstance(module, Table) or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    # Its type says that a hook returns nothing, its documentation that it may return a parameter.
+    hook = register_module_parameter_registration_hook(cast(Any, emptied))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _write_shard(parameter: Tensor, values: Tensor) -> None:
+    """Writes this rank's part of whole values, without asking other ranks."""
+    if isinstance(parameter, DTensor):
+        shard = distribute_tensor(
+            values, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter = parameter.to_local()
+        values = shard.to_local()
+    parameter.copy_(values)
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Makes a module's parameters whole in the block; afterwards this rank has its parts of them.
+
+    What the block does not set is undefined.
+    """
+    sharded = dict(module.named_parameters())
+    for name, parameter in sharded.items():
+        whole = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+        _replace_parameter(module, name, whole)
+    yield
+    values = dict(module.named_parameters())
+    for name, parameter in sharded.items():
+        _replace_parameter(module, name, parameter)
+        _write_shard(parameter, values[name])
+
+
+def _replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = parameter
 
 
 def _blocks(model: LanguageModel) -> list[Block]:
@@ -379,7 +421,8 @@ def _split_experts(mixture: MoE, mesh: DeviceMesh) -> None:
     """Gives rank r of W the r-th range of E / W experts; an Exchange sends tokens to them."""
     experts = mixture.experts
     for name, parameter in list(experts.named_parameters()):
-        split = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        # All ranks have the same values, or none yet.
+        split = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(split))
     # Its hooks are FSDP's; the weights that it has are this rank's.
     with torch.device("meta"):
@@ -403,10 +446,23 @@ def _apply_local(
 
 
 class Exchange:
-    """Sends tokens to the ranks of their experts and returns the results; fits `MoE.exchange`."""
+    """Sends tokens to the ranks of their experts and returns the results; fits `MoE.exchange`.
+
+    It counts the bytes that this rank sends to others.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = dist.group.WORLD if group is None else group
+        self.group = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
+        self.rank = dist.get_rank(self.group)
+        self.bytes_sent = 0
+
+    def start(self, rows: Tensor, out_sizes: list[int], in_sizes: list[int]) -> Tensor:
+        """Starts to send out_sizes[r] rows to each rank r; the result is being filled."""
+        count = len(rows) - out_sizes[self.rank]
+        self.bytes_sent += count * rows.shape[1:].numel() * rows.itemsize
+        return torch.ops._c10d_functional.all_to_all_single(
+            rows.contiguous(), in_sizes, out_sizes, self.group.group_name
+        )
 
     def __call__(
         self, rows: Float[Tensor, "N D"], counts: Int[Tensor, " E"], experts: Experts
@@ -419,9 +475,9 @@ class Exchange:
         ranks = dist.get_world_size(self.group)
         sent = counts.view(ranks, -1)  # [W, E / W]
         equal = [1] * ranks
-        due = _finished(_all_to_all(sent, equal, equal, self.group))
+        due = _finished(self.start(sent, equal, equal))
         out_sizes, in_sizes = torch.stack([sent.sum(1), due.sum(1)]).tolist()
-        to_experts = _Transfer(out_sizes, in_sizes, self.group, float(ranks))
+        to_experts = _Transfer(self, out_sizes, in_sizes, float(ranks))
         on_the_way = _Start.apply(rows, to_experts)
 
         def results() -> Tensor:
@@ -431,17 +487,10 @@ class Exchange:
             order = expert.repeat_interleave(due.flatten()).argsort(stable=True)
             made = experts(arrived[order], due.sum(0))
             made = torch.empty_like(made).index_copy(0, order, made)
-            back = _Transfer(in_sizes, out_sizes, self.group, 1.0 / ranks)
+            back = _Transfer(self, in_sizes, out_sizes, 1.0 / ranks)
             return _Wait.apply(_Start.apply(made, back), back)
 
         return results
-
-
-def _all_to_all(rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: Any) -> Tensor:
-    """Starts to send out_sizes[r] rows to each rank r; the result is being filled."""
-    return torch.ops._c10d_functional.all_to_all_single(
-        rows.contiguous(), in_sizes, out_sizes, group.group_name
-    )
 
 
 def _finished(on_the_way: Tensor) -> Tensor:
@@ -454,10 +503,12 @@ class _Transfer:
     `scale` turns an expert's gradients, which all ranks add to, into their mean.
     """
 
-    def __init__(self, out_sizes: list[int], in_sizes: list[int], group: Any, scale: float) -> None:
+    def __init__(
+        self, exchange: Exchange, out_sizes: list[int], in_sizes: list[int], scale: float
+    ) -> None:
+        self.exchange = exchange
         self.out_sizes = out_sizes
         self.in_sizes = in_sizes
-        self.group = group
         self.scale = scale
         self.gradient: Tensor | None = None  # on the way back
 
@@ -468,7 +519,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        return _all_to_all(rows, transfer.out_sizes, transfer.in_sizes, transfer.group)
+        return transfer.exchange.start(rows, transfer.out_sizes, transfer.in_sizes)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
@@ -488,8 +539,8 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.gradient = _all_to_all(
-            grads[0] * transfer.scale, transfer.in_sizes, transfer.out_sizes, transfer.group
+        transfer.gradient = transfer.exchange.start(
+            grads[0] * transfer.scale, transfer.in_sizes, transfer.out_sizes
         )
         # Only of the right shape: _Start takes the gradients from the transfer.
         return grads[0], None

@@ -75,7 +75,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         )
         if number is not None:
             raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
-        if isinstance(error, OSError) and error.filename == os.fspath(beside):
+        # A write to an open file names none.
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(beside)):
             error.filename = os.fspath(path)
         raise
     flush(path.parent)

@@ -10,7 +10,8 @@ With gated residuals the sites of the streams norm what they read; no block has 
 nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import starmap
@@ -589,10 +590,18 @@ def _together(fetched: list[dict[int, Any]]) -> dict[int, Any]:
     return {layer: Handle(partial(wait, layer)) for layer in fetched[0]}
 
 
-def init(model: LanguageModel, seed: int = 0) -> None:
+def init(
+    model: LanguageModel,
+    seed: int = 0,
+    *,
+    write: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    whole: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+) -> None:
     """Draws every parameter from one seed, on the CPU so that every device starts alike.
 
-    The caller's RNG is left unchanged.
+    The caller's RNG is left unchanged. Of parameters that are spread over ranks, `write(parameter,
+    values)` stores this rank's part of whole values, and in a block `whole(module)` the module's
+    parameters are whole: one tensor or one small module is in memory at a time.
 
     | parameter                                     | value                                      |
     |-----------------------------------------------|--------------------------------------------|
@@ -619,7 +628,8 @@ def init(model: LanguageModel, seed: int = 0) -> None:
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, starts_itself):
-                module.reset_parameters()
+                with whole(module):
+                    module.reset_parameters()
         # Of delta net only what it has besides its projections and norm.
         reset_ids = {
             id(p)
@@ -643,4 +653,4 @@ def init(model: LanguageModel, seed: int = 0) -> None:
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(0.0 if centred and name.endswith("_norm") else 1.0)
             else:
-                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * std)
+                write(parameter, torch.randn(parameter.shape, dtype=torch.float32).mul_(std))

@@ -16,6 +16,7 @@ Scalable Lookup, section 2.5, arXiv:2601.07372, shards tables so.
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from rorqual.ranks import together
 from rorqual.tables import Handle, Table
 from rorqual.tables.draw import draw_rows
 from rorqual.tables.record_file import RecordFile
@@ -234,8 +236,8 @@ class ShardedTable(Table):
         """Returns where this rank's rows are that are trained on the disk."""
         return self.shard
 
-    def _barrier(self) -> None:
-        dist.barrier(self.exchange.group)
+    def _together(self) -> AbstractContextManager:
+        return together(self.exchange.group)
 
     def close(self) -> None:
         """Ends the threads and closes the files. TableError if the last write failed."""

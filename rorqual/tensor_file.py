@@ -11,7 +11,7 @@ Format: https://huggingface.co/docs/safetensors.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from types import EllipsisType
@@ -39,7 +39,7 @@ DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
 }
-_PIECE = 16 << 20  # bytes of a tensor that are read at a time
+_PIECE = 16 << 20  # bytes of a tensor that are read, or written by pieces, at a time
 
 
 class Layout:
@@ -90,14 +90,27 @@ def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    pieces: Mapping[str, Callable[[int, int], Tensor]] | None = None,
 ) -> None:
-    """Writes tensors to a new file. OSError, which names it, where that is not possible."""
+    """Writes tensors to a new file. OSError, which names it, where that is not possible.
+
+    pieces: of some tensors, what returns their rows from one number to another. It is called for
+    rising ones.
+    """
     layout = Layout(tensors, metadata)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
     try:
         layout.write_header(file)
         for name in layout.starts:
-            layout.write(file, name, tensors[name])
+            tensor = tensors[name]
+            if pieces is None or name not in pieces:
+                layout.write(file, name, tensor)
+                continue
+            row_bytes = prod(tensor.shape[1:]) * tensor.dtype.itemsize
+            step = max(1, _PIECE // max(1, row_bytes))
+            for first in range(0, len(tensor), step):
+                end = min(first + step, len(tensor))
+                layout.write(file, name, pieces[name](first, end), first)
     except OSError as error:
         error.filename = os.fspath(path)
         raise

@@ -17,6 +17,7 @@ OPTIONAL = {  # what an extra or the user brings, and what takes long to load an
     "peft", "pyarrow", "starlette", "tensorboard", "transformers", "triton", "uvicorn",
 }  # fmt: skip
 MAY_DISTRIBUTE = {
+    "ranks.py",
     "distributed.py",
     "context_parallel.py",
     "sharded_rows.py",

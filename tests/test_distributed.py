@@ -6,11 +6,9 @@ Run as a script, this file is the processes: two that train in many ways, four i
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,13 +35,18 @@ from rorqual.layers.moe import MoE, MoEConfig
 from rorqual.layers.mtp import MTPConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.model_config import row_totals
 from rorqual.presets import preset
+from rorqual.sharded_rows import RowExchange, ShardedTable
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.run_folder import losses
 from rorqual.train.scores import needle_accuracy
 from rorqual.train.step import TrainStep
 from rorqual.train.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import fork_ranks, run_script, write_text
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -184,12 +188,14 @@ def bad_ids() -> None:
     ids[0, 3] = 300 * distributed.rank()
     with pytest.raises(ValueError, match="got id 300, expected one of the 300") as raised:
         model.loss(ids, ids)
-    assert str(raised.value).startswith("Engram" if distributed.rank() else "rank 1: Engram")
+    assert raised.value.__notes__ == ["raised on rank 1"]
 
 
-# Layouts of four ranks. The axis `shard` has those that are left.
+# Layouts of four ranks. The axis `shard` has those that are left. Rows are sharded over all ranks.
 LAYOUTS = {
-    "fsdp": DistributedConfig(),
+    "fsdp": DistributedConfig(rows="replicate"),
+    "fsdp_rows": DistributedConfig(),
+    "hsdp": DistributedConfig(replicate=2),
     "experts": DistributedConfig(expert=4, activation_checkpointing="selective"),
     "experts_fsdp": DistributedConfig(expert=2),
     "experts_hsdp": DistributedConfig(replicate=2, expert=2, activation_checkpointing="block"),
@@ -230,22 +236,24 @@ def spread_batch(step: int, parts: int, number: int) -> dict[str, torch.Tensor]:
     return {name: value.chunk(parts)[number] for name, value in batch.items()}
 
 
-def twenty_steps(
-    model_config: ModelConfig, layout: DistributedConfig | None, micro_batch_size: int | None = None
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Returns the losses of 20 steps, and then the gradients of another batch by name.
+def training(
+    model_config: ModelConfig,
+    layout: DistributedConfig | None,
+    micro_batch_size: int | None = None,
+    seed: int = 2,
+) -> TrainStep:
+    """Returns what trains a model on all ranks, or on this process alone.
 
     No token uses expert 3. Balance losses of micro-batches, as those of ranks, are weighted by
     their labels.
     """
-    model = LanguageModel(model_config, seed=2)
+    if layout is None:
+        model = LanguageModel(model_config, seed=seed)
+    else:
+        model = build_on_all(model_config, layout, seed)
     for module in model.modules():
         if isinstance(module, MoE):
             module.router.e_score_correction_bias[3] = -100.0
-    rank = (0, 1)
-    if layout is not None:
-        model = spread_as(layout)(model)
-        rank = layout.data_rank(distributed.rank(), distributed.world())
     optim = OptimConfig(lr=1e-3, eps=1e-4, warmup=0)
     config = TrainConfig(
         model=model_config,
@@ -253,38 +261,151 @@ def twenty_steps(
         steps=40,
         batch_size=ROWS,
         micro_batch_size=micro_batch_size,
+        distributed=layout or DistributedConfig(),
     )
-    step = TrainStep(model, Optimizer(model, optim), config)
+    return TrainStep(model, Optimizer(model, optim), config)
+
+
+def part_of_batch(step: TrainStep, number: int) -> dict[str, torch.Tensor]:
+    rank, parts = step.config.distributed.data_rank(distributed.rank(), distributed.world())
+    return spread_batch(number, parts, rank)
+
+
+def losses_of(step: TrainStep, first: int, last: int) -> list[float]:
+    """Trains in these steps, and returns their losses."""
     losses = []
-    for number in range(1, 21):
-        result = step(spread_batch(number, rank[1], rank[0]), number)
+    for number in range(first, last + 1):
+        result = step(part_of_batch(step, number), number)
         total = distributed.total(result.means["total"])
         losses.append(float(total) / distributed.world())
-    step.forward_backward(spread_batch(21, rank[1], rank[0]), 21)
+    return losses
+
+
+def twenty_steps(
+    model_config: ModelConfig, layout: DistributedConfig | None, micro_batch_size: int | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Returns the losses of 20 steps, and then the gradients of another batch by name."""
+    step = training(model_config, layout, micro_batch_size)
+    losses = losses_of(step, 1, 20)
+    step.forward_backward(part_of_batch(step, 21), 21)
     gradients = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("tables."):
+    for name, parameter in step.model.named_parameters():
+        if name in step.optimizer.replicated_rows:
             distributed.mean_rows(parameter)
         grad = parameter.grad
+        if name in step.optimizer.sharded_rows:
+            table = step.optimizer.row_tables[name]
+            local = torch.zeros_like(parameter) if grad is None else grad.to_dense()
+            gradients[name] = table.whole(local).full_tensor()
+            continue
         assert grad is not None, name
         whole = grad.full_tensor() if isinstance(grad, DTensor) else grad.to_dense()
         gradients[name] = whole
     return losses, gradients
 
 
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
+    state = {f"model.{key}": value for key, value in step.model.state_dict().items()}
+    return state | {f"optim.{key}": value for key, value in step.optimizer.state_dict().items()}
+
+
+def assert_same_parts(ours: TrainStep, theirs: dict[str, torch.Tensor]) -> None:
+    """AssertionError unless this rank's parts of the states are equal to the bit."""
+    state = state_of(ours)
+    assert state.keys() == theirs.keys()
+    for name, tensor in state.items():
+        mine, other = (
+            one.to_local() if isinstance(one, DTensor) else one for one in (tensor, theirs[name])
+        )
+        assert torch.equal(mine, other), name
+
+
+def resume(folder: Path) -> None:
+    """Goes on from step 5 to the bit, also when one process has read and written it in between."""
+    alone = dist.new_group([0])
+    for name in ("experts_fsdp", "context_experts"):
+        layout = LAYOUTS[name]
+        step = training(DENSE, layout)
+        losses_of(step, 1, 5)
+        checkpoint.save_state(folder / name / "step5", state_of(step), {})
+        five = {key: value.clone() for key, value in state_of(step).items()}
+        losses = losses_of(step, 6, 10)
+        if distributed.rank() == 0:
+            one = training(DENSE, None, seed=8)
+            state = state_of(one)
+            checkpoint.load_state(folder / name / "step5", state, group=alone)
+            checkpoint.save_state(folder / name / "alone", state, {}, group=alone)
+        distributed.barrier()
+        for source in ("step5", "alone"):
+            again = training(DENSE, layout, seed=9)
+            checkpoint.load_state(folder / name / source, state_of(again))
+            assert_same_parts(again, five)
+            assert losses_of(again, 6, 10) == losses
+            assert_same_parts(again, state_of(step))
+
+
 def one_of_four(folder: Path) -> None:
     """Runs one of four processes; rank 0 writes the losses and gradients to compare."""
-    distributed.join(torch.device("cpu"))
     for name, layout in LAYOUTS.items():
         losses, gradients = twenty_steps(GROUPED if name == "context_fsdp" else DENSE, layout)
         if distributed.rank() == 0:
             torch.save((losses, gradients), folder / f"{name}.pt")
-    distributed.leave()
+
+
+def build_models(folder: Path) -> None:
+    """Compares models that four ranks build, and weights that they load, with those of one process.
+
+    They are equal to the bit, with shards of odd sizes and parameters that are tied.
+    """
+    tied = replace(CONFIG, tied=True, dim=20, vocab_size=301)
+    single_pass = replace(CONFIG, hyper=HyperConfig(kind="single_pass", streams=2))
+    layouts = [LAYOUTS[name] for name in ("experts_fsdp", "experts_hsdp", "fsdp")]
+    for number, config in enumerate((*MODELS.values(), tied, single_pass)):
+        layout = layouts[number % 3]
+        expected = LanguageModel(config, seed=3)
+        built = build_on_all(config, layout, 3)
+        assert_same_weights(built, expected)
+        ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+        loss = built.loss(ids[:, :-1], ids[:, 1:]).total
+        torch.testing.assert_close(loss, expected.loss(ids[:, :-1], ids[:, 1:]).total)
+        run = folder / str(number)
+        checkpoint.save_model(run, built)
+        other = build_on_all(config, layout, 4)
+        if number % 2:
+            state = {f"model.{key}": value for key, value in built.state_dict().items()}
+            path = run / "checkpoints" / "step7"
+            checkpoint.save_state(path, state, {})
+        assert not checkpoint.load_weights(path if number % 2 else run, other)
+        assert_same_weights(other, expected)
+
+
+def build_on_all(config: ModelConfig, layout: DistributedConfig, seed: int) -> LanguageModel:
+    tables = None
+    if layout.rows == "shard" and config.engram is not None:
+        exchange = RowExchange()
+        tables = [
+            ShardedTable(rows, config.engram.head_dim, exchange=exchange)
+            for rows in row_totals(config.engram)
+        ]
+    return distributed.build(
+        lambda: LanguageModel(config, seed=None, tables=tables),
+        distributed.make_mesh(layout, "cpu"),
+        layout,
+        torch.device("cpu"),
+        seed,
+    )
+
+
+def assert_same_weights(ours: LanguageModel, expected: LanguageModel) -> None:
+    state = expected.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, tensor in ours.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(whole, state[name]), name
 
 
 def one_of_two(folder: Path) -> None:
     """Runs one of the two processes; rank 0 writes the results to compare."""
-    distributed.join(torch.device("cpu"))
     for name, (of, kind, experts) in CASES.items():
         layout = DistributedConfig(expert=2 if experts else 1)
         model, optimizer, norms = steps(of, kind, spread_as(layout))
@@ -305,7 +426,6 @@ def one_of_two(folder: Path) -> None:
         train(config_of(folder, name))
     with spoilt_third_step(rank=1):
         train(config_of(folder, "two_skips"))
-    distributed.leave()
 
 
 @contextmanager
@@ -342,7 +462,8 @@ def exchange(folder: Path) -> None:
         experts.gate_up[mine].detach().clone(),
         experts.down[mine].detach().clone(),
     )
-    result = distributed.Exchange()(rows, counts, ours)()
+    sender = distributed.Exchange()
+    result = sender(rows, counts, ours)()
     torch.testing.assert_close(result, expected)
     weight = torch.arange(30.0).view(5, 6)
     (grad,) = torch.autograd.grad((expected * weight).sum(), rows, retain_graph=True)
@@ -352,74 +473,46 @@ def exchange(folder: Path) -> None:
         (both,) = torch.autograd.grad((expected * weight).sum(), parameter, retain_graph=True)
         both = distributed.total(both)[mine] / 2
         torch.testing.assert_close(dict(ours.named_parameters())[name].grad, both)
+    # One rank sends 2 rows of 6 numbers, the other 5, there and back, forward and backward; and the
+    # numbers of rows of two experts.
+    assert sender.bytes_sent == 2 * (2 + 5) * 6 * 4 + 2 * 8
     (folder / f"exchanged{distributed.rank()}").touch()
 
 
-def _end_with(work: Callable) -> None:
-    """Exits without cleanup; a process that fails ends the other, which would wait for it."""
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)
-
-
-def main(folder: Path, ranks: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        if (child := os.fork()) == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            os.environ |= {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": "lo",
-            }
-            _end_with(lambda: (one_of_two if ranks == 2 else one_of_four)(folder))
-        children.append(child)
-    raise SystemExit(any(os.waitpid(child, 0)[1] for child in children))
+PHASES = {
+    "two": (2, one_of_two),
+    "four": (4, one_of_four),
+    "build": (4, build_models),
+    "resume": (4, resume),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The folder with the results of the two processes."""
     folder = tmp_path_factory.mktemp("two")
-    lines = (
-        json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
-        for n in range(300)
-    )
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    run_processes(folder, 2)
+    write_text(folder)
+    run_script(__file__, folder, "two")
     return folder
-
-
-def run_processes(folder: Path, ranks: int) -> None:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, __file__, str(folder), str(ranks)]
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory) -> Path:
     """The folder with the results of the four processes."""
     folder = tmp_path_factory.mktemp("four")
-    run_processes(folder, 4)
+    run_script(__file__, folder, "four")
     return folder
+
+
+@pytest.mark.slow
+def test_four_ranks_build_and_load_the_model_of_one(tmp_path):
+    run_script(__file__, tmp_path, "build")
+
+
+@pytest.mark.slow
+def test_four_ranks_resume_to_the_bit_and_read_what_one_process_wrote(tmp_path):
+    """Experts are sharded over both of their axes, rows over all ranks."""
+    run_script(__file__, tmp_path, "resume")
 
 
 @pytest.mark.slow
@@ -590,6 +683,16 @@ def test_two_ranks_answer_the_exam_that_one_sets(folder):
 @pytest.mark.slow
 def test_training_with_split_experts_is_training_with_whole_ones(folder):
     assert losses(folder / "two_experts") == pytest.approx(losses(folder / "two"), rel=1e-4)
+    sent = [
+        [
+            line["bytes_exchanged"]
+            for line in map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+            if "lr" in line
+        ]
+        for name in ("two", "two_experts")
+    ]
+    # Rows alone, and tokens besides.
+    assert all(tokens > rows > 0 for rows, tokens in zip(*sent, strict=True))
     ours, theirs = (
         checkpoint.load_model(folder / name).state_dict() for name in ("two_experts", "two")
     )
@@ -684,17 +787,6 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
         torch.testing.assert_close(ours[name], gradient, msg=name, rtol=1e-4, atol=1e-6)
 
 
-def test_an_error_of_one_call_is_raised_as_it_is_alone():
-    def refuse(number: int) -> int:
-        if number < 0:
-            raise ValueError("got less than 0")
-        return number
-
-    assert distributed.together(refuse)(3) == 3
-    with pytest.raises(ValueError, match="got less than 0"):
-        distributed.together(refuse)(-1)
-
-
 def test_alone_nothing_is_exchanged():
     assert (distributed.rank(), distributed.world()) == (0, 1)
     tensor = torch.ones(3)
@@ -708,4 +800,5 @@ def test_alone_nothing_is_exchanged():
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    count, rank_work = PHASES[sys.argv[2]]
+    fork_ranks(count, lambda: rank_work(Path(sys.argv[1])))

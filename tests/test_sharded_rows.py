@@ -3,15 +3,10 @@
 Run as a script, this file is the processes.
 """
 
-import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +27,9 @@ from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.run_folder import losses
 from rorqual.train.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import fork_ranks, run_script, write_text
 
 # Without experts and gates: a choice of experts tips with rounding, and the slope of the gate's
 # root is 500 at a score of 1e-6. One process that adds its micro-batches in another order then has
@@ -309,6 +307,11 @@ def everything_on_three(folder: Path) -> None:
     go_on(folder)
 
 
+def everything_on_four_again(folder: Path) -> None:
+    reshard(folder, "trained-4-2")
+    reshard(folder, "trained-4-2-1")
+
+
 PHASES = {
     "fast": ((2, check_tables),),
     "slow": (
@@ -316,58 +319,15 @@ PHASES = {
         (2, everything_on_two),
         (1, everything_on_one),
         (3, everything_on_three),
+        (4, everything_on_four_again),
     ),
 }
 
 
-def one_of_several(work, folder: Path) -> None:
-    """Exits without cleanup; a process that fails ends the others, which would wait for it."""
-    try:
-        signal.alarm(100)
-        distributed.join(torch.device("cpu"))
-        work(folder)
-        distributed.leave()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)
-
-
-def main(phases: str, folder: Path) -> None:
-    for world, work in PHASES[phases]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(world):
-            if (child := os.fork()) == 0:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-                os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-                one_of_several(work, folder)
-            children.append(child)
-        if any(os.waitpid(child, 0)[1] for child in children):
-            raise SystemExit(1)
-
-
 def run_phases(phases: str, folder: Path) -> Path:
     """Runs this file as the processes of some phases; returns the folder with their results."""
-    lines = (
-        json.dumps({"text": f"The {n}th whale met {n % 7} seals and {n % 5} boats."})
-        for n in range(300)
-    )
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "RORQUAL_SHAPES": "0",
-    }
-    command = [sys.executable, __file__, phases, str(folder)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, start_new_session=True
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    write_text(folder)
+    run_script(__file__, phases, folder, shapes=False)
     return folder
 
 
@@ -434,7 +394,8 @@ def test_rows_elsewhere_are_trained_as_rows_on_the_device(folder):
 def test_four_two_one_and_three_ranks_read_each_others_checkpoints(folder, alone):
     """Rows, their Adam state and everything else stay the same to the bit."""
     expected, values = loaded(folder / "trained-4", alone[0])
-    for name in ("trained-4-2", "trained-4-2-1", "trained-4-2-1-3"):
+    names = ("4-2", "4-2-1", "4-2-1-3", "4-2-4", "4-2-1-4")
+    for name in (f"trained-{ranks}" for ranks in names):
         state, same_values = loaded(folder / name, expected)
         assert same_values == values
         for key, value in expected.items():
@@ -465,7 +426,12 @@ def test_a_resumed_run_makes_the_same_steps_to_the_bit(folder, placement):
 def test_rows_on_a_disk_go_on_with_other_ranks(folder, world):
     assert losses(folder / f"disk-{world}") == pytest.approx(losses(folder / "disk"), rel=1e-5)
     assert losses(folder / "disk") == pytest.approx(losses(folder / "device"), rel=1e-6)
+    # Those of two ranks went with the last checkpoint that needed them.
+    records = {path.name for path in (folder / f"disk-{world}" / "learning" / "0").glob("*")}
+    assert {f"rank{rank}-of-2" for rank in range(2)}.isdisjoint(records)
+    assert ("rank0-of-3" in records) == (world == 3)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for ranks, work in PHASES[sys.argv[1]]:
+        fork_ranks(ranks, partial(work, Path(sys.argv[2])))

@@ -110,6 +110,7 @@ def dry_run(options: "TrainConfig", ranks: int, as_json: bool) -> None:
                 "costs": result.costs._asdict(),
                 "roles": {role: each._asdict() for role, each in result.roles.items()},
                 "memory": result.memory,
+                "rows_elsewhere": result.rows_elsewhere,
             }
         )
         return
@@ -150,6 +151,9 @@ def print_footprint(result: "Footprint") -> None:
         sums.add_row("a block while it runs, and its gradients", size(result.gathered))
     sums.add_row("activations of a micro-batch, an estimate", size(result.activations))
     sums.add_row("a rank, all together", size(result.memory))
+    if result.rows_elsewhere:
+        where = "in the host's memory" if result.placement == "host" else "on the disk"
+        sums.add_row(f"besides, rows {where}", size(result.rows_elsewhere))
     wire = table("bytes a rank sends a step", "")
     for words, value in result.wire.items():
         wire.add_row(words, size(value))

@@ -48,7 +48,7 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 
 _NUMPY = b"\x93NUMPY"
 _LLM_C = {20240520: "<u2", 20240801: "<u4"}  # the first int32 of a header, and what follows it
 _LLM_C_HEADER = 1024  # bytes
-_FORMAT = 1
+_FORMAT = 2
 _LOOKED_AT = 1 << 16  # ids at the beginning of a file that tell its dtype
 _PIECE = 1 << 18  # ids that are looked at together, which fit into a processor's cache
 _HASHED = 256  # ids of a document that decide its side
@@ -312,7 +312,8 @@ def open_token_files(
 ) -> TokenFolder:
     """Opens token files as a tokenised corpus; `cache` keeps the index of their documents.
 
-    name: the tokenizer's, as the user wrote it. dtype: of raw ids. limit: documents at most.
+    name: the tokenizer's, as the user wrote it. dtype: of raw ids. limit: documents at most,
+    besides those of files called val.
     ValueError for files that are no whole token files, or of another tokenizer, and for fewer than
     two documents.
     """
@@ -351,14 +352,15 @@ def _write_index(
 ) -> None:
     scanned = [scan(file, tokenizer, name) for file in files]
     offsets = np.cumsum([0, *(len(file.ids) for file in files)])
+    stays = _first_documents(files, scanned, limit)
     first = np.concatenate(
         [one.first + offset for one, offset in zip(scanned, offsets, strict=False)]
-    )[:limit]
-    lengths = np.concatenate([one.lengths for one in scanned])[:limit]
-    sizes = np.concatenate([one.sizes for one in scanned])[:limit]
-    validates = _validates(files, scanned)[:limit]
+    )[stays]
+    lengths = np.concatenate([one.lengths for one in scanned])[stays]
+    sizes = np.concatenate([one.sizes for one in scanned])[stays]
+    validates = _validates(files, scanned)[stays]
     if len(validates) > 1 and not validates.any():
-        validates[np.concatenate([one.positions for one in scanned])[:limit].argmin()] = True
+        validates[np.concatenate([one.positions for one in scanned])[stays].argmin()] = True
     content = b"".join(one.digest for one in scanned)
     meta: dict[str, Any] = {}
     for side in SIDES:
@@ -384,13 +386,30 @@ def _write_index(
     write_meta(folder, meta | {"about": about})
 
 
+def _first_documents(
+    files: list[IdFile], scanned: list[FileDocuments], limit: int | None
+) -> np.ndarray:
+    """Returns which documents are used, bool [documents]: the first, and all of val files."""
+    named = _of_named_files(files, scanned)
+    return named | (np.cumsum(~named) <= (len(named) if limit is None else limit))
+
+
+def _of_named_files(files: list[IdFile], scanned: list[FileDocuments]) -> np.ndarray:
+    """Returns which documents are of files called val, where others are not; bool [documents]."""
+    named = [bool(_VALIDATES.search(file.path.stem.lower())) for file in files]
+    return np.concatenate(
+        [
+            np.full(len(one.first), val and not all(named))
+            for one, val in zip(scanned, named, strict=True)
+        ]
+    )
+
+
 def _validates(files: list[IdFile], scanned: list[FileDocuments]) -> np.ndarray:
     """Returns which documents validate, bool [documents]: those of files called val, or by hash."""
-    named = [bool(_VALIDATES.search(file.path.stem.lower())) for file in files]
-    if any(named) and not all(named):
-        return np.concatenate(
-            [np.full(len(one.first), val) for one, val in zip(scanned, named, strict=True)]
-        )
+    named = _of_named_files(files, scanned)
+    if named.any():
+        return named
     return np.concatenate([one.positions for one in scanned]) < VALIDATION
 
 

@@ -173,7 +173,9 @@ class Router(nn.Module):
         if config.by_token_id(layer):
             if vocab_size is None:
                 raise ValueError("router.token_id_layers: got no vocabulary, expected its size")
-            self.table = token_table(vocab_size, experts, active, layer).to(self.weight.device)
+            # Weights may have no values yet where the table has them.
+            device = torch.get_default_device()
+            self.table = token_table(vocab_size, experts, active, layer).to(device)
 
     def forward(
         self,

@@ -9,7 +9,8 @@ process leaves.
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +116,12 @@ class RecordFile:
         filled = bool(self._journal.marks)
         if not filled:
             # The file may have the records of a larger table that was never finished.
-            os.ftruncate(self._records.file, 0)
+            self._resize(0)
         for start, values in draw_rows(rows, self.width, std, first, end):
             if not filled:
                 self._fill(start - first, values)
         if not filled:
-            os.ftruncate(self._records.file, self.rows * self.record_bytes)
+            self._resize(self.rows)
             self.mark(0)
 
     def replace_all(self, pieces: Iterable[UInt8[np.ndarray, "K record"]], step: int) -> None:
@@ -130,12 +131,12 @@ class RecordFile:
         """
         self._read = []
         self._journal.reset()
-        os.ftruncate(self._records.file, 0)
+        self._resize(0)
         first = 0
         for records in pieces:
             self._write_new(first, records)
             first += len(records)
-        os.ftruncate(self._records.file, self.rows * self.record_bytes)
+        self._resize(self.rows)
         self.mark(step)
 
     def _fill(self, first: int, values: Tensor) -> None:
@@ -145,16 +146,27 @@ class RecordFile:
 
     def _write_new(self, first: int, records: np.ndarray) -> None:
         """Writes records of rows from `first` on, without noting what was there."""
-        try:
+        with self._explained(f"at row {first}"):
             write_all_at(self._records.file, records.data.cast("B"), first * self.record_bytes)
+
+    def _resize(self, rows: int) -> None:
+        with self._explained(f"at row {rows}"):
+            os.ftruncate(self._records.file, rows * self.record_bytes)
+
+    @contextmanager
+    def _explained(self, where: str) -> Iterator[None]:
+        """Converts an OSError to a TableError that names the folder."""
+        try:
+            yield
         except OSError as error:
             needed = f"expected room for {self.rows * self.record_bytes:,} bytes"
-            got = f"got {error.strerror} at row {first}"
+            got = f"got {error.strerror} {where}"
             raise TableError(f"{self.folder}: {got}, {needed}") from error
 
     def mark(self, step: int) -> None:
         """Waits until all writes are on the disk, and makes `step` a mark to go back to."""
-        os.fsync(self._records.file)
+        with self._explained("when they were flushed"):
+            os.fsync(self._records.file)
         self._journal.mark(step)
 
     def rewind(self, step: int) -> None:

@@ -4,11 +4,14 @@
     ROOT/rank2-of-4/records       of rank 2 of 4: rows 2K .. 3K - 1, K = ceil(rows / 4)
 
 All ranks see ROOT. When a run is resumed with another number of ranks, each rank copies its rows
-from the records that were marked at that step. Those stay, for checkpoints before it.
+from the records that were marked at that step. Those stay as long as there are checkpoints before
+it.
 """
 
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +68,7 @@ class RecordShard(NamedTuple):
         An older mark may be of a checkpoint that was never whole, and of other values. Marking and
         rewinding both count. None where this number of ranks was the last, or none has the mark.
         """
-        names = (re.fullmatch(r"rank0-of-(\d+)", path.name) for path in self.root.glob("rank0-*"))
-        worlds = {1} | {int(name[1]) for name in names if name}
-        candidates = [self.of(world) for world in worlds | {self.world}]
+        candidates = [self.of(world) for world in self._worlds() | {self.world}]
         marked = [shards for shards in candidates if shards[0].marked(step)]
         newest = max(
             marked,
@@ -76,23 +77,56 @@ class RecordShard(NamedTuple):
         )
         return [] if newest and newest[0].world == self.world else newest
 
-    def take_over(self, file: RecordFile, step: int, barrier: Callable[[], None]) -> None:
+    def _worlds(self) -> set[int]:
+        """Returns the numbers of ranks that have records here."""
+        names = (re.fullmatch(r"rank0-of-(\d+)", path.name) for path in self.root.glob("rank0-*"))
+        alone = {1} if (self.root / "marks.json").is_file() else set()
+        return alone | {int(name[1]) for name in names if name}
+
+    def forget_others(self, steps: Sequence[int]) -> bool:
+        """Removes the records of other numbers of ranks once none of the steps needs them.
+
+        That is so when these have marked all the steps. Returns whether nothing of others is left.
+        """
+        others = self._worlds() - {self.world}
+        if not others:
+            return True
+        if not all(self.marked(step) for step in steps):
+            return False
+        for world in others:
+            for shard in self.of(world):
+                # Nobody goes back to records without marks, should the rest not be removed.
+                (shard.folder / "marks.json").unlink(missing_ok=True)
+                if world > 1:
+                    shutil.rmtree(shard.folder, ignore_errors=True)
+                    continue
+                for path in (*shard.folder.glob("records*"), *shard.folder.glob("undo-*")):
+                    path.unlink(missing_ok=True)
+        return True
+
+    def take_over(
+        self, file: RecordFile, step: int, together: Callable[[], AbstractContextManager]
+    ) -> None:
         """Fills this rank's file with its rows as another number of ranks had them at a mark.
 
         Every rank calls it. It does nothing if no other number of ranks marked the step
-        after these.
+        after these. `together()` is a block whose error is raised on every rank, and which ends
+        when all ranks have ended it.
         """
-        sources = self.others(step)
+        sources: list[RecordShard] = []
+        with together():
+            sources = self.others(step)
         if not sources:
             return
-        for source in sources[self.rank :: self.world]:
-            records = RecordFile(source.folder, source.each, self.width, keep=1)
-            try:
-                records.rewind(step)
-            finally:
-                records.close()
-        barrier()
-        file.replace_all(self._records_of(sources), step)
+        with together():
+            for source in sources[self.rank :: self.world]:
+                records = RecordFile(source.folder, source.each, self.width, keep=1)
+                try:
+                    records.rewind(step)
+                finally:
+                    records.close()
+        with together():
+            file.replace_all(self._records_of(sources), step)
 
     def _records_of(self, sources: "list[RecordShard]") -> Iterator[UInt8[np.ndarray, "K record"]]:
         """Yields this rank's records in order, from those of other shards."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -392,26 +393,33 @@ class Table(nn.Module):
         return local
 
     def mark(self, step: int) -> None:
-        """Makes the present rows on the disk a mark that `rewind` can restore."""
-        self.flush()
-        self._record_file().mark(step)
+        """Makes the present rows on the disk a mark that `rewind` can restore.
+
+        TableError or OSError if that is not possible, on every rank if it is so on one.
+        """
+        with self._together():
+            self.flush()
+            self._record_file().mark(step)
 
     def rewind(self, step: int) -> None:
         """Restores rows on the disk as of a mark, also one that several ranks made.
 
-        TableError if they are not available.
+        TableError if they are not available, on every rank if it is so on one.
         """
-        self.flush()
+        with self._together():
+            self.flush()
         file = self._record_file()
-        self.record_shard().take_over(file, step, self._barrier)
-        file.rewind(step)
+        self.record_shard().take_over(file, step, self._together)
+        with self._together():
+            file.rewind(step)
 
     def record_shard(self) -> RecordShard:
         """Returns where the rows are that are trained on the disk."""
         return RecordShard(self._record_file().folder, self.rows, self.width)
 
-    def _barrier(self) -> None:
-        """Waits for the other ranks of a table that is sharded."""
+    def _together(self) -> AbstractContextManager:
+        """Returns a block whose error is raised on every rank of a table that is sharded."""
+        return nullcontext()
 
     def read_trained(self, first: int, end: int) -> Float[Tensor, "rows W"]:
         """Returns rows first..end of a table that is trained on the disk.

@@ -29,7 +29,7 @@ class DataConfig:
     mixture: tuple[str, ...] = ()
     # of a jsonl, parquet or dataset source; messages: chats, with a loss on their answers alone
     column: str = "text"
-    limit: int | None = None  # documents at most
+    limit: int | None = None  # documents at most, besides those of files called val
     vocab_size: int | None = None  # of the tokenizer that is trained on the text; None: the model's
     tokenizer: str | None = None  # a folder, a tokenizer.json or a hub id to use instead
     # of files of ids without a header; auto: the smallest for the tokenizer's vocabulary
@@ -61,6 +61,12 @@ class DataConfig:
             raise ValueError(
                 f"streaming: got {', '.join(shares)}, expected a Hugging Face dataset: "
                 "--data hf:NAME"
+            )
+
+        if self.limit is not None and self.streaming:
+            raise ValueError(
+                f"limit: got {self.limit} documents with streaming, expected none: a stream is "
+                "read as far as the steps go"
             )
 
     @property

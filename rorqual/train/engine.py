@@ -24,7 +24,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from olmo_core.data import DataLoaderBase
-from olmo_core.train import Checkpointer, Duration, ReduceType, Trainer
+from olmo_core.train import Checkpointer, Duration, LoadStrategy, ReduceType, Trainer
 from olmo_core.train.callbacks import (
     Callback,
     CheckpointerCallback,
@@ -178,7 +178,8 @@ class WriteFuture(Future):
     """The future of a write on another thread, completed by the thread that polls it.
 
     OLMo-core's callbacks thus run on the training thread. They are called only if the write has
-    succeeded; if it failed, `result` raises its error.
+    succeeded; if it failed, `result` raises its error. Every rank polls it in the same steps: it is
+    done when the writes of all ranks are, so that all see its error in one step.
     """
 
     def __init__(self, write: Future) -> None:
@@ -189,8 +190,10 @@ class WriteFuture(Future):
         super().add_done_callback(lambda done: None if done.exception() else call(done))
 
     def done(self) -> bool:
-        if self.write.done():
-            self._complete()
+        if not super().done():
+            finished = distributed.total(torch.tensor(int(self.write.done())))
+            if finished == distributed.world():
+                self._complete()
         return super().done()
 
     def result(self, timeout: float | None = None) -> None:
@@ -216,8 +219,10 @@ class SafetensorsCheckpointer(Checkpointer):
 
     METADATA_FNAME: ClassVar[str] = checkpoint.DIGEST
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verified: Path | None = None) -> None:
+        """verified: a checkpoint that was found good just now."""
         super().__init__(work_dir=folder, save_overwrite=True)
+        self.verified = verified
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(
@@ -239,25 +244,35 @@ class SafetensorsCheckpointer(Checkpointer):
     ) -> Future:
         """Copies everything now, and writes it on another thread.
 
-        Tables of rows and their optimizer state, which may fill the memory, are not copied: they
-        are written now, and wait for the disk on the other thread.
+        Of tables of rows and their optimizer state, which may fill the memory, only the rows that
+        change meanwhile are copied, before they do (`RowSnapshot`).
         """
         current = _state_to_save(train_module, train_state)
         state_write = checkpoint.StateWrite(_folder(dir), group=self.process_group)
+        optimizer = cast(Module, train_module).step.optimizer
+        reads = optimizer.snapshot()
+        pieces = {
+            f"{of}.{name}": read
+            for name, read in reads.items()
+            for of in ("model", "optim")
+            if f"{of}.{name}" in current
+        }
         rows = {name: tensor for name, tensor in current.items() if ".tables." in name}
-        if rows:
-            state_write.add("rows", rows)
         copies = {
             name: tensor.detach().clone() for name, tensor in current.items() if name not in rows
         }
         values = checkpoint.decode(checkpoint.encode(train_state))
 
-        def write_rest() -> None:
-            state_write.add("rest", copies)
-            state_write.complete(values)
+        def write_all() -> None:
+            try:
+                if rows:
+                    state_write.add("rows", rows, pieces)
+                state_write.add("rest", copies)
+                state_write.complete(values)
+            finally:
+                optimizer.close_snapshot()
 
-        write = self.writer.submit(write_rest)
-        return WriteFuture(write)
+        return WriteFuture(self.writer.submit(write_all))
 
     def load(
         self,
@@ -282,7 +297,10 @@ class SafetensorsCheckpointer(Checkpointer):
             for name, tensor in state.items()
             if name.startswith("model.") and not tensor.is_floating_point()
         }
-        values = checkpoint.load_state(_folder(dir), state, group=self.process_group)
+        folder = _folder(dir)
+        values = checkpoint.load_state(
+            folder, state, verified=folder == self.verified, group=self.process_group
+        )
         for name, tensor in addresses.items():
             if not torch.equal(tensor, state[name]):
                 raise ValueError(
@@ -338,11 +356,10 @@ def _folder(dir: Any) -> Path:
 class CheckpointCallback(CheckpointerCallback):
     """Saves every `every` steps, while training continues, and at the end; keeps the newest `keep`.
 
-    Rows of tables, which are not copied, are written before it continues.
-
     Those of earlier sessions count; those of multiples of `keep_every` are never removed, and do
     not count. None is written or removed after a step that changed nothing: it is not known
-    whether its state is good. After a rollback the batches that led to it are left out.
+    whether its state is good. One that was due then is written after the next good step. After a
+    rollback the batches that led to it are left out.
     """
 
     def __init__(
@@ -351,6 +368,11 @@ class CheckpointCallback(CheckpointerCallback):
         super().__init__(save_interval=every, max_checkpoints=keep, pre_train_checkpoint=False)
         self.keep_every = keep_every
         self.rollbacks = rollbacks
+        # Whether another number of ranks may have left rows on disk, and the step of the checkpoint
+        # after which that was looked at.
+        self._former_ranks = False
+        self._looked_at = 0
+        self._overdue = False
 
     @property
     def train_step(self) -> TrainStep:
@@ -359,10 +381,12 @@ class CheckpointCallback(CheckpointerCallback):
     def pre_train(self) -> None:
         super().pre_train()
         self.train_step.optimizer.rewind(self.step)
-        if distributed.rank() == 0:
-            saved = self.checkpointer.find_checkpoints(self.save_folder)
-            self._checkpoints = [path for step, path in saved if step <= self.step]
+        # All ranks see one folder, and remove the same ones together.
+        saved = self.checkpointer.find_checkpoints(self.save_folder)
+        self._checkpoints = [path for step, path in saved if step <= self.step]
         self._latest_checkpoint_step = self.step if self.trainer.checkpoint_loaded else -1
+        self._former_ranks = bool(self.train_step.optimizer.tables_on_disk)
+        self._looked_at = self.step
         cast(Loader, self.trainer.data_loader).skip(
             sum(
                 each.step - each.checkpoint
@@ -385,13 +409,39 @@ class CheckpointCallback(CheckpointerCallback):
             step.spikes.load_state_dict(state_dict["spikes"])
 
     def post_train_batch(self) -> None:
-        if not self.train_step.skipped_in_a_row:
+        assert self.save_interval is not None
+        is_due = self.step % self.save_interval == 0
+        if self.train_step.skipped_in_a_row:
+            self._overdue = self._overdue or is_due
+            return
+        if self._overdue and not is_due:
+            self._checkpoints.append(self._save_checkpoint())
+            self._trim_checkpoints()
+        else:
             super().post_train_batch()
+        self._overdue = False
 
     def post_train(self) -> None:
         super().post_train()
         if not self.train_step.skipped_in_a_row:
             self._remove_old_checkpoints()
+
+    def _remove_old_checkpoints(self) -> None:
+        """Removes what is scheduled, and rows on disk of another number of ranks before this one.
+
+        An error of one rank is raised on all.
+        """
+        if self._checkpoints_to_remove:
+            with distributed.together():
+                super()._remove_old_checkpoints()
+        if self._former_ranks and self._latest_checkpoint_step > self._looked_at:
+            self._looked_at = self._latest_checkpoint_step
+            gone = True
+            with distributed.together():
+                if distributed.rank() == 0:
+                    saved = [step for step, _ in checkpoint.steps(self.save_folder)]
+                    gone = self.train_step.optimizer.forget_former_ranks(saved)
+            self._former_ranks = bool(distributed.total(torch.tensor(int(not gone))))
 
     def _trim_checkpoints(self) -> None:
         """Schedules the removal of all but the newest checkpoints, and those that stay for good."""
@@ -593,10 +643,12 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
     """
     config = step.config
     folder = Path(config.folder) / "checkpoints"
-    if distributed.rank() == 0:
-        checkpoint.recover(folder)
+    with distributed.together():
+        if distributed.rank() == 0:
+            checkpoint.recover(folder)
     rollbacks = run_folder.read_rollbacks(Path(config.folder))
     while True:
+        newest = checkpoint.latest(folder, shared=True)
         saving = CheckpointCallback(config.save_every, config.keep, config.keep_every, rollbacks)
         trainer = Trainer(
             work_dir=folder,
@@ -604,7 +656,9 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
             train_module=Module(step),
             data_loader=loader,
             device=step.device,
-            checkpointer=SafetensorsCheckpointer(folder),
+            checkpointer=SafetensorsCheckpointer(folder, verified=newest),
+            # It would look for the newest checkpoint by rank 0 alone.
+            load_strategy=LoadStrategy.never,
             callbacks={**callbacks, "checkpointer": saving},
             max_duration=Duration.steps(config.steps),
             metrics_collect_interval=config.log_every,
@@ -613,6 +667,8 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
             cancel_check_interval=1 if distributed.world() == 1 else config.steps + 1,
         )
         try:
+            if newest is not None:
+                trainer.load_checkpoint(newest, load_trainer_state=True, load_optim_state=True)
             trainer.fit()
             return trainer.global_step
         except Diverged as error:
@@ -621,8 +677,9 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
             trainer._join_bookkeeping_ops()
             saving.finish_writes()
             rollbacks = [*rollbacks, _roll_back(config, trainer.global_step, rollbacks, error)]
-            if distributed.rank() == 0:
-                run_folder.write_rollbacks(Path(config.folder), rollbacks)
+            with distributed.together():
+                if distributed.rank() == 0:
+                    run_folder.write_rollbacks(Path(config.folder), rollbacks)
             # A new trainer would not know that this one was asked to stop.
             if step.stopping or trainer._canceled:
                 return rollbacks[-1].checkpoint
@@ -637,13 +694,15 @@ def _last_sound(folder: Path) -> int:
     """Returns the step of the newest good checkpoint that no skipped step came before; -1 for none.
 
     Newer ones, of runs that were stopped in a streak of skipped steps, are removed: their state led
-    to more of these.
+    to more of these. Every rank calls it.
     """
-    while (path := checkpoint.latest(folder)) is not None:
+    while (path := checkpoint.latest(folder, shared=True)) is not None:
         skipped_in_a_row = checkpoint.read_values(path)["callbacks"]["checkpointer"]["skipped"][1]
         if not skipped_in_a_row:
             return checkpoint.step_of(path)
-        shutil.rmtree(path)
+        with distributed.together():
+            if distributed.rank() == 0:
+                shutil.rmtree(path)
     return -1
 
 
@@ -654,11 +713,7 @@ def _roll_back(
 
     Raises its error where there is no checkpoint, or if there were too many rollbacks.
     """
-    saved = -1
-    if distributed.rank() == 0:
-        saved = _last_sound(Path(config.folder) / "checkpoints")
-    # The other ranks add 0.
-    saved = int(distributed.total(torch.tensor(saved if distributed.rank() == 0 else 0)))
+    saved = _last_sound(Path(config.folder) / "checkpoints")
     if saved < 0:
         raise Diverged(f"{error}; there is no checkpoint to roll back to yet") from error
     if len(before) >= config.rollbacks:

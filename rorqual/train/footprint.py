@@ -133,12 +133,20 @@ class Footprint(NamedTuple):
     gathered: int  # bytes of two blocks and of what is outside of blocks, which a rank holds whole
     activations: int  # bytes, an estimate
     wire: dict[str, int]  # bytes that a rank sends in a step, by what they are
+    placement: Literal["device", "host", "disk"]  # of rows, with their gradients and state
 
     @property
     def memory(self) -> int:
-        """The bytes of a rank, all together."""
+        """The bytes of a rank's device, all together."""
         by_role = sum(sum(each[1:]) for each in self.roles.values())
-        return by_role + self.gathered + self.activations
+        return by_role - self.rows_elsewhere + self.gathered + self.activations
+
+    @property
+    def rows_elsewhere(self) -> int:
+        """The bytes of rows in the host's memory or on its disk, which is the device's on a CPU."""
+        if self.placement == "device" or "rows" not in self.roles:
+            return 0
+        return sum(self.roles["rows"][1:])
 
 
 def footprint(config: TrainConfig, ranks: int = 1) -> Footprint:
@@ -200,6 +208,7 @@ def footprint(config: TrainConfig, ranks: int = 1) -> Footprint:
         else 2 * FLOAT * (max(blocks) + counted.embedding + counted.others),
         activations=_activations(model, layout),
         wire=_wire(config, layout, ranks),
+        placement=config.placement,
     )
 
 

@@ -27,8 +27,9 @@ held-out document. Further fields of a step:
                                 devices could do: published for a GPU in bfloat16, measured for a
                                 CPU; missing for other devices
     memory                      bytes: the peak of the GPU's, else this process's resident memory
-    bytes_exchanged             bytes that rank 0 sent to others, where what sends them counts
-                                (TrainStep.bytes_exchanged); nothing does yet
+    bytes_exchanged             bytes that rank 0 sent to others for sharded rows and for tokens of
+                                split experts, exactly; FSDP's parameters and gradients, context
+                                parallelism and sums over ranks do not count
 
 A resumed run first drops the lines of the steps that it repeats.
 """
@@ -123,7 +124,7 @@ class MetricsWriter:
         if distributed.rank() == 0:
             peak = peak_flops(self.device, self._dtype)
             self._peak_flops = None if peak is None else peak * distributed.world()
-            trim_metrics(self.folder / METRICS, step)
+            trim_metrics(self.folder / METRICS, step, last=step == self.steps)
             self._events = EventFile(self.folder / "tensorboard", step + 1)
 
     def start_step(self) -> None:
@@ -242,12 +243,21 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:,.0f} seconds"
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Keeps the lines of a metrics file up to `step`, without a last line that a kill cut short."""
+def trim_metrics(path: Path, step: int, *, last: bool = False) -> None:
+    """Keeps the lines of a metrics file up to `step`, without a last line that a kill cut short.
+
+    last: `step` is the run's last one, whose validation is made again: its lines go, too.
+    """
     if not path.is_file():
         return
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-    write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+
+    def stays(line: str) -> bool:
+        values = json.loads(line)
+        is_again = last and values["step"] == step and "lr" not in values
+        return values["step"] <= step and not is_again
+
+    write_text(path, "".join(line + "\n" for line in filter(stays, whole)))
 
 
 class Validation:

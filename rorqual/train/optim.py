@@ -13,7 +13,8 @@ al. 2024, arXiv 2502.16982; rows: arXiv 2601.07372.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from rorqual.layers.experts import Experts
 from rorqual.layers.router import Router
 from rorqual.sharded_rows import ShardedTable
 from rorqual.tables import Table
+from rorqual.tables.row_snapshot import RowSnapshot
 from rorqual.train.config import OptimConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
@@ -238,6 +240,8 @@ class Optimizer:
             else None
         )
         self.state = self._new_state()
+        # Of tables in memory that are being written to a checkpoint.
+        self.snapshots: dict[str, RowSnapshot] = {}
 
     def _new_state(self) -> dict[str, Tensor]:
         """Returns the optimizer's state by name, as the tensors that AdamW updates."""
@@ -375,6 +379,8 @@ class Optimizer:
         )
         touched = gradient._indices()[0]
         values = gradient._values()
+        if name in self.snapshots:
+            self.snapshots[name].preserve(touched)
         row_adam(
             table.detach(),
             first,
@@ -402,6 +408,46 @@ class Optimizer:
             row_adam(rows, first, second, updates, touched, values, lr, betas, eps)
 
         table.update(gradient._indices()[0], gradient._values(), change)
+
+    def snapshot(self) -> dict[str, Callable[[int, int], Tensor]]:
+        """Returns what reads rows in memory, and their state, as they are now, by name.
+
+        The names are those of the parameters and of `state_dict`; each is read from its first row
+        to its last while steps go on. It lasts until the next one, or `close_snapshot`.
+        """
+        self.close_snapshot()
+        pieces: dict[str, Callable[[int, int], Tensor]] = {}
+        for name in self.rows:
+            if name in self.tables_on_disk:
+                continue
+            keys = [f"{name}.{key}" for key in ("exp_avg", "exp_avg_sq", "updates")]
+            tensors = {name: self.parameters[name].detach()}
+            snapshot = RowSnapshot(tensors | {key: self.state[key] for key in keys})
+            self.snapshots[name] = snapshot
+            pieces |= {each: partial(snapshot.rows, each) for each in (name, *keys)}
+        return pieces
+
+    def close_snapshot(self) -> None:
+        """Releases the copies of the last snapshot."""
+        for snapshot in self.snapshots.values():
+            snapshot.close()
+
+    def forget_former_ranks(self, steps: Sequence[int]) -> bool:
+        """Removes what other numbers of ranks left of tables on disk; see `RecordShard.forget`."""
+        gone = [table.record_shard().forget_others(steps) for table in self.tables_on_disk.values()]
+        return all(gone)
+
+    def failed_write(self) -> Exception | None:
+        """Waits for the rows that the last step writes to the disk; returns the error of a write.
+
+        It is of this rank. The next update would raise it, on this rank alone.
+        """
+        try:
+            for table in self.tables_on_disk.values():
+                table.flush()
+        except (ValueError, OSError) as error:
+            return error
+        return None
 
     def mark(self, step: int) -> None:
         """Marks a step to which tables on disk can be rewound."""

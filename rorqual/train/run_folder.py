@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,47 +170,50 @@ def refuse_folder_of_runs(folder: Path) -> None:
 def start_run(folder: Path, config: TrainConfig) -> None:
     """Writes train.json; ValueError if the folder has progress of a run with another config.
 
-    If that run has none, its tables on disk are removed: this run draws its own rows.
+    If that run has none, its tables on disk are removed: this run draws its own rows. Rank 0 writes
+    after the others have read.
     """
-    saved = saved_config(folder)
-    progress = has_progress(folder)
-    differing = differences(saved, config) if saved is not None else []
-    if progress and differing:
-        what = ", ".join(differing[:4])
-        raise ValueError(
-            f"{folder} holds another run ({what} differ): choose another --folder, or remove it"
-        )
-    if distributed.rank() != 0:
-        return
-    if differing and (folder / "learning").is_dir():
-        shutil.rmtree(folder / "learning")
-    # Losses over another sample of the held-out documents are not comparable with this run's.
-    same_sample = saved is not None and all(
-        getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY
-    )
-    if not progress:
-        (folder / ROLLBACKS).unlink(missing_ok=True)
-    if not progress or not same_sample:
-        shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
-    (folder / checkpoint.UNDER_WAY).touch()
-    # The run may be resumed from another working directory.
-    configs.save(replace(config, init_from=_absolute(config.init_from)), folder / CONFIG)
+    with distributed.together():
+        saved = saved_config(folder)
+        progress = has_progress(folder)
+        differing = differences(saved, config) if saved is not None else []
+        if progress and differing:
+            what = ", ".join(differing[:4])
+            raise ValueError(
+                f"{folder} holds another run ({what} differ): choose another --folder, or remove it"
+            )
+    with distributed.together():
+        if distributed.rank() == 0:
+            # Losses over another sample of the held-out documents are not comparable with this
+            # run's.
+            same_sample = saved is not None and all(
+                getattr(saved, name) == getattr(config, name) for name in SAMPLED_BY
+            )
+            if differing:
+                shutil.rmtree(folder / "learning", ignore_errors=True)
+            if not progress:
+                (folder / ROLLBACKS).unlink(missing_ok=True)
+            if not progress or not same_sample:
+                shutil.rmtree(folder / "checkpoints" / checkpoint.BEST, ignore_errors=True)
+            (folder / checkpoint.UNDER_WAY).touch()
+            # The run may be resumed from another working directory.
+            configs.save(replace(config, init_from=_absolute(config.init_from)), folder / CONFIG)
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Allows only one process to train in a folder at a time; ValueError while another one does.
+    """Allows only one run to train in a folder at a time; ValueError while another one does.
 
     The lock is released when its process ends, even if it is killed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if distributed.rank() != 0:
-        yield
-        return
     refusal = f"{folder}: another process trains here; wait, or choose another --folder"
-    with lock(folder / ".lock", refusal):
-        # Other processes may be writing a report or edits of memory there.
-        remove_partial(folder, age=ABANDONED)
+    with ExitStack() as locks:
+        with distributed.together():
+            folder.mkdir(parents=True, exist_ok=True)
+            if distributed.rank() == 0:
+                locks.enter_context(lock(folder / ".lock", refusal))
+                # Other processes may be writing a report or edits of memory there.
+                remove_partial(folder, age=ABANDONED)
         yield
 
 

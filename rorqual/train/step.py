@@ -68,19 +68,19 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.dtype = runtime.dtype(config.dtype)
         self.mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        self.exchanges = distributed.exchanges(model)
         self.spikes = None if config.skip_spikes is None else SpikeDetector(config.skip_spikes)
         self.skipped = 0  # steps of the whole run that changed nothing
         self.skipped_in_a_row = 0
         self.stop_requested: Callable[[], bool] = lambda: False
         self.stopping = False
-        # The bytes that this rank has sent since the last call, where something counts them.
-        self.bytes_exchanged: Callable[[], float] | None = None
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Trains on one batch of this rank. `step` counts from 1 over the whole run."""
         config = self.config
         self.prepare_model(step)
         stream_metrics, gate_means = self.measure_inside(batch, step)
+        sent_before = self.bytes_sent()
 
         # Forward and backward, one micro-batch at a time.
         losses, expert_counts = self.forward_backward(batch, step)
@@ -113,8 +113,8 @@ class TrainStep:
                 values["max_violation"] = max(max_violation(counts) for counts in expert_counts)
         if self.skipped:
             values["skipped_steps"] = self.skipped
-        if self.bytes_exchanged is not None:
-            values["bytes_exchanged"] = self.bytes_exchanged()
+        if self.exchanges:
+            values["bytes_exchanged"] = self.bytes_sent() - sent_before
         return StepResult(losses | gate_means, stream_metrics, values, expert_counts)
 
     def forward_backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -172,14 +172,18 @@ class TrainStep:
         """Returns why this step must be skipped, None if it need not; all ranks agree.
 
         A sum over ranks is not finite if a rank's value is not. The same sum tells every rank
-        whether one of them was asked to stop.
+        whether one of them was asked to stop, and whether the rows of one could not be written,
+        which all raise.
         """
-        stop = torch.tensor(float(self.stop_requested()), device=self.device)
-        stacked = torch.stack(
-            [value.detach().to(self.device).float() for value in (*values.values(), stop)]
-        )
-        *sums, stops = distributed.total(stacked).tolist()
+        error = self.optimizer.failed_write()
+        flags = torch.tensor([self.stop_requested(), error is not None], dtype=torch.float32)
+        stacked = torch.stack([value.detach().to(self.device).float() for value in values.values()])
+        *sums, stops, failed = distributed.total(
+            torch.cat([stacked, flags.to(self.device)])
+        ).tolist()
         self.stopping = stops > 0
+        if failed:
+            distributed.raise_together(error)
         means = {
             name: total / distributed.world() for name, total in zip(values, sums, strict=True)
         }
@@ -222,6 +226,10 @@ class TrainStep:
                 "the run has stopped; its last checkpoint is good: lower --optim.lr or raise "
                 "--optim.warmup in another --folder"
             )
+
+    def bytes_sent(self) -> int:
+        """Returns the bytes that this rank has sent for rows and for tokens of split experts."""
+        return sum(exchange.bytes_sent for exchange in self.exchanges)
 
     def count_touched_rows(self) -> int:
         """Returns the number of distinct rows of all tables that this step's gradients touch."""

@@ -76,8 +76,9 @@ def train(
         with run_folder.explain_full_disk(folder), run_folder.exclusive(folder):
             run_folder.start_run(folder, config)
             _train(config, device, on_metrics)
-            if distributed.rank() == 0:
-                (folder / checkpoint.UNDER_WAY).unlink()
+            with distributed.together():
+                if distributed.rank() == 0:
+                    (folder / checkpoint.UNDER_WAY).unlink()
     finally:
         if joined:
             distributed.leave()
@@ -190,8 +191,9 @@ def _train(
     with ExitStack() as open_tables:
         model = _build_model(config, source, device, open_tables)
         step = TrainStep(model, Optimizer(model, config.optim), config)
-        if distributed.rank() == 0:
-            checkpoint.describe_model(folder, model.config, source.tokenizer)
+        with distributed.together():
+            if distributed.rank() == 0:
+                checkpoint.describe_model(folder, model.config, source.tokenizer)
 
         def estimate() -> float:
             _, parts = config.distributed.data_rank(distributed.rank(), distributed.world())
@@ -250,14 +252,21 @@ def _build_model(
             shape = configs.replace(shape, "engram.eos_id", source.end_id)
         shape = configs.replace(shape, "engram.pad_id", source.pad_id)
     tables = _build_tables(config, shape, open_tables)
-    model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables)
+    if distributed.world() > 1:
+        model = distributed.build(
+            lambda: LanguageModel(shape, canonical_map, seed=None, tables=tables),
+            distributed.make_mesh(config.distributed, device.type),
+            config.distributed,
+            device,
+            config.seed,
+        )
+    else:
+        model = LanguageModel(shape, canonical_map, seed=config.seed, tables=tables).to(device)
+        distributed.parallelize(model, None, config.distributed)
     if config.init_from is not None and not run_folder.resumes(Path(config.folder)):
         _start_from(model, config.init_from)
         _log_warmup(config)
-    model = model.to(device)
-    several = distributed.world() > 1
-    mesh = distributed.make_mesh(config.distributed, device.type) if several else None
-    return distributed.parallelize(model, mesh, config.distributed)
+    return model
 
 
 def _start_from(model: LanguageModel, run: str) -> None:
@@ -266,15 +275,12 @@ def _start_from(model: LanguageModel, run: str) -> None:
     Its value projection is 0, and so is its convolution; rows and keys are random, so that the
     projection, and then the rows, have gradients.
     """
-    base = checkpoint.load_model(run)
-    adds_engram = base.config.engram is None and model.config.engram is not None
-    model.load_state_dict(base.state_dict(), strict=not adds_engram)
-    if not adds_engram:
+    if not checkpoint.load_weights(run, model, without_engram=True):
         return
     for module in model.modules():
         if isinstance(module, Engram):
             for parameter in module.value_proj.parameters():
-                torch.nn.init.zeros_(parameter)
+                parameter.detach().zero_()
     runtime.log(f"{run} has no Engram: it is added, and changes no output at first")
 
 
@@ -338,14 +344,14 @@ def _write_tables(folder: Path, model: LanguageModel) -> None:
     ]
     if not learnt:
         return
-    for table in learnt:
-        table.flush()
-    distributed.barrier()
-    if distributed.rank() == 0:
-        shutil.rmtree(folder / "tables", ignore_errors=True)
-        for number, table in enumerate(learnt):
-            path = folder / "tables" / str(number)
-            write_rows(path, table.rows, table.width, table.read_trained)
-    distributed.barrier()
+    with distributed.together():
+        for table in learnt:
+            table.flush()
+    with distributed.together():
+        if distributed.rank() == 0:
+            shutil.rmtree(folder / "tables", ignore_errors=True)
+            for number, table in enumerate(learnt):
+                path = folder / "tables" / str(number)
+                write_rows(path, table.rows, table.width, table.read_trained)
     for table in learnt:
         table.close()

@@ -169,6 +169,16 @@ def test_a_file_called_val_validates_and_the_others_train(tmp_path: Path, words:
         opened(folder, words, tmp_path)
 
 
+def test_a_limit_does_not_cut_a_file_called_val(tmp_path: Path, words: Tokenizer) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    write_raw(folder / "train.bin", texts_of(50, words), words.end_id)
+    write_raw(folder / "val.bin", texts_of(12, words), words.end_id)
+    for limit in (9, 60):
+        made = opened(folder, words, tmp_path, limit=limit)
+        assert (made.train.documents, made.validation.documents) == (min(limit, 50), 12)
+
+
 def test_a_file_is_scanned_once(
     tmp_path: Path, words: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """Tests record_shards.py: records go from one number of ranks to another, as of a mark."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,13 @@ def resumed(root: Path, world: int, step: int) -> list[RecordFile]:
     for file, shard in zip(files, shards, strict=True):
         file.draw(0.02, shard.first, ROWS)
 
+    @contextmanager
+    def together() -> Iterator[None]:
+        yield
+        barrier.wait()
+
     def resume(file: RecordFile, shard: RecordShard) -> None:
-        shard.take_over(file, step, barrier.wait)
+        shard.take_over(file, step, together)
         file.rewind(step)
 
     with ThreadPoolExecutor(world) as ranks:
@@ -88,6 +95,30 @@ def test_an_older_mark_of_the_same_step_is_not_taken(tmp_path):
     files = resumed(tmp_path, 2, 2)
     rows = RecordShard(tmp_path, ROWS, WIDTH).of(2)[0].read(0, ROWS)
     assert torch.equal(rows[:, 0], 300.0 + torch.arange(ROWS))
+    for file in files:
+        file.close()
+
+
+def test_records_of_former_ranks_go_once_no_checkpoint_needs_them(tmp_path):
+    for file in resumed(tmp_path, 1, 0):
+        write_ones([file], tmp_path, 50.0)
+        file.mark(1)
+        file.mark(2)
+        file.close()
+    for file in resumed(tmp_path, 4, 2):
+        file.mark(3)
+        file.close()
+    files = resumed(tmp_path, 2, 3)
+    for file in files:
+        file.mark(4)
+    two = RecordShard(tmp_path, ROWS, WIDTH).of(2)[0]
+    # Step 1 is of one process alone.
+    assert not two.forget_others([1, 3, 4])
+    assert (tmp_path / "records").is_file()
+    assert two.forget_others([3, 4])
+    assert {path.name for path in tmp_path.iterdir()} == {"rank0-of-2", "rank1-of-2"}
+    assert two.forget_others([3, 4])
+    assert torch.equal(two.read(0, ROWS)[:, 0], 50.0 + torch.arange(ROWS))
     for file in files:
         file.close()
 

@@ -74,6 +74,10 @@ def test_a_wrong_optimizer_is_refused(change, message):
         ({"seed": -1}, "seed"),
         ({"dtype": "float8"}, "'float8', expected 'float32' or 'bfloat16'"),
         ({"data": {"limit": 1}}, "limit: got 1"),
+        (
+            {"data": {"source": "hf:a/b", "streaming": True, "limit": 9}},
+            "limit: got 9 documents with streaming, expected none",
+        ),
         ({"data": {"vocab_size": 20}}, "vocab_size: got 20"),
         ({"data": {"sauce": "x"}}, "source"),
         ({"data": {"processes": 0}}, "processes: got 0"),

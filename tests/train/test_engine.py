@@ -157,6 +157,32 @@ def test_a_checkpoint_written_beside_training_is_of_its_own_step(small, run, tmp
         assert torch.equal(result[name], tensor), name
 
 
+def test_rows_that_change_while_they_are_written_are_those_of_the_checkpoints_step(
+    small, run, tmp_path, monkeypatch
+):
+    """The write of step 3 goes on when step 5 is done."""
+    go_on = threading.Event()
+    write = checkpoint.write_tensors
+
+    def slow(path: Path, *arguments) -> None:
+        if "step3" in str(path):
+            assert go_on.wait(30)
+        write(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    torch.manual_seed(1)
+    release = At(5, lambda trainer: go_on.set())
+    run(tmp_path / "on", small.step(steps=6), every=3, keep=3, release=release)
+    result = state_of(small.step(steps=6))
+    checkpoint.load_state(tmp_path / "on" / "checkpoints" / "step3", result)
+    monkeypatch.undo()
+    torch.manual_seed(1)
+    stopped = small.step(steps=6)
+    run(tmp_path / "stopped", stopped, stop=At(3, cancel))
+    for name, tensor in state_of(stopped).items():
+        assert torch.equal(result[name], tensor), name
+
+
 class Bomb:
     """Creates a file when it is unpickled."""
 
@@ -315,8 +341,9 @@ def test_a_row_of_skipped_steps_ends_with_the_first_good_one(small, run, tmp_pat
     step = small.spoil(small.step(steps=8, skip_limit=3), small.nan_gradient, 2, 3, 5, 6, 8)
     assert run(tmp_path, step, every=2, keep=1) == 8
     assert (step.skipped, step.skipped_in_a_row) == (5, 1)
-    # The last step saves, and keeps the one before it: the last one is not known to be good.
-    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 8]
+    # Step 6, which was skipped, is made up for by step 7. The last step saves and removes nothing:
+    # it is not known to be good.
+    assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 7, 8]
 
 
 def test_a_state_that_is_not_finite_is_never_saved(small, run, tmp_path):

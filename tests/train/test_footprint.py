@@ -87,6 +87,16 @@ def test_a_rank_holds_what_its_layout_gives_it():
     assert of(activation_checkpointing="block").activations < sharded.activations / 2
 
 
+def test_rows_elsewhere_take_no_memory_of_the_device():
+    device, host, disk = (
+        footprint(TrainConfig(model=TINY, batch_size=4, seq_len=16, placement=placement))
+        for placement in ("device", "host", "disk")
+    )
+    rows = sum(device.roles["rows"][1:])
+    assert (device.rows_elsewhere, host.rows_elsewhere, disk.rows_elsewhere) == (0, rows, rows)
+    assert host.memory == disk.memory == device.memory - rows
+
+
 def test_a_batch_that_cannot_be_split_is_refused():
     spread = DistributedConfig(context=2)
     with pytest.raises(ValueError, match=r"distributed.context: got 2, expected 1"):

@@ -39,6 +39,22 @@ def test_trim_keeps_the_steps_made_and_drops_half_a_line(tmp_path):
     ]
 
 
+def test_the_last_validation_is_not_there_twice(tmp_path):
+    """A run is killed behind it, before its model is written, and goes on."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [
+        {"step": 2, "validation_loss": 1.0},
+        {"step": 3, "loss": 0.3, "lr": 0.1},
+        {"step": 3, "validation_loss": 0.9},
+        {"step": 3, "task_piqa_acc": 0.5},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in whole))
+    trim_metrics(path, 3)
+    assert len(path.read_text().splitlines()) == 4
+    trim_metrics(path, 3, last=True)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == whole[:2]
+
+
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     """Repeated steps appear once, with the later value."""
     for first, values in ((1, (5.0, 4.0, 3.0)), (3, (2.5, 2.0))):

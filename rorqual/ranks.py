@@ -1,0 +1,94 @@
+"""Says which rank this process is, and makes ranks agree on errors.
+
+    rank, world      of this process; 0 and 1 where it is alone
+    barrier, total   waits for all ranks; sums a tensor over them
+    together         raises an error of one rank on every rank
+
+A rank that raises alone ends, and those that wait for it hang, or see a closed connection instead
+of the error.
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Returns this process's number in the group, which is all ranks if None."""
+    return dist.get_rank(group) if _grouped() else 0
+
+
+def world(group: dist.ProcessGroup | None = None) -> int:
+    """Returns the number of ranks; 1 without a process group."""
+    return dist.get_world_size(group) if _grouped() else 1
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Waits until every rank is here."""
+    if world(group) > 1:
+        dist.barrier(group)
+
+
+def total(
+    tensor: Shaped[Tensor, "*shape"], group: dist.ProcessGroup | None = None
+) -> Shaped[Tensor, "*shape"]:
+    """Returns the sum over all ranks."""
+    if world(group) == 1:
+        return tensor
+    summed = tensor.clone()
+    dist.all_reduce(summed, group=group)
+    return summed
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raises an error of the block on every rank, so that none waits for one that has ended.
+
+    Every rank runs the block. Where several fail, all raise the error of the first of them. What
+    waits for other ranks within the block may fail on all of them only.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    raise_together(error, group)
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raises the error of one rank on every rank; returns where no rank has one."""
+    if world(group) == 1:
+        if error is not None:
+            raise error
+        return
+    failed = torch.tensor(int(error is not None))
+    dist.all_reduce(failed, group=group)
+    if not failed:
+        return
+    errors: list[Exception | None] = [None] * world(group)
+    dist.all_gather_object(errors, _to_send(error), group=group)
+    number = next(number for number, each in enumerate(errors) if each is not None)
+    first = error if number == rank(group) else errors[number]
+    assert first is not None
+    first.add_note(f"raised on rank {number}")
+    if first is error:
+        raise first
+    raise first from error
+
+
+def _to_send(error: Exception | None) -> Exception | None:
+    """Returns an error that another process can read: itself, or a ValueError with its text."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return ValueError(str(error))
+    return error if str(copy) == str(error) else ValueError(str(error))
