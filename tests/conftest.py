@@ -45,6 +45,9 @@ def checked_once(fn: Any = None, **options: Any) -> Any:
         if "__init__" in vars(fn) and not hasattr(fn.__init__, "__wrapped__"):
             fn.__init__ = checked_once(fn.__init__, **options)
         return fn
+    if getattr(fn, "__module__", None) == "rorqual":
+        # It takes part in imports, and a check would import.
+        return fn
     if not inspect.isfunction(fn):
         return jaxtyped(fn, **options)
     # A function inside of another one is made anew whenever that one is called.
