@@ -15,8 +15,8 @@ texts that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` h
 mechanisms in sizes that are ours; it trains on a laptop.
 
 `tiny`, `tiny-engram` and the seven that are named after an attention come with trained weights
-(rorqual/pretrained): all of them are ours. `tiny-engram` has the parameters and FLOPs of `tiny`: 9
-of 32 experts became Engram's rows. The seven are one model that differs in its attention alone.
+(rorqual/weights): all of them are ours. In `tiny-engram` 9 of the 32 experts of `tiny` became rows
+of Engram; it has 3 % more parameters and FLOPs. The seven differ in their attention alone.
 """
 
 from dataclasses import replace
@@ -119,7 +119,7 @@ TINY = ModelConfig(
     init_std=0.1,
 )
 
-# `rorqual plan --like tiny --rho 0.7 --context 128` splits the budget so.
+# The arm with Engram of `rorqual plan --like tiny --rho 0.7 --context 128`.
 TINY_ENGRAM = replace(
     TINY,
     moe=replace(_MOE_TINY, routed=23),

@@ -49,7 +49,16 @@ def test_they_are_small() -> None:
             assert "BF16" in dtypes and dtypes <= {"BF16", "I64", "I32"}
 
 
-@pytest.mark.parametrize("name", pretrained.names())
+QUICK = ("tiny-engram", "tiny-nsa")  # one of each size for the fast tests
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in pretrained.names()
+    ],
+)
 def test_what_it_says(name: str) -> None:
     """Stored are the greedy tokens that are likelier than any other by more than a rounding."""
     run = load(name, device="cpu")
@@ -115,18 +124,24 @@ def test_commands_take_names_and_change_nothing(tmp_path, monkeypatch, capsys) -
     assert (expected["prompt"] + expected["text"]).startswith(capsys.readouterr().out.strip())
     assert main(["memory", "tiny-engram", "a whale", "--suppress", " whale", "--save"]) == 1
     assert "expected a copy: rorqual export tiny-engram runs/mine" in capsys.readouterr().err
-    assert main(["report", "tiny-engram"]) == 0
-    assert Path("report.html").is_file()
     assert stamps == {path: path.stat().st_mtime_ns for path in pretrained.WEIGHTS.rglob("*")}
+
+
+@pytest.mark.slow
+def test_the_report_of_one_is_written_here(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {path.name for path in pretrained.folder("tiny-engram").iterdir()}
+    assert main(["report", "tiny-engram"]) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert names == {path.name for path in pretrained.folder("tiny-engram").iterdir()}
 
 
 @pytest.mark.slow
 def test_a_training_begins_with_one(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("notes.txt").write_text(
-        "\n\n".join(f"Whale {n} is a mammal of the sea." for n in range(50))
-    )
-    sizes = ["steps=2", "batch_size=2", "seq_len=16", "data=notes.txt", "folder=run"]
+    lines = [json.dumps({"text": f"Whale {n} is a mammal of the sea."}) for n in range(50)]
+    Path("notes.jsonl").write_text("\n".join(lines))
+    sizes = ["steps=2", "batch_size=2", "seq_len=16", "data=notes.jsonl", "folder=run"]
     assert main(["train", "tiny-gqa", "init_from=tiny-gqa", *sizes]) == 0
     trained = checkpoint.load_model("run").state_dict()
     before = checkpoint.load_model(pretrained.folder("tiny-gqa")).state_dict()
