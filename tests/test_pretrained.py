@@ -63,9 +63,9 @@ def test_what_it_says(name: str) -> None:
     """Stored are the greedy tokens that are likelier than any other by more than a rounding."""
     run = load(name, device="cpu")
     expected = EXPECTED[name]
-    said = run.complete([expected["prompt"]], max_new_tokens=len(expected["ids"]))[0]
-    assert list(said.ids) == expected["ids"]
-    assert said.text == expected["text"]
+    done = run.complete([expected["prompt"]], max_new_tokens=len(expected["ids"]))[0]
+    assert list(done.ids) == expected["ids"]
+    assert done.text == expected["text"]
 
 
 @pytest.mark.parametrize("name", ["tiny-engram", "tiny-nsa"])

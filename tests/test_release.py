@@ -31,7 +31,7 @@ def tracked() -> list[str]:
     return [
         path.relative_to(ROOT).as_posix()
         for path in files
-        if not any(part in skipped or part.endswith("_cache") for part in path.parts)
+        if not any(name in skipped or name.endswith("_cache") for name in path.parts)
     ]
 
 
@@ -65,8 +65,8 @@ def test_every_file_that_is_no_source_has_its_origin_and_licence() -> None:
 
 def test_the_archives_carry_the_licences() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    carried = [path for glob in project["license-files"] for path in ROOT.glob(glob)]
-    names = {path.name for path in carried}
+    files = [path for glob in project["license-files"] for path in ROOT.glob(glob)]
+    names = {path.name for path in files}
     assert names >= {"LICENSE", "NOTICE", "wordnet-3.0.LICENSE"}
 
 

@@ -111,8 +111,8 @@ def test_the_command_writes_a_folder_for_the_hub(folder, tmp_path, capsys) -> No
     for name, tensor in load_file(out / "model.safetensors").items():
         expected = before[name]
         # The router's bias moves by steps that bfloat16 would lose.
-        kept = not expected.is_floating_point() or "bias" in name
-        assert torch.equal(tensor, expected if kept else expected.bfloat16()), name
+        as_it_was = not expected.is_floating_point() or "bias" in name
+        assert torch.equal(tensor, expected if as_it_was else expected.bfloat16()), name
 
 
 def test_the_card_and_the_data_of_a_run_go_with_it(folder, tmp_path) -> None:
