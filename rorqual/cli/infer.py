@@ -409,7 +409,7 @@ class Export:
 
     AutoModelForCausalLM.from_pretrained loads it after `import rorqual`, and runs no code of it.
 
-    rorqual export runs/demo/engram whale --dtype bfloat16 --license mit
+    rorqual export runs/demo/engram exported --dtype bfloat16 --license mit
     rorqual export tiny-engram runs/mine
     """
 

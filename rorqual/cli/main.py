@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "export": Command(
         "write a model to a folder for transformers and the hub",
-        "export runs/demo/engram whale --dtype bfloat16",
+        "export runs/demo/engram exported --dtype bfloat16 --license mit",
         "infer",
     ),
     "report": Command("runs -> one self-contained page", "report runs/demo", "inspect"),
