@@ -1,9 +1,15 @@
 """Sparse language models: experts, conditional memory and sparse attention.
 
 The public names are loaded on first use; `import rorqual` itself loads neither torch nor a module.
+It registers our models with transformers' Auto classes: now, if transformers is loaded already, or
+else when it is.
 """
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -59,3 +65,39 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _register() -> None:
+    """Registers our models with transformers, which works without us if something is missing."""
+    with suppress(ImportError):
+        importlib.import_module("rorqual.hub.auto")
+
+
+class _Registration(importlib.abc.MetaPathFinder):
+    """Registers our models with transformers as soon as that is imported.
+
+    Any program that imports rorqual can then open a folder with `AutoModelForCausalLM`, without
+    loading either library earlier than it needs it, and without code in the folder.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: Any) -> None:
+            load(module)
+            _register()
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Registration())

@@ -85,6 +85,31 @@ def replace(config: T, name: str, value: Any) -> T:
     return change(config, [(name, to_dict(value))])
 
 
+def differing(base: Any, other: Any, name: str = "") -> list[str]:
+    """Returns the words of a command line that turn one config into the other: engram.heads=8.
+
+    `name` is what their names begin with. Parts that are switched on or off are among them.
+    """
+    words: list[str] = []
+    for field in dataclasses.fields(other):
+        path = f"{name}.{field.name}".lstrip(".")
+        was = getattr(base, field.name)
+        now = getattr(other, field.name)
+        if was == now:
+            continue
+        if dataclasses.is_dataclass(now):
+            section: Any = type(now)  # switched on with its defaults where it was off
+            words += differing(was or section(), now, path) or [f"{path}=default"]
+            continue
+        if isinstance(now, tuple) and any(isinstance(item, str) for item in now):
+            # A comma may be part of a text.
+            words += [f"--{path.replace('_', '-')}", *now]
+            continue
+        value = ",".join(map(str, now)) if isinstance(now, tuple) else str(now)
+        words.append(f"{path}={'none' if now is None else value}")
+    return words
+
+
 def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes the config as JSON; the file appears whole or not at all."""
     path = Path(path)

@@ -64,7 +64,7 @@ _POLICY = (
 class ExploreConfig:
     """Which run is shown, and where the page is served."""
 
-    run: str  # a run folder, a DeepSeek folder or a hub id
+    run: str  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     host: str = "127.0.0.1"
     port: int = 8765  # 0: any that is free
     open: bool = False  # open the page in the browser

@@ -13,6 +13,10 @@ here is ours.
 `qwen3.8-flash-next` is the whole text model, with its memory row for row: raw ids, splitmix64,
 texts that end at id 248044, one table of 320,001,536 rows x 160. `qwen4-tiny` has all its
 mechanisms in sizes that are ours; it trains on a laptop.
+
+`tiny`, `tiny-engram` and the seven that are named after an attention come with trained weights
+(rorqual/weights): all of them are ours. In `tiny-engram` 9 of the 32 experts of `tiny` became rows
+of Engram; it has 3 % more parameters and FLOPs. The seven differ in their attention alone.
 """
 
 from dataclasses import replace
@@ -28,9 +32,11 @@ from rorqual.model_config import (
     GQAConfig,
     HyperConfig,
     MLAConfig,
+    MoBAConfig,
     ModelConfig,
     MoEConfig,
     MTPConfig,
+    NSAConfig,
     QSAConfig,
     RopeConfig,
     RouterConfig,
@@ -99,15 +105,95 @@ _CSA = CSAConfig(
 )
 _MOE_V4 = MoEConfig(routed=256, active=6, shared=1, width=2048, swiglu_limit=10.0, router=_V4)
 
+_MOE_TINY = MoEConfig(
+    routed=32, active=2, shared=1, width=32, balance=BalanceConfig(bias_rate=0.01)
+)
 TINY = ModelConfig(
     vocab_size=4096,
     dim=64,
     layers=3,
     dense_width=256,
     mla=MLAConfig(heads=4, kv_lora_rank=32, nope_dim=16, rope_dim=16, value_dim=16),
-    moe=MoEConfig(routed=32, active=2, shared=1, width=32, balance=BalanceConfig(bias_rate=0.01)),
+    moe=_MOE_TINY,
     hyper=HyperConfig(),
     init_std=0.1,
+)
+
+# The arm with Engram of `rorqual plan --like tiny --rho 0.7 --context 128`.
+TINY_ENGRAM = replace(
+    TINY,
+    moe=replace(_MOE_TINY, routed=23),
+    engram=EngramConfig(layers=(1,), rows_per_head=(1237, 1237), heads=8, head_dim=8),
+)
+
+# What the small models of every attention share. Selections are small enough for sequences of 128
+# tokens to need them.
+_KIND = ModelConfig(
+    vocab_size=2048,
+    dim=64,
+    layers=3,
+    mla=None,
+    gqa=GQAConfig(heads=4, kv_heads=2, head_dim=16),
+    moe=replace(_MOE_TINY, routed=8, width=16),
+    tied=True,
+    init_std=0.1,
+)
+
+TINY_GQA = _KIND
+TINY_NSA = replace(_KIND, nsa=NSAConfig(block=8, stride=4, select_block=8, top_k=4, window=16))
+TINY_MOBA = replace(_KIND, moba=MoBAConfig(block=16, top_k=3))
+TINY_DSA = replace(
+    _KIND,
+    gqa=None,
+    mla=TINY.mla,
+    dsa=DSAConfig(heads=2, dim=16, top_k=32, warmup=100),
+)
+_CSA_KIND = CSAConfig(
+    heads=4,
+    head_dim=16,
+    rope_dim=8,
+    q_lora_rank=32,
+    groups=2,
+    o_lora_rank=16,
+    window=16,
+    kinds=("window", "csa", "hca"),
+    ratio=4,
+    heavy_ratio=16,
+    index_heads=2,
+    index_dim=16,
+    top_k=8,
+    warmup=100,
+)
+TINY_CSA = replace(_KIND, gqa=None, csa=_CSA_KIND)
+TINY_CSA2 = replace(
+    _KIND,
+    gqa=None,
+    csa=replace(_CSA_KIND, kinds=(), top_k=16),
+    csa2=CSA2Config(
+        ratios=(0, 2, 2),
+        kv_sources=(1,),
+        index_sources=(1, 2),
+        candidate_source=1,
+        candidate_block=8,
+        candidate_blocks=4,
+    ),
+)
+TINY_QSA = replace(
+    _KIND,
+    gqa=GQAConfig(
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        qk_norm=True,
+        centred=True,
+        rope_dim=8,
+        output_gate=True,
+    ),
+    qsa=QSAConfig(heads=2, dim=16, block=4, budget=32),
+    delta=DeltaNetConfig(
+        key_heads=2, value_heads=4, key_dim=16, value_dim=16, gate="sigmoid", full_every=3
+    ),
+    rope=RopeConfig(interleaved=False),
 )
 
 SMALL = ModelConfig(
@@ -445,6 +531,14 @@ DEEPSEEKMOE_16B = replace(
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": TINY,
+    "tiny-engram": TINY_ENGRAM,
+    "tiny-gqa": TINY_GQA,
+    "tiny-nsa": TINY_NSA,
+    "tiny-moba": TINY_MOBA,
+    "tiny-dsa": TINY_DSA,
+    "tiny-csa": TINY_CSA,
+    "tiny-csa2": TINY_CSA2,
+    "tiny-qsa": TINY_QSA,
     "v4-tiny": V4_TINY,
     "v4.1-tiny": V4_1_TINY,
     "small": SMALL,

@@ -50,6 +50,9 @@ def checked_once(fn: Any = None, **options: Any) -> Any:
         if "__init__" in vars(fn) and not hasattr(fn.__init__, "__wrapped__"):
             fn.__init__ = checked_once(fn.__init__, **options)
         return fn
+    if getattr(fn, "__module__", None) == "rorqual":
+        # It takes part in imports, and a check would import.
+        return fn
     if not inspect.isfunction(fn):
         return jaxtyped(fn, **options)
     if not any(map(_has_shapes, fn.__annotations__.values())):

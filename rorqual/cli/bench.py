@@ -36,7 +36,8 @@ class Serve:
     rorqual bench serve runs/demo/engram --rate 4 --goodput ttft:200 itl:50
     """
 
-    run: Positional[str] = ""  # a run folder, a DeepSeek folder or a hub id; none: --url
+    # a run folder, a pretrained name, a DeepSeek folder or a hub id; none: --url
+    run: Positional[str] = ""
     url: str | None = None  # of a server that runs; none: http://127.0.0.1:8000
     model: str | None = None  # none: the first that the server lists
     # none: for a server on this machine RORQUAL_API_KEY of the environment, or no login

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class Generate:
     """Continues a text, printing it as it comes. --json prints one object at the end.
 
+    rorqual generate tiny-engram "A whale is"
     rorqual generate runs/demo/engram "A whale is" --max-new-tokens 100 --temperature 0.7 --seed 1
     """
 
-    run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
+    run: Positional[str]  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     text: Positional[str] = "-"  # what to continue; - reads standard input
     max_new_tokens: int = 64
     temperature: float = 0.8  # 0 takes the likeliest token each time
@@ -123,7 +124,7 @@ class Evaluate:
     rorqual eval runs/demo/engram --data notes/ --split all
     """
 
-    run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
+    run: Positional[str]  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     # a corpus name, a file, a folder, a Hugging Face data set; none: the run's own, or wordnet
     data: str | None = None
     # the field that holds the text; none: the run's for its own data, else text
@@ -204,7 +205,7 @@ class Serve:
     rorqual serve runs/demo/engram --port 8000
     """
 
-    run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
+    run: Positional[str]  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     host: str = "127.0.0.1"  # another address lets other machines connect; set a key then
     port: int = 8000
     # what clients must send as `Authorization: Bearer KEY`; none: RORQUAL_API_KEY, or no login
@@ -277,7 +278,7 @@ class Chat:
     rorqual chat runs/demo/engram --temperature 0.7
     """
 
-    run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
+    run: Positional[str]  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     system: str | None = None  # the system message, before the conversation
     max_new_tokens: int = 256  # of each answer
     context: int = 4096  # tokens of the conversation; the oldest turns go where it is full
@@ -406,6 +407,40 @@ def _changed(sampling: "Sampling", words: str) -> "Sampling":
     return replace(sampling, **change)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """Writes a model to a new folder for transformers and the hub: weights, tokenizer, card.
+
+    AutoModelForCausalLM.from_pretrained loads it after `import rorqual`, and runs no code of it.
+
+    rorqual export runs/demo/engram exported --dtype bfloat16 --license mit
+    rorqual export tiny-engram runs/mine
+    """
+
+    run: Positional[str]  # a run folder, a pretrained name, a DeepSeek folder or a hub id
+    folder: Positional[str]  # a folder without a model
+    dtype: Literal["float32", "bfloat16"] | None = None  # default: as stored
+    license: str | None = None  # of the weights, by the hub's names; the card then has it
+    # in the format of the architecture's authors (DeepSeek, Qwen), which needs no rorqual
+    published: bool = False
+
+
+def export_command(argv: list[str]) -> int:
+    as_json, argv = take("--json", argv)
+    options = parse_new(Export, argv, "export")
+    from rorqual.serve.export import export
+    from rorqual.serve.generate import load
+
+    run = load(options.run, device="cpu", dtype=options.dtype)
+    folder = export(run, options.folder, license=options.license, published=options.published)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    if as_json:
+        emit({"folder": folder, "files": files})
+        return 0
+    print(f"{folder}: {', '.join(files)}, {sum(files.values()):,} bytes")
+    return 0
+
+
 def explore_command(argv: list[str]) -> int:
     """Shows the live page of a run until ctrl-C; returns the exit code."""
     name, flags = split_first(argv, "a run folder", "rorqual explore runs/demo/engram")
@@ -431,7 +466,7 @@ class Memory:
     rorqual memory runs/demo/engram --data wordnet --limit 500
     """
 
-    run: Positional[str]  # a run folder, a DeepSeek folder or a hub id
+    run: Positional[str]  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     text: Positional[str] = ""  # none: only edits, or a corpus
     rows: bool = False  # print which rows each token reads, order by order, head by head
     suppress: tuple[str, ...] = ()  # n-grams whose rows become zero
@@ -539,9 +574,14 @@ def _journal(run: "Run", options: Memory) -> Path | None:
     """Returns the file beside the weights that keeps their edits; None if no option needs it."""
     if not (options.save or options.undo or options.edits):
         return None
-    from rorqual import checkpoint
+    from rorqual import checkpoint, pretrained
 
     folder = run.folder
+    if folder is not None and pretrained.is_pretrained(folder):
+        raise ValueError(
+            f"{options.run}: got a model of the package, which stays as it is, expected a copy: "
+            f"rorqual export {options.run} runs/mine, then rorqual memory runs/mine"
+        )
     if folder is None or not checkpoint.is_run(folder):
         raise ValueError(
             f"{options.run}: edits are saved in a run of rorqual's own, which this is not"

@@ -96,8 +96,9 @@ class Report:
     rorqual report runs/demo --out runs/demo/report.html
     """
 
-    runs: Positional[tuple[str, ...]]  # run folders, or folders of them
-    # none: report.html in the first folder, report-2.html where that is of other runs
+    runs: Positional[tuple[str, ...]]  # run folders, folders of them, or pretrained names
+    # none: report.html in the first folder (of a pretrained name: here), report-2.html where that
+    # is of other runs
     out: str | None = None
     sentence: str | None = None  # the text over which the gates are shown
 
@@ -108,12 +109,16 @@ def report_command(argv: list[str]) -> int:
     options = parse_new(Report, argv, "report")
     from rorqual.analyze.report import page_for, write_report
     from rorqual.checkpoint import run_of
+    from rorqual.pretrained import is_pretrained, resolve
 
-    runs = [run for folder in options.runs for run in runs_in(Path(folder))]
-    folder = run_of(options.runs[0]) if options.runs else Path()
-    out = Path(options.out) if options.out else page_for(options.runs, folder)
+    asked = [resolve(name) for name in options.runs]
+    runs = [run for folder in asked for run in runs_in(folder)]
+    folder = run_of(asked[0]) if asked else Path()
+    # The package's own folders stay as they are.
+    beside = Path() if is_pretrained(folder) else folder
+    out = Path(options.out) if options.out else page_for(asked, beside)
     words = {} if options.sentence is None else {"sentence": options.sentence}
-    page = write_report(runs, out, asked=options.runs, **words)
+    page = write_report(runs, out, asked=asked, **words)
     if as_json:
         emit({"report": page, "runs": runs})
     else:

@@ -72,6 +72,11 @@ COMMANDS = {
         "params moe-27b engram-27b",
         "train",
     ),
+    "export": Command(
+        "write a model to a folder for transformers and the hub",
+        "export runs/demo/engram exported --dtype bfloat16 --license mit",
+        "infer",
+    ),
     "report": Command("compare runs on one self-contained page", "report runs/demo", "inspect"),
     "explore": Command(
         "a live page of a model: experts, memory rows, gates", "explore runs/demo/engram", "infer"
@@ -115,7 +120,12 @@ A training is a preset's name or a YAML file, then what differs; \
 a part that is off is switched on by naming it:
   rorqual train tiny --data notes/ model.engram.rows_per_head=5000,5000
   rorqual train my.yaml model.engram=none --model.dim 128
-Start here: rorqual demo (minutes, offline), then rorqual generate runs/demo/engram "A whale is".
+Start here: rorqual generate tiny-engram "A whale is". The small presets (tiny, tiny-engram, \
+tiny-gqa, tiny-nsa, ...)
+come trained, and every command that runs a model takes their names; \
+a model in a folder ./tiny comes before them.
+Then rorqual demo (minutes, offline). A run of yours is named by its folder, \
+runs/demo/engram or runs/tiny.
 --json prints for machines. RORQUAL_DEBUG=1 shows the traceback of an error. --version."""
 
 

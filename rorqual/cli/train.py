@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -507,7 +507,10 @@ def plan_command(argv: list[str]) -> int:
         name: estimate(arm.config, options.machine, options.context) for name, arm in arms.items()
     }
     words = {
-        name: [*differing(start.model, arm.config), f"folder=runs/{Path(like).name}-{name}"]
+        name: [
+            *configs.differing(start.model, arm.config, "model"),
+            f"folder=runs/{Path(like).name}-{name}",
+        ]
         for name, arm in arms.items()
     }
     if as_json:
@@ -616,33 +619,6 @@ def size(count: float) -> str:
             break
         count /= 1000
     return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-
-
-def differing(base: Any, other: Any, name: str = "model") -> list[str]:
-    """Returns the words that turn one config into the other.
-
-    Parts that are switched on or off are among them.
-    """
-    words: list[str] = []
-    for each in fields(other):
-        path = f"{name}.{each.name}"
-        was = getattr(base, each.name)
-        now = getattr(other, each.name)
-        if was == now:
-            continue
-        if is_dataclass(now):
-            section: Any = type(now)  # switched on with its defaults where it was off
-            words += differing(was or section(), now, path) or [f"{path}=default"]
-        else:
-            value = (
-                ",".join(map(str, now))
-                if isinstance(now, tuple)
-                else "none"
-                if now is None
-                else str(now)
-            )
-            words.append(f"{path}={value}")
-    return words
 
 
 SWEEP_ENDS = "The sweep of needles has options of its own: rorqual sweep needle --help"

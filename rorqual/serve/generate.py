@@ -19,13 +19,14 @@ from typing import Any, Literal, overload
 
 import torch
 
-from rorqual import checkpoint, runtime
+from rorqual import checkpoint, pretrained, runtime
 from rorqual.data.files import hub_reason
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub import checkpoints
 from rorqual.hub.families import MODEL_TYPES
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
+from rorqual.presets import PRESETS
 from rorqual.serve.decoding import decode
 from rorqual.serve.drafts import AcceptanceStats
 from rorqual.serve.sampling import GREEDY, Sampling
@@ -424,7 +425,10 @@ def load(
     tables: Placement | None = None,
     **sizes: Any,
 ) -> Run:
-    """Loads a run folder, a published model's, a folder of RorqualForCausalLM, or a hub id.
+    """Loads a run folder, a published model's, an exported one, a pretrained name, or a hub id.
+
+    The pretrained models come with the package: `rorqual.pretrained.names()` lists them. A model in
+    a folder of such a name here comes before them.
 
     Of a run that is not finished its newest checkpoint is read; RUN/checkpoints/stepN (or best) is
     that checkpoint. The log names the step.
@@ -452,12 +456,14 @@ def load(
 
 
 def find(where: str | Path) -> Path:
-    """Returns the folder of a model: a local one, or a snapshot of a hub id's safetensors and JSON.
+    """Returns the folder of a model: a local one, a pretrained one, or the snapshot of a hub id.
 
     `owner/name` is a hub id where no folder `owner` exists here; anything else that is missing is
-    taken as a wrong path.
+    taken as a wrong path. Of a hub id only safetensors and JSON are taken.
     """
-    folder = Path(where).expanduser()
+    folder = pretrained.resolve(where).expanduser()
+    if pretrained.is_pretrained(folder) and (Path("runs") / where / "config.json").is_file():
+        runtime.log(f"{where}: the pretrained model of the package; your run is runs/{where}")
     if (folder / "config.json").is_file() or checkpoint.is_checkpoint(folder):
         return folder
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(where))
@@ -496,7 +502,15 @@ def missing(where: str | Path) -> Exception:
     guess = (
         f"did you mean {' or '.join(map(str, paths))}?" if (paths := similar_paths(folder)) else ""
     )
-    hint = guess or "expected a run folder (make one with `rorqual train`) or a hub id"
+    if str(where) in PRESETS:
+        guess = (
+            f"{where} is a preset without trained weights: rorqual train {where}, then its folder, "
+            f"runs/{where}; trained are {', '.join(pretrained.names())}"
+        )
+    hint = guess or (
+        "expected a run folder (make one with `rorqual train`), a hub id or a pretrained model: "
+        f"{', '.join(pretrained.names())}"
+    )
     return FileNotFoundError(f"no folder {where}: {hint}")
 
 

@@ -2,6 +2,7 @@
 
 train.json, metrics.jsonl, tensorboard/     from the first step on
 config.json, tokenizer.json                 the model's config and its tokenizer
+README.md                                   the model card, when it is finished
 checkpoints/stepN/                          to resume from
 checkpoints/best/                           the weights with the best validation, to read
 rollbacks.json                              where the run diverged and went back to a checkpoint
@@ -21,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rorqual import checkpoint, distributed, runtime
+from rorqual import checkpoint, distributed, pretrained, runtime
 from rorqual import config as configs
 from rorqual.io import lock, remove_partial, write_json
 from rorqual.train.config import TrainConfig
@@ -150,7 +151,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(path)
+    return None if path is None else os.path.abspath(pretrained.resolve(path))
 
 
 def refuse_folder_of_runs(folder: Path) -> None:

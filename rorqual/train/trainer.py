@@ -10,12 +10,13 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rorqual import checkpoint, distributed, runtime
+from rorqual import checkpoint, distributed, pretrained, runtime
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.distributed_config import refuse_layout
@@ -25,7 +26,7 @@ from rorqual.model_config import ModelConfig, row_totals
 from rorqual.sharded_rows import RowExchange, ShardedTable
 from rorqual.tables import Table, write_rows
 from rorqual.tables.thread import BackgroundThread
-from rorqual.train import run_folder
+from rorqual.train import card, run_folder
 from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.scores import estimate_step_seconds
@@ -58,6 +59,7 @@ def train(
     everything is saved; Diverged when losses or gradients stay NaN or infinite; ValueError for a
     folder with another run; Damaged when no checkpoint in it is good.
     """
+    config = _resolved(config)
     if config.threads is not None:
         runtime.threads(config.threads)
     device = runtime.device(config.device)
@@ -92,6 +94,7 @@ def refuse(config: TrainConfig, ranks: int | None) -> None:
     These are tables elsewhere for a model without any, a layout that the model or the number of
     ranks does not allow, an unknown text, and a folder of runs.
     """
+    config = _resolved(config)
     if config.placement != "device" and config.model.engram is None:
         raise ValueError(
             f"placement: got {config.placement} for a model without Engram, "
@@ -118,6 +121,13 @@ def refuse(config: TrainConfig, ranks: int | None) -> None:
     if config.needles is None:
         check_sources(config)
     run_folder.refuse_folder_of_runs(Path(config.folder))
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """Returns the config with the folder of `init_from`, if that names a pretrained model."""
+    if config.init_from is None:
+        return config
+    return replace(config, init_from=str(pretrained.resolve(config.init_from)))
 
 
 def _refuse_tasks(config: TrainConfig, ranks: int) -> None:
@@ -233,6 +243,8 @@ def _train(
                 "model: lower --optim.lr or raise --optim.warmup in another --folder"
             )
         _write_tables(folder, model)
+        if distributed.rank() == 0:
+            card.write_card(folder, config, model.config, source, scores, writer.seconds)
         checkpoint.save_model(folder, model, source.tokenizer)
 
 

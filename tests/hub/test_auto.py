@@ -283,6 +283,23 @@ def test_another_process_needs_the_import_and_no_code(face, tmp_path):
     assert done.stdout.strip() == "RorqualForCausalLM 2", done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import rorqual; assert 'transformers' not in sys.modules; import transformers",
+        "import transformers; import rorqual",
+        "import rorqual; from transformers.models.auto import configuration_auto",
+        "import rorqual.hub.auto",
+    ],
+)
+def test_rorqual_registers_itself_whichever_comes_first(script):
+    script = f"import sys; {script}; from transformers import AutoConfig as auto; "
+    script += "print(type(auto.for_model('rorqual')).__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split()[0] == "RorqualConfig", done.stderr[-2000:]
+
+
 def test_what_it_cannot_take_is_refused(face):
     ids = torch.tensor([PROMPTS[0]])
     with pytest.raises(ValueError, match="got inputs_embeds, expected input_ids"):

@@ -1,0 +1,73 @@
+"""Exports a model to a folder that transformers and the hub take.
+
+    config.json, model.safetensors      the model; no code, no pickles
+    tokenizer.json, tokenizer_config.json, chat_template.jinja
+    README.md                           the card of the run, or one without a training
+    train.json                          of a run: what it was trained on
+
+`import rorqual` registers the model with transformers' Auto classes, so that `from_pretrained`
+loads the folder by any name that it gets on the hub.
+"""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from rorqual import checkpoint
+from rorqual.hub import checkpoints
+from rorqual.hub.card import CARD, description, front_matter, usage
+from rorqual.io import write_text
+from rorqual.serve.generate import Run
+
+COPIED = ("chat_template.jinja", "train.json", CARD)  # from the folder that the model came from
+CONTEXT = 4096  # tokens, of the costs in a card that no training wrote
+
+
+def export(
+    run: Run, folder: str | Path, *, license: str | None = None, published: bool = False
+) -> Path:
+    """Writes a model into a new folder and returns its path.
+
+    `license` is the hub's name of the weights' licence, as mit; the card then has it. With
+    `published` the folder is that of the architecture's authors (DeepSeek, Qwen), and transformers
+    loads it without rorqual. ValueError for a folder that has a model already, for a model without
+    a tokenizer, and where the published format cannot express a part.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: already holds a model, expected a new folder")
+    tokenizer = run.tokenizer
+    if published:
+        checkpoints.export(
+            run.model,
+            folder,
+            bos_token_id=tokenizer.begin_id,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+        tokenizer.save(folder)
+    else:
+        checkpoint.save_model(folder, run.model, tokenizer)
+    for name in COPIED:
+        if run.folder is not None and (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, folder / name)
+    if not (folder / CARD).is_file():
+        write_text(folder / CARD, _card(run, folder))
+    if license is not None:
+        card = ModelCard.load(folder / CARD)
+        card.data.license = license
+        card.save(folder / CARD)
+    return folder
+
+
+def _card(run: Run, folder: Path) -> str:
+    """Returns the card of a model whose training is not known."""
+    origin = "" if run.folder is None else f" from {run.folder.name}"
+    return f"""{front_matter(folder.name, run.config)}
+# {folder.name}
+
+A language model that rorqual exported{origin}. How it was trained is not known here.
+
+{usage()}
+{description(run.config, CONTEXT)}"""
