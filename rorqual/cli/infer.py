@@ -426,6 +426,7 @@ class Export:
 
 
 def export_command(argv: list[str]) -> int:
+    """Writes a folder for the hub from a run; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Export, argv, "export")
     from rorqual.serve.export import export
