@@ -414,7 +414,10 @@ class TestTraps:
         streams = expand(hidden, config).values
         single = expand(hidden, None).values
         for site, layer in zip(sites, layers, strict=True):
-            sublayer = lambda u, layer=layer: layer(nn.functional.rms_norm(u, (12,))).tanh()  # noqa: E731
+
+            def sublayer(u, layer=layer):
+                return layer(nn.functional.rms_norm(u, (12,))).tanh()
+
             streams, _ = through(site, streams, sublayer)
             single, _ = through(Residual(), single, sublayer)
         close(streams.mean(2), StreamReduction(None, 12)(Streams(single)), 1e-5)
