@@ -41,6 +41,7 @@ from rorqual.model_config import (
 )
 
 MODEL_TYPES = ("deepseek_v4",)
+MODEL_PARTS = ("csa", "moe", "hyper", "mtp")
 EMBEDDING = "embed.weight"
 SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.", mtp_counts=False)
 PARTS = {"mtp.": "DSpark draft"}
@@ -409,11 +410,7 @@ def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4's format does not have."""
-    differences = [
-        name
-        for name in ("mla", "gqa", "csa2", "nsa", "moba", "dsa", "qsa", "delta", "engram")
-        if getattr(config, name) is not None
-    ]
+    differences = [name for name in config.parts if name not in MODEL_PARTS]
     csa = config.csa
     moe = config.moe
     hyper = config.hyper
