@@ -49,6 +49,8 @@ class Costs(NamedTuple):
     flops_per_token: int  # forward, the mean over the tokens of a context
     cache_bytes_per_token: int  # of attention and of what selects its keys, in bfloat16
     cache_bytes: int  # the same of one sequence of the whole context, with what does not grow
+    cache_bytes_1m: int  # the same of one sequence of 1,000,000 tokens
+    table_rows: tuple[int, ...]  # rows of each of Engram's tables, in the order of its layers
     table_bytes: int  # of Engram's rows in bfloat16
     table_bytes_fp8: int  # the same as fp8 records with a byte of scale for 32 values
     longest_context: int  # tokens that the rotary base, stretched by YaRN, tells apart
@@ -105,6 +107,8 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         flops_per_token=2 * products,
         cache_bytes_per_token=_cached_bytes(config),
         cache_bytes=_cache_bytes(config, context),
+        cache_bytes_1m=_cache_bytes(config, 1_000_000),
+        table_rows=row_totals(config.engram) if config.engram is not None else (),
         table_bytes=2 * memory,
         table_bytes_fp8=_record_bytes(config),
         longest_context=longest_context(rope.base, rope.factor),

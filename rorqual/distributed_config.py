@@ -12,8 +12,8 @@ Recomputed = Literal["none", "block", "selective"]
 Compiled = Literal["none", "block"]
 Rows = Literal["shard", "replicate"]
 
-# Parts of a model whose layers look at other tokens in ways that context parallelism does not know.
-WHOLE_SEQUENCES = ("dsa", "nsa", "moba", "qsa", "csa", "csa2", "delta")
+# Parts of a model that context parallelism knows; all others see whole sequences alone.
+CONTEXT_PARALLEL = ("mla", "gqa", "moe", "engram", "hyper", "mtp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +110,8 @@ def refuse_layout(model: ModelConfig, config: DistributedConfig, ranks: int | No
                 f"expected a divisor of {model.moe.routed} experts"
             )
     if config.context > 1:
-        for name in WHOLE_SEQUENCES:
-            if getattr(model, name) is not None:
+        for name in model.parts:
+            if name not in CONTEXT_PARALLEL:
                 raise ValueError(
                     f"distributed.context: got {config.context} for a model with {name}, expected "
                     "1: only MLA and GQA attend to tokens of other ranks"

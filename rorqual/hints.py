@@ -8,13 +8,15 @@ from pathlib import Path
 def choose(kind: str, name: str, names: Iterable[str]) -> str:
     """Returns `name` if it is among `names`; else a ValueError names the nearest.
 
+    These are up to three names that begin with `name`, or the one that is most similar.
     `kind` is the kind of thing that the message calls it.
     """
     all_names = list(names)
     if name in all_names:
         return name
-    similar = difflib.get_close_matches(name, all_names, 1, 0.4)
-    guess = f"; did you mean {similar[0]!r}?" if similar else ""
+    similar = [each for each in all_names if name and each.startswith(name)][:3]
+    similar = similar or difflib.get_close_matches(name, all_names, 1, 0.4)
+    guess = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     raise ValueError(f"got {kind} {name!r}, expected one of {', '.join(all_names)}{guess}")
 
 

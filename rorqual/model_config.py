@@ -7,7 +7,7 @@ is also a name of the layer's file: `from rorqual.layers.nsa import NSAConfig`.
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -1041,12 +1041,12 @@ class ModelConfig:
 
     @property
     def parts(self) -> list[str]:
-        """The names of the parts that are on, attention first."""
-        names = [
-            *("mla", "gqa", "csa", "csa2", "nsa", "moba", "dsa", "qsa", "delta"),
-            *("moe", "engram", "hyper", "mtp"),
-        ]
-        return [name for name in names if getattr(self, name) is not None]
+        """The names of the parts that are on, attention first.
+
+        Parts are the fields that hold a config, but for rope, which every model has.
+        """
+        names = [each.name for each in fields(self) if each.name != "rope"]
+        return [name for name in names if is_dataclass(getattr(self, name))]
 
     @property
     def streams(self) -> int:

@@ -1,4 +1,4 @@
-"""Tests that no call below a block is nested deeper than four functions.
+"""Tests that no call below a block is nested deeper than four functions, and no lookup than six.
 
 Counted are functions of rorqual below Block.forward while kernels are off. The forward of an
 autograd.Function counts as one with the function that applies it, and what chooses a kernel
@@ -31,8 +31,12 @@ from rorqual.model_config import (
     QSAConfig,
 )
 from rorqual.presets import preset
+from rorqual.tables.fp8 import FP8
+from rorqual.tables.row_writer import write_table
+from rorqual.tables.table import Table
 
 DEEPEST = 4
+DEEPEST_LOOKUP = 6
 ROOT = Path(rorqual.__file__).parent
 GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=16, qk_norm=True)}
 NSA = {"block": 8, "stride": 4, "select_block": 4, "top_k": 4, "window": 6}
@@ -92,8 +96,11 @@ def counted(code: CodeType) -> str | None:
     return code.co_qualname if ours and not applied and not code.co_name.startswith("<") else None
 
 
-def chains(call) -> list[tuple[str, ...]]:
-    """Returns the chains of functions below Block.forward that are deeper than DEEPEST."""
+def chains(call, top: str, deepest: int) -> list[tuple[str, ...]]:
+    """Returns the chains of functions below the innermost `top` that are deeper than `deepest`.
+
+    They are chains of all functions of ours if `top` is "".
+    """
     stack: list[str | None] = []
     deep: set[tuple[str, ...]] = set()
 
@@ -107,9 +114,9 @@ def chains(call) -> list[tuple[str, ...]]:
         if name is None:
             return
         names = [name for name in stack if name]
-        if "Block.forward" in names:
-            below = names[len(names) - names[::-1].index("Block.forward") :]
-            if len(below) > DEEPEST:
+        if not top or top in names:
+            below = names[len(names) - names[::-1].index(top) :] if top else names
+            if len(below) > deepest:
                 deep.add(tuple(below))
 
     call()
@@ -128,5 +135,39 @@ def test_no_call_of_a_block_is_nested_deeper_than_four(kind, what, monkeypatch):
     config: ModelConfig = replace(preset("tiny"), vocab_size=64, **KINDS[kind])
     model = LanguageModel(config)
     ids = torch.randint(config.vocab_size, (2, 40))
-    deep = chains(lambda: what(model, ids))
+    deep = chains(lambda: what(model, ids), "Block.forward", DEEPEST)
     assert not deep, "\n".join(" > ".join(chain) for chain in deep)
+
+
+def opened(kind: str, values: torch.Tensor, folder: Path) -> Table:
+    """Opens these values as a table, or rows that a table draws; no background thread fetches."""
+    rows, width = values.shape
+    if kind == "device":
+        return Table(rows, width, prefetch=False)
+    if kind == "host":
+        return Table.of_values(values, prefetch=False)
+    if kind == "trained on disk":
+        table = Table.of_records(folder / "records", rows, width, prefetch=False)
+        table.draw(0.1)
+        return table
+    dtype = FP8 if kind == "fp8 on disk" else torch.float32
+    write_table(folder / "rows", values, dtype=dtype, shard_rows=3000)
+    return Table.of_file(folder / "rows", cache_bytes=0, prefetch=False)
+
+
+@pytest.mark.parametrize("count", [4, 4000])
+@pytest.mark.parametrize("kind", ["device", "host", "disk", "fp8 on disk", "trained on disk"])
+def test_a_row_id_becomes_a_vector_in_six_calls(kind, count, tmp_path, monkeypatch):
+    """Looks up few rows and many without a background thread, so that a profile sees every call.
+
+    read_rows is one, as its kernel is: what the reference calls is not counted.
+    """
+    monkeypatch.setenv(kernels.VARIABLE, kernels.REFERENCE)
+    table = opened(kind, torch.randn(8000, 32), tmp_path)
+    row_ids = torch.randint(8000, (count,))
+    results = []
+    deep = chains(lambda: results.append(table.prefetch(row_ids).wait()), "", DEEPEST_LOOKUP)
+    deep = [chain for chain in deep if "read_rows" not in chain[:DEEPEST_LOOKUP]]
+    assert not deep, "\n".join(" > ".join(chain) for chain in deep)
+    torch.testing.assert_close(*results)
+    assert results[0].shape == (count, 32)

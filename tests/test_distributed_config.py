@@ -1,5 +1,6 @@
 """Tests distributed_config.py: the sizes of a mesh, who reads what, and what is refused."""
 
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -87,3 +88,17 @@ def test_layouts_that_a_model_cannot_have_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         refuse_layout(model, DistributedConfig(**layout), 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extended(ModelConfig):
+    """A config with a kind of attention that does not exist."""
+
+    retention: MLAConfig | None = None
+
+
+def test_context_parallelism_refuses_a_part_that_it_does_not_know() -> None:
+    layout = DistributedConfig(context=2)
+    refuse_layout(Extended(), layout, 2)
+    with pytest.raises(ValueError, match=r"distributed\.context: got 2 for a model with retention"):
+        refuse_layout(Extended(retention=MLA), layout, 2)

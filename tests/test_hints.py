@@ -13,6 +13,15 @@ def test_choose_names_the_nearest() -> None:
         ValueError, match=r"got preset 'tin', expected one of tiny, small; did you mean 'tiny'\?"
     ):
         hints.choose("preset", "tin", ["tiny", "small"])
+    versions = ["deepseek-v3", "deepseek-v4-flash", "deepseek-v4-pro"]
+    with pytest.raises(
+        ValueError, match=r"did you mean 'deepseek-v4-flash' or 'deepseek-v4-pro'\?$"
+    ):
+        hints.choose("preset", "deepseek-v4", versions)
+    with pytest.raises(ValueError, match=r"did you mean 'deepseek-v3'\?$"):
+        hints.choose("preset", "deepsek-v3", versions)
+    with pytest.raises(ValueError, match=r"expected one of a, b$"):
+        hints.choose("letter", "", ["a", "b"])
     with pytest.raises(ValueError, match=r"expected one of a, b$"):
         hints.choose("letter", "zzzzzz", ["a", "b"])
 

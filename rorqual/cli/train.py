@@ -404,10 +404,17 @@ ROWS = (
     ("flops_per_token", "FLOPs a token, forward"),
     ("cache_bytes_per_token", "cache bytes a token, bfloat16"),
     ("cache_bytes", "cache bytes of a sequence of --context tokens"),
+    ("cache_bytes_1m", "cache bytes of a sequence of 1,000,000 tokens"),
+    ("table_rows", "rows of Engram's table"),
     ("table_bytes", "bytes of Engram's tables, bfloat16"),
     ("table_bytes_fp8", "bytes of Engram's tables, fp8"),
     ("longest_context", "tokens that the rotary base tells apart"),
 )
+# What published folders have beside the model of a preset.
+NOT_COUNTED = {
+    "deepseek-v4.1-flash": "DSpark's draft layers (mtp.*) and the vision tower",
+    "qwen3.8-flash-next": "MTP's layers and the vision tower",
+}
 
 
 def params_command(argv: list[str]) -> int:
@@ -466,8 +473,17 @@ def show(result: dict[str, Costs]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for attribute, words in ROWS:
-        table.add_row(words, *(f"{getattr(cost, attribute):,}" for cost in result.values()))
+        figures = [getattr(cost, attribute) for cost in result.values()]
+        if attribute != "table_rows":
+            table.add_row(words, *(f"{figure:,}" for figure in figures))
+            continue
+        for number in range(max(map(len, figures))):
+            rows = [each[number] if number < len(each) else 0 for each in figures]
+            table.add_row(f"{words} {number + 1}", *(f"{figure:,}" for figure in rows))
     Console(width=Console(width=9999).measure(table).maximum).print(table)
+    for name, parts in NOT_COUNTED.items():
+        if name in result:
+            print(f"not counted of {name}, as published: {parts}")
 
 
 ROLES: "dict[Role, str]" = {

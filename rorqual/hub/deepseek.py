@@ -54,6 +54,7 @@ MODEL_TYPES = (*CLASSES, "kimi_k2", "youtu")
 INDEXED = ("deepseek_v32", "glm_moe_dsa")  # kinds with DSA
 SOFTMAX = ("deepseek_v2", "mistral4")
 LISTED = ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "axk1")  # dense blocks by mlp_layer_types
+MODEL_PARTS = ("mla", "dsa", "moe", "mtp")
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
 PARTS: dict[str, str] = {}
@@ -454,11 +455,7 @@ def kind_of(config: ModelConfig) -> str:
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that no DeepSeek or relative of one has."""
-    differences = [
-        name
-        for name in ("gqa", "csa", "nsa", "moba", "qsa", "delta", "engram", "hyper")
-        if getattr(config, name) is not None
-    ]
+    differences = [name for name in config.parts if name not in MODEL_PARTS]
     if config.mla is None:
         return differences
     kind = kind_of(config)

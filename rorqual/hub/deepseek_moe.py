@@ -21,6 +21,7 @@ from rorqual.model_config import (
 )
 
 MODEL_TYPES = ("deepseek",)
+MODEL_PARTS = ("gqa", "moe")
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
 PARTS: dict[str, str] = {}
@@ -184,8 +185,7 @@ def _period(config: ModelConfig) -> int | None:
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeekMoE does not have."""
-    names = ("mla", "csa", "nsa", "moba", "dsa", "qsa", "delta", "engram", "hyper", "mtp")
-    differences = [name for name in names if getattr(config, name) is not None]
+    differences = [name for name in config.parts if name not in MODEL_PARTS]
     rope = config.rope
     gqa = config.gqa
     moe = config.moe

@@ -12,7 +12,8 @@ transformers writes some of these names otherwise (`canonical`). Blocks see comp
 `layer_types` or the published `compress_ratios` say, and select experts by token id as
 `mlp_layer_types` or `num_hash_layers` say. Fields that transformers ignores (norm_topk_prob,
 n_shared_experts, num_key_value_heads, attention_bias, router_jitter_noise) are ignored, and so are
-those of training (dropout, auxiliary losses). What our model cannot express is refused by name.
+those of training (dropout, auxiliary losses). A line says where one of the first three has a value
+that would be another model. What our model cannot express is refused by name.
 
 Multi-token prediction (`mtp.*`), which transformers ignores, is that of layers/mtp.py on streams.
 There are as many depths as the folder has tensors of, or as a config.json without weights says;
@@ -26,6 +27,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rorqual import runtime
 from rorqual.hub.fields import mtp_layers, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
 from rorqual.hub.rope import published_rope, rope_of, tables_alone
@@ -41,6 +43,7 @@ from rorqual.model_config import (
 )
 
 MODEL_TYPES = ("deepseek_v4",)
+MODEL_PARTS = ("csa", "moe", "hyper", "mtp")
 EMBEDDING = "embed.weight"
 SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.", mtp_counts=False)
 PARTS = {"mtp.": "DSpark draft"}
@@ -73,6 +76,8 @@ ONLY: dict[str, tuple[Any, ...]] = {  # None also means absent
     "expert_dtype": ("fp4", "fp8", "bf16", "bfloat16", None),
     "tie_word_embeddings": (False, True, None),
 }
+# What every model has, whatever config.json says: transformers reads none of these fields.
+FIXED = {"norm_topk_prob": True, "n_shared_experts": 1, "num_key_value_heads": 1}
 NO_LIMIT = 3e38  # of swiglu_limit, which transformers asks for: more than any activation
 ATTENTION = ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")
 EXPERT = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -122,6 +127,9 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     if (dtype := quantisation(d).get("expert_dtype")) not in allowed:
         expected = " or ".join(str(x) for x in allowed if x is not None)
         raise ValueError(f"quantization_config.expert_dtype: got {dtype!r}, expected {expected}")
+    for key, value in FIXED.items():
+        if (got := d.get(key, value)) != value:
+            runtime.log(f"config.json: {key}: {got} is ignored, DeepSeek-V4 has {value} only")
     layers = whole(d, "num_hidden_layers")
     head_dim = whole(d, "head_dim")
     depth = _mtp_depth(d, names)
@@ -247,8 +255,13 @@ def _mtp_depth(d: Mapping[str, Any], names: Collection[str]) -> int:
 def _hash_layers(d: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
     """Reads how many first blocks select experts by token id, and which others do."""
     listed = d.get("mlp_layer_types")
+    count = None if d.get("num_hash_layers") is None else whole(d, "num_hash_layers")
+    if count is not None and not 0 <= count <= layers:
+        raise ValueError(
+            f"config.json: num_hash_layers: got {count}, expected 0 to {layers} layers"
+        )
     if listed is None:
-        return min(layers, whole({"num_hash_layers": 3, **d}, "num_hash_layers")), ()
+        return min(layers, 3) if count is None else count, ()
     if (
         not isinstance(listed, list)
         or len(listed) < layers
@@ -259,6 +272,11 @@ def _hash_layers(d: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...
             f"expected hash_moe or moe for each of {layers} layers"
         )
     hashed = [index for index in range(layers) if listed[index] == "hash_moe"]
+    if count is not None and hashed != list(range(count)):
+        raise ValueError(
+            f"config.json: num_hash_layers: got {count}, "
+            f"expected the layers {hashed} of mlp_layer_types"
+        )
     first = next((i for i in range(layers) if listed[i] != "hash_moe"), layers)
     return first, tuple(hashed[first:])
 
@@ -409,11 +427,7 @@ def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4's format does not have."""
-    differences = [
-        name
-        for name in ("mla", "gqa", "csa2", "nsa", "moba", "dsa", "qsa", "delta", "engram")
-        if getattr(config, name) is not None
-    ]
+    differences = [name for name in config.parts if name not in MODEL_PARTS]
     csa = config.csa
     moe = config.moe
     hyper = config.hyper

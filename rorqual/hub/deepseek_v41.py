@@ -37,6 +37,7 @@ from rorqual.model_config import (
 )
 
 MODEL_TYPES = ("deepseek_v41",)
+MODEL_PARTS = ("csa", "csa2", "moe", "hyper", "engram")
 EMBEDDING = "embed.weight"
 SIZES = Sizes(r"^layers\.(\d+)\.", ".ffn.gate.weight", r"\.ffn\.experts\.(\d+)\.")
 PARTS = {"mtp.": "DSpark draft", **dict.fromkeys(("vision.", "aligner.", "image_"), "vision")}
@@ -423,11 +424,7 @@ def _published_engram(config: ModelConfig, canonical_ids: int | None) -> dict[st
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that DeepSeek-V4.1's format does not have."""
-    differences = [
-        name
-        for name in ("mla", "gqa", "nsa", "moba", "dsa", "qsa", "delta", "mtp")
-        if getattr(config, name) is not None
-    ]
+    differences = [name for name in config.parts if name not in MODEL_PARTS]
     differences += [
         f"no {name}" for name in ("csa", "csa2", "moe", "hyper") if getattr(config, name) is None
     ]

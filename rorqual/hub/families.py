@@ -17,6 +17,7 @@ class Family(Protocol):
     """What a family's module defines."""
 
     MODEL_TYPES: tuple[str, ...]  # values of model_type in config.json
+    MODEL_PARTS: tuple[str, ...]  # parts of a model that the format has, as ModelConfig names them
     EMBEDDING: str  # the published name of the embedding
     SIZES: Sizes
     PARTS: Mapping[str, str]  # beginnings of names that are read past, and what has these tensors

@@ -34,6 +34,7 @@ from rorqual.model_config import (
 )
 
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
+MODEL_PARTS = ("gqa", "qsa", "delta", "moe", "hyper", "engram")
 EMBEDDING = "model.embed_tokens.weight"
 SIZES = Sizes(r"^model\.layers\.(\d+)\.", ".mlp.gate.weight", r"\.mlp\.experts\.(\d+)\.")
 PARTS = {"mtp.": "MTP", "model.mtp.": "MTP", "model.visual.": "vision"}
@@ -394,11 +395,7 @@ def _published_engram(config: ModelConfig) -> dict[str, Any]:
 
 def foreign(config: ModelConfig) -> list[str]:
     """Describes the parts of a model that Qwen4-Exp does not have, and those that it must have."""
-    differences = [
-        name
-        for name in ("mla", "csa", "nsa", "moba", "dsa", "mtp")
-        if getattr(config, name) is not None
-    ]
+    differences = [name for name in config.parts if name not in MODEL_PARTS]
     gqa, delta, moe, hyper, engram = (
         config.gqa, config.delta, config.moe, config.hyper, config.engram,
     )  # fmt: skip

@@ -209,6 +209,8 @@ def best_complete(
     If several blocks of equal score are the last to be selected, it is as torch.topk would select
     from this query's blocks alone: then one query and many select alike.
     """
+    if torch.compiler.is_compiling():
+        return _best_complete(scores.detach(), first, end, top_k)
     block = torch.arange(scores.shape[-1], device=scores.device)
     outside = (block < first[..., None]) | (block >= end[..., None])
     scores = scores.masked_fill(outside, -torch.inf)
@@ -221,6 +223,17 @@ def best_complete(
         index[row, t, :top_k] = scores[row, t, start:stop].topk(top_k).indices + start
     index = index[..., :top_k]
     return F.pad(index, (0, top_k - index.shape[-1]), value=-1)
+
+
+@torch.library.custom_op("rorqual::best_complete", mutates_args=())
+def _best_complete(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Tensor:
+    """Is `best_complete` to a compiler, which cannot trace its loop over what is tied."""
+    return best_complete(scores, first, end, top_k)
+
+
+@_best_complete.register_fake
+def _(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Tensor:
+    return torch.empty((*scores.shape[:-1], top_k), dtype=torch.int64, device=scores.device)
 
 
 def _tied(values: Float[Tensor, "B T K"], top_k: int) -> Bool[Tensor, "B T"] | None:

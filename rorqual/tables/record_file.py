@@ -22,7 +22,7 @@ from torch import Tensor
 from rorqual.io import BINARY, acquired, write_all_at
 from rorqual.tables.draw import draw_rows
 from rorqual.tables.journal import Journal
-from rorqual.tables.row_file import FileRows, TableError
+from rorqual.tables.row_file import ONE_FILE, FileRows, TableError, read_from
 
 # rows, averages, averages of squares, numbers of updates, which of them, gradient
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -61,7 +61,8 @@ class RecordFile:
 
     def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
         """Returns the values of rising ids; their records are cached for the next update."""
-        records = self.records(ids)
+        records = np.empty((len(ids), self.record_bytes), np.uint8)
+        read_from([self._records], ONE_FILE, ids, records)
         self._read = [*self._read[1 - _KEPT :], (ids, records)]
         return torch.from_numpy(records[:, : 4 * self.width])
 

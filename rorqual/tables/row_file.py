@@ -42,7 +42,7 @@ _PIECE = 1 << 18  # bytes that verification reads at a time: they stay in a core
 _MAX_HEADER = 16 << 20  # bytes; a header has a few hundred, and 16 a MiB of rows
 _MAX_DIGITS = 20  # digits of a number of rows
 _MAX_AXES = 64  # torch's limit; the product of a million sizes would take hours
-_ONE_FILE = np.array([0, np.iinfo(np.int64).max])  # the first rows of a file and of the next
+ONE_FILE = np.array([0, np.iinfo(np.int64).max])  # the first rows of a file and of the next
 _ANNOUNCED = 512  # reads that one thread makes after announcing all of them to the system
 _THREADS = 32  # threads that share more reads, so that the disk can order many of them
 
@@ -62,7 +62,7 @@ class FileRows:
 
     def read(self, ids: Int[np.ndarray, " K"], into: UInt8[np.ndarray, "K bytes"]) -> None:
         """Reads rows. TableError names the first one that the file does not have."""
-        read_from([self], _ONE_FILE, ids, into)
+        read_from([self], ONE_FILE, ids, into)
 
     def read_bytes(self, into: memoryview, offset: int) -> None:
         """Fills `into` with bytes from byte `offset` of the rows on."""
@@ -87,7 +87,7 @@ class FileRows:
         """Writes rows of rising ids. TableError names the row that could not be written."""
         source = np.ascontiguousarray(rows).reshape(-1).data
         size = self.row_bytes
-        for offset, count, _, row in _runs(ids, _ONE_FILE):
+        for offset, count, _, row in _runs(ids, ONE_FILE):
             try:
                 piece = source[offset * size : (offset + count) * size]
                 write_all_at(self.file, piece, self.start + row * size)
@@ -101,34 +101,36 @@ def read_from(
     first_rows: Int[np.ndarray, " F1"],
     ids: Int[np.ndarray, " K"],
     into: UInt8[np.ndarray, "K bytes"],
+    share: bool = True,
 ) -> None:
     """Reads rows from several files. TableError names the first one that its file does not have.
 
-    File n has the rows first_rows[n] to first_rows[n + 1].
+    File n has the rows first_rows[n] to first_rows[n + 1]. share: False in one of the threads that
+    share many reads; else few are announced to the system before any is waited for.
     """
-
-    def read(piece: slice) -> None:
-        wanted = ids[piece]
-        target = into[piece]
-        done = 0
-        while (done := done + read_once(files, first_rows, wanted[done:], target[done:])) < len(
-            wanted
-        ):
-            # This row is read once more, for the reason why it could not be read.
-            n = int(np.searchsorted(first_rows, wanted[done], side="right")) - 1
-            row = int(wanted[done] - first_rows[n])
-            files[n].read_bytes(target[done].data, row * files[n].row_bytes)
-            done += 1
-
-    if 1 + np.count_nonzero(np.diff(ids) != 1) <= _ANNOUNCED:
-        done = read_once(files, first_rows, ids, into, wait=False)
-        read(slice(done, None))
+    if share and 1 + np.count_nonzero(np.diff(ids) != 1) > _ANNOUNCED:
+        count = -(-len(ids) // _THREADS)
+        pieces = [slice(start, start + count) for start in range(0, len(ids), count)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(
+                threads.map(
+                    lambda piece: read_from(files, first_rows, ids[piece], into[piece], False),
+                    pieces,
+                )
+            )
         return
-    share = -(-len(ids) // _THREADS)
-    with ThreadPoolExecutor(_THREADS) as threads:
-        list(
-            threads.map(read, [slice(start, start + share) for start in range(0, len(ids), share)])
-        )
+    descriptors = np.array([each.file for each in files])
+    starts = np.array([each.start for each in files])
+    done = read_rows(descriptors, starts, first_rows, ids, into, False) if share else 0
+    while True:
+        done += read_rows(descriptors, starts, first_rows, ids[done:], into[done:], True)
+        if done >= len(ids):
+            return
+        # This row is read once more, for the reason why it could not be read.
+        n = int(np.searchsorted(first_rows, ids[done], side="right")) - 1
+        row = int(ids[done] - first_rows[n])
+        files[n].read_bytes(into[done].data, row * files[n].row_bytes)
+        done += 1
 
 
 def read_once(

@@ -72,10 +72,8 @@ def test_params_of_what_flags_change(capsys: pytest.CaptureFixture[str], small_r
     ]
     assert main(words) == 0
     content = json.loads(capsys.readouterr().out)["tiny"]
-    assert (
-        content
-        == costs(configs.replace(preset("tiny"), "engram.rows_per_head", (50, 60)), 64)._asdict()
-    )
+    counted = costs(configs.replace(preset("tiny"), "engram.rows_per_head", (50, 60)), 64)
+    assert content == counted._asdict() | {"table_rows": list(counted.table_rows)}
     assert main(["params", str(small_run), "--model.engram", "none", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[str(small_run)]["memory"] == 0
 
@@ -112,12 +110,53 @@ def test_params_prints_every_digit_of_the_models_that_are_named(
     assert main(["params", *names]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == names
-    assert len(rows) == len(training.ROWS)
-    for row, (figure, words) in zip(rows, training.ROWS, strict=True):
+    lines: list[tuple[str, list[int]]] = []
+    for figure, words in training.ROWS:
+        values = [content[name][figure] for name in names]
+        if figure == "table_rows":
+            # Only the last model has tables, two of them.
+            lines += [(f"{words} {i + 1}", [0] * 5 + [values[-1][i]]) for i in range(2)]
+        else:
+            lines.append((words, values))
+    for row, (words, values) in zip(rows, lines, strict=True):
         assert row.strip().startswith(words)
-        assert row.split()[-len(names) :] == [f"{content[name][figure]:,}" for name in names]
+        assert row.split()[-len(names) :] == [f"{value:,}" for value in values]
     assert content["classroom"]["total"] == 52_296
     assert content["engram-27b"]["memory"] > 5e9
+
+
+def test_params_prints_the_published_figures_of_this_years_models(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Parameters and rows are the published ones, rounded as published where those are."""
+    names = [
+        "deepseek-v3.2",
+        "deepseek-v4-flash",
+        "deepseek-v4-pro",
+        "deepseek-v4.1-flash",
+        "qwen3.8-flash-next",
+    ]
+    assert main(["params", *names, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["deepseek-v4.1-flash"]["table_rows"] == [384_006_168, 384_016_682]
+    assert [round(content[name]["total"] / 1e9) for name in names[:2]] == [672, 284]
+    assert round(content["deepseek-v4-pro"]["total"] / 1e11) == 16
+    active = [content[name]["activated"] / 1e9 for name in names[:3]]
+    assert [round(each) for each in active] == [37, 13, 49]
+    # docs/csa.md's caches at 1M tokens, beside DeepSeek-V3.2's latents and index keys.
+    assert content["deepseek-v3.2"]["cache_bytes_1m"] == 61 * 2 * (512 + 64 + 128) * 10**6
+    assert [round(content[name]["cache_bytes_1m"] / 1e8) for name in names[1:4]] == [69, 99, 32]
+    assert main(["params", *names, "--context", "1000000"]) == 0
+    output = capsys.readouterr().out
+    rows = {line.split("  ")[0].strip(): line.split()[-len(names) :] for line in output.split("\n")}
+    assert rows["rows of Engram's table 1"][3] == "384,006,168"
+    assert rows["rows of Engram's table 2"][3] == "384,016,682"
+    assert rows["bytes of Engram's tables, fp8"][3] == f"{264 * (384_006_168 + 384_016_682):,}"
+    of_context = rows["cache bytes of a sequence of --context tokens"]
+    assert rows["cache bytes of a sequence of 1,000,000 tokens"] == of_context
+    assert "not counted of deepseek-v4.1-flash, as published: DSpark's draft layers" in output
+    assert main(["params", "v4.1-tiny"]) == 0
+    assert "not counted of" not in capsys.readouterr().out
 
 
 def test_named_knows_presets_and_runs(small_run: Path) -> None:

@@ -225,6 +225,9 @@ def test_a_quantised_folder_without_its_scales_is_refused(tmp_path: Path) -> Non
         ({"o_groups": 3}, "csa.groups: got 3"),
         ({"index_head_dim": 8}, "csa.rope_dim: got 16"),
         ({"num_hidden_layers": 5}, "layer_types: got 4 values"),
+        ({"num_hash_layers": 5}, "num_hash_layers: got 5, expected 0 to 4 layers"),
+        ({"num_hash_layers": -1, "mlp_layer_types": None}, "num_hash_layers: got -1, expected 0"),
+        ({"num_hash_layers": 2}, r"got 2, expected the layers \[0\] of mlp_layer_types"),
     ],
 )
 def test_what_our_model_cannot_express_is_refused_by_name(change: dict, words: str) -> None:
@@ -232,6 +235,42 @@ def test_what_our_model_cannot_express_is_refused_by_name(change: dict, words: s
     assert deepseek_v4.config_of(description).csa.kinds == preset("v4-tiny").csa.kinds
     with pytest.raises(ValueError, match=words):
         deepseek_v4.config_of(json.loads(json.dumps(description | change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob: False is ignored, DeepSeek-V4 has True only"),
+        ({"n_shared_experts": 0}, "n_shared_experts: 0 is ignored, DeepSeek-V4 has 1 only"),
+        ({"n_shared_experts": 2}, "n_shared_experts: 2 is ignored"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads: 2 is ignored"),
+    ],
+)
+def test_what_transformers_ignores_is_said(change, words, capsys) -> None:
+    """Its models are the same with each value, as the random configurations hold."""
+    description = deepseek_v4.published(preset("v4-tiny"))
+    expected = deepseek_v4.config_of(description)
+    assert not capsys.readouterr().err
+    assert deepseek_v4.config_of(description | change) == expected
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "repeats"),
+    [
+        ("layers.0.attn.wkv.weight", 2),
+        ("layers.0.ffn.shared_experts.w1.weight", 2),
+    ],
+)
+def test_tensors_of_more_than_the_format_has_are_refused(name, repeats, tmp_path) -> None:
+    """Two heads of keys, or a second shared expert."""
+    checkpoints.export(LanguageModel(preset("v4-tiny")).eval(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors[name].repeat(repeats, 1)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        checkpoints.load(tmp_path)
 
 
 def test_a_rope_without_a_kind_is_the_default() -> None:

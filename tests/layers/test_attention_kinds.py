@@ -680,3 +680,36 @@ def test_any_schedule_is_as_if_alone(kind: str, mode: torch.dtype, data: st.Data
 @given(data=st.data())
 def test_many_schedules_are_as_if_alone(kind: str, data: st.DataObject) -> None:
     follow(build(kind, torch.float32 if kind in SPARSE else torch.float64), data)
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nsa", "moba", "csa", "hca", "csa2", "qsa", "tied qsa", "delta"])
+def test_a_whole_attention_compiles_as_one_graph(kind):
+    """Logits of sequences, and the loss of packed documents with its gradients, are as without.
+
+    Packed documents have as many compressed entries as their lengths say, which a compiler does not
+    know: csa and hca are one graph for whole sequences only.
+    """
+    model = copy.deepcopy(build(kind, torch.float32)).requires_grad_()
+    ids = drawn(2, 23)
+    document_ids = None if kind in ("csa", "hca") else torch.arange(23).expand(2, -1) // 11
+
+    def loss(ids):
+        return model.loss(ids, ids, document_ids=document_ids).total
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda ids: model(ids), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids), model(ids), atol=2e-5, rtol=2e-5)
+    model.train()
+    torch._dynamo.reset()
+    results = []
+    # aot_eager expects other strides of softplus_backward, which this decomposes as inductor does.
+    backend = "aot_eager_decomp_partition" if kind == "delta" else "aot_eager"
+    for function in (torch.compile(loss, fullgraph=True, backend=backend), loss):
+        model.zero_grad()
+        total = function(ids)
+        total.backward()
+        results.append((total, {name: each.grad for name, each in model.named_parameters()}))
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
