@@ -103,6 +103,11 @@ class Service:
         self.grammars = Grammars(tokenizer)
         self.template = template_text(run.folder) if run.folder is not None else ""
         self.special_ids = special_ids(tokenizer)
+        # By their text; a document's begin and end are special to the model in any tokenizer.
+        named = {tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id}
+        self.special_tokens = {
+            tokenizer.backend.id_to_token(token): token for token in self.special_ids | named
+        }
         self.stopping = False
         self._arriving = 0  # prompts that are being tokenised
         self._ignored: set[str] = set()  # fields that were already logged
