@@ -63,6 +63,11 @@ class Piece(NamedTuple):
     finish: str | None = None
 
 
+def last_tokens(prompts: list[list[int]], count: int | None) -> list[list[int]]:
+    """Returns the last `count` ids of each prompt; None for all of them."""
+    return prompts if count is None else [ids[-count:] for ids in prompts]
+
+
 class Service:
     """A run behind a protocol, as its routes use it.
 
@@ -170,6 +175,7 @@ class Service:
         """Puts all texts that are to be embedded into the queue, or none."""
         with self._admitted(len(request.input), "input", "input"):
             prompts = [await self._ids(text) for text in request.input]
+            prompts = last_tokens(prompts, request.truncate_prompt_tokens)
             self._refuse_if_stopping()
             taken: list[Handle] = []
             try:
@@ -240,6 +246,7 @@ class Service:
             texts = [await self.chat_ids(messages, request.template_options())]
         else:
             texts = [await self._ids(prompt) for prompt in request.prompt]
+        texts = last_tokens(texts, request.truncate_prompt_tokens)
         return [ids for ids in texts for _ in range(request.copies)]
 
     async def chat_ids(
