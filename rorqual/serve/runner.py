@@ -61,6 +61,11 @@ class Runner:
         step = self._decoder.compiled
         return self.drafter is None and step is not None and step.attends
 
+    def wait_until_built(self) -> None:
+        """Waits for the machine code of the decoding step, where batches decode by it."""
+        if self.drafter is None:
+            self._decoder.wait_until_built()
+
     def drop(self) -> None:
         """Forgets all requests."""
         self.cache = None

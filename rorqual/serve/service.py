@@ -128,15 +128,10 @@ class Service:
     def warm_up(self) -> None:
         """Runs the model and the chat template once, before the first request.
 
-        Kernels are compiled and weights are read by then. It must not run beside the worker.
+        Kernels are compiled and weights are read by then, once an installation in some 20 s of a
+        core. It must not run beside the worker.
         """
-        engine = self.worker.engine
-        size = min(4, engine.context - 2)
-        # Drafts are made for the third id at the earliest.
-        new = min(3, engine.context - size)
-        for count in (1, 2, min(engine.max_batch_size, 4)):
-            engine.run([[self.run.tokenizer.begin_id] * size] * count, max_new_tokens=new)
-        engine.step()
+        self.worker.engine.warm_up()
         if self.template and self.run.folder is not None and chat_template(self.run.folder):
             try:
                 self.run.chat([{"role": "user", "content": "A"}])

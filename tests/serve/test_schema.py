@@ -91,7 +91,14 @@ def test_a_chat_with_a_stream():
 
 
 def test_what_asks_for_nothing_is_accepted():
-    fields = {"logprobs": None, "presence_penalty": 0, "user": "me", "best_of": 1, "suffix": None, "detokenize": True}
+    fields = {
+        "logprobs": None,
+        "presence_penalty": 0,
+        "user": "me",
+        "best_of": 1,
+        "suffix": None,
+        "detokenize": True,
+    }
     request = completion(**fields)
     assert request.ignored == ("user",)
 
