@@ -55,6 +55,8 @@ class Stats:
     waiting: int
     cached_tokens: int  # tokens of the requests that run
     capacity: int  # tokens that requests may have in all
+    pages: int = 0  # of the requests that run, and of their next tokens; see prefixes.PAGE
+    allocated_bytes: int = 0  # of all caches: the batch, prompts that are read, earlier prompts
     prompt_tokens: int = 0  # of all requests so far
     prefix_tokens: int = 0  # of these, those that did not have to be read again
     preemptions: int = 0  # how often a request was sent back to the queue
@@ -207,11 +209,16 @@ class Engine:
         """Returns the load; it may be read from any thread."""
         scheduler = self._scheduler
         admitted = scheduler.admitted
+        own = [cache for request in admitted if (cache := request.cache) is not None]
         return Stats(
             running=len(admitted),
             waiting=scheduler.waiting,
             cached_tokens=sum(request.cached for request in admitted),
             capacity=scheduler.pages * PAGE,
+            pages=scheduler.pages_used,
+            allocated_bytes=self._runner.allocated_bytes
+            + self._prefixes.allocated_bytes
+            + sum(cache.allocated_bytes for cache in own),
             prompt_tokens=scheduler.prompt_tokens,
             prefix_tokens=scheduler.prefix_tokens,
             preemptions=scheduler.preemptions,
