@@ -209,7 +209,7 @@ class Engine:
         """Returns the load; it may be read from any thread."""
         scheduler = self._scheduler
         admitted = scheduler.admitted
-        own = [cache for request in admitted if (cache := request.cache) is not None]
+        unjoined = [cache for request in admitted if (cache := request.cache) is not None]
         return Stats(
             running=len(admitted),
             waiting=scheduler.waiting,
@@ -218,7 +218,7 @@ class Engine:
             pages=scheduler.pages_used,
             allocated_bytes=self._runner.allocated_bytes
             + self._prefixes.allocated_bytes
-            + sum(cache.allocated_bytes for cache in own),
+            + sum(cache.allocated_bytes for cache in unjoined),
             prompt_tokens=scheduler.prompt_tokens,
             prefix_tokens=scheduler.prefix_tokens,
             preemptions=scheduler.preemptions,
