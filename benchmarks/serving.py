@@ -10,7 +10,8 @@ interleaved; medians are printed.
                         64 new ones each, greedy), over transformers' generate() with a static batch
                         of them, and over one request alone
     chunks              99th percentile of the time between two tokens of 4 requests that decode
-                        while a prompt of 3,000 tokens is read, over the median of that time
+                        while a prompt of 3,000 tokens is read: `ratio` over the median of that
+                        time, `undisturbed ratio` over the median before the prompt came
     together            seconds to read prompts of 3,000 and of 4 tokens together, over both apart
     prefix              seconds to the first token of a prompt that shares 1,000 tokens with an
                         earlier one, and 20 more, over those without the earlier one
@@ -84,12 +85,14 @@ def chunks(model: LanguageModel) -> dict[str, float]:
     while not long.ids:
         between.append(backbone.timed(engine.step) * 1e3)
     median = statistics.median(between)
+    before = statistics.median(plain)
     last = sorted(between)[int(0.99 * len(between))]
     return {
         "median": median,
         "p99": last,
         "ratio": last / median,
-        "median before": statistics.median(plain),
+        "median before": before,
+        "undisturbed ratio": last / before,
         "first token of the long prompt, s": sum(between) / 1e3,
     }
 

@@ -17,7 +17,7 @@ valid until the next call of the same container.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -419,6 +419,15 @@ class DraftCache(BlockCache):
     past: Past = field(kw_only=True)
 
 
+def _tensors_of(state: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a container and of the containers in it."""
+    for value in list(vars(state).values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif hasattr(value, "clear") and hasattr(value, "__dict__"):
+            yield from _tensors_of(value)
+
+
 class Cache:
     """The cache of a model: a bundle per block, past tokens, last ids, and the caches of MTP.
 
@@ -454,6 +463,17 @@ class Cache:
         """Returns the containers of all blocks, without those of drafts."""
         states = [state for layer in self.layers for state in layer.states()]
         return states if self.ids is None else [self.ids, *states]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of memory of all containers, whether a token is stored there yet or not."""
+        drafts = [state for draft in self.drafts for state in draft.states()]
+        storages: dict[int, int] = {}
+        for state in [*self.states(), *drafts]:
+            for tensor in _tensors_of(state):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
         rows = index.tolist()

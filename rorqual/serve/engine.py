@@ -17,7 +17,7 @@ request: `ids`, `logprobs`, `observed` that grow with each step, and `finish`.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ from rorqual.serve.sampling import (
 from rorqual.serve.scheduler import NOTHING, Observed, Read, Request, Scheduler, Watch
 from rorqual.serve.trace import experts_of
 
+WARM = 600  # tokens of the longest prompt that is read before the first request
 CHUNK = 512  # positions of a prompt whose logits are computed at a time
 
 
@@ -54,6 +55,8 @@ class Stats:
     waiting: int
     cached_tokens: int  # tokens of the requests that run
     capacity: int  # tokens that requests may have in all
+    pages: int = 0  # of the requests that run, and of their next tokens; see prefixes.PAGE
+    allocated_bytes: int = 0  # of all caches: the batch, prompts that are read, earlier prompts
     prompt_tokens: int = 0  # of all requests so far
     prefix_tokens: int = 0  # of these, those that did not have to be read again
     preemptions: int = 0  # how often a request was sent back to the queue
@@ -206,11 +209,16 @@ class Engine:
         """Returns the load; it may be read from any thread."""
         scheduler = self._scheduler
         admitted = scheduler.admitted
+        unjoined = [cache for request in admitted if (cache := request.cache) is not None]
         return Stats(
             running=len(admitted),
             waiting=scheduler.waiting,
             cached_tokens=sum(request.cached for request in admitted),
             capacity=scheduler.pages * PAGE,
+            pages=scheduler.pages_used,
+            allocated_bytes=self._runner.allocated_bytes
+            + self._prefixes.allocated_bytes
+            + sum(cache.allocated_bytes for cache in unjoined),
             prompt_tokens=scheduler.prompt_tokens,
             prefix_tokens=scheduler.prefix_tokens,
             preemptions=scheduler.preemptions,
@@ -228,6 +236,36 @@ class Engine:
         while not self.idle:
             self.step()
         return [request.ids for request in requests]
+
+    def warm_up(self) -> None:
+        """Runs the model once, so that no request waits for machine code or weights.
+
+        The compiled step is waited for, where it fits the model. Then so many prompts of a few
+        tokens are read together as requests may, and one of at most WARM tokens in chunks beside
+        a request that decodes: kernels that select are compiled once there is a choice. Nothing of
+        it stays in the cache or the counts.
+        """
+        self._runner.wait_until_built()
+        # Drafts are made for the third id at the earliest.
+        size = max(1, min(4, self.context - 2))
+        new = min(3, self.context - size)
+        ids = [token % self.vocab_size for token in range(WARM)]
+        for count in (1, 2, min(self.max_batch_size, 4)):
+            self.run([ids[:size]] * count, max_new_tokens=new)
+        # With an end no id would be left to decode beside the chunks.
+        sampling = replace(GREEDY, ignore_eos=True)
+        long = ids[: max(1, self.context - new)]
+        beside = min(64, self.context - size)
+        self.submit(ids[:size], max_new_tokens=beside, sampling=sampling)
+        self.step()
+        self.run([long], max_new_tokens=new, sampling=sampling)
+        # The second time its prefix is found in the cache.
+        self.run([long], max_new_tokens=new)
+        self.drop()
+        self._scheduler.prompt_tokens = 0
+        self._scheduler.prefix_tokens = 0
+        self._scheduler.preemptions = 0
+        self.acceptance_stats = AcceptanceStats()
 
     @torch.inference_mode()
     def step(self) -> list[Request]:

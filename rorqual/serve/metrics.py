@@ -5,6 +5,7 @@ rorqual_prompt_tokens_total                 rorqual_generated_tokens_total
 rorqual_time_to_first_token_seconds         rorqual_inter_token_latency_seconds
 rorqual_request_seconds                     rorqual_requests_running, _waiting
 rorqual_cache_usage_ratio                   rorqual_prefix_hit_rate
+rorqual_cache_pages                         rorqual_cache_allocated_bytes
 rorqual_preemptions_total                   rorqual_table_hit_rate{table}
 rorqual_drafts_total                        rorqual_drafts_accepted_total
 rorqual_draft_acceptance_rate
@@ -82,6 +83,12 @@ class _Load(Collector):
                 "cache_usage_ratio",
                 "Tokens of the requests that run, of those that there is space for",
                 stats.cached_tokens / stats.capacity,
+            ),
+            ("cache_pages", "Pages of the requests that run", stats.pages),
+            (
+                "cache_allocated_bytes",
+                "Memory of all caches; pages that are not counted yet take some, too",
+                stats.allocated_bytes,
             ),
             (
                 "prefix_hit_rate",

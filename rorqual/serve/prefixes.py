@@ -61,6 +61,11 @@ class Prefixes:
         """The pages that all caches hold together."""
         return sum(pages_of(cache.length) for cache, _ in self._kept.values())
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of memory of all caches; it may be read from any thread."""
+        return sum(cache.allocated_bytes for cache, _ in list(self._kept.values()))
+
     def start(self, ids: Sequence[int]) -> tuple[Cache, int]:
         """Returns a new cache for these ids, and how many of them it holds, never all of them."""
         cache = self._model.new_cache(1, capacity=len(ids) + SPARE)

@@ -61,6 +61,24 @@ class Runner:
         step = self._decoder.compiled
         return self.drafter is None and step is not None and step.attends
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the cache of the batch, and of those that join it; from any thread.
+
+        The batch has a row for each request, as long as the longest of them, so that these are not
+        bounded by the pages of the scheduler.
+        """
+        caches = [cache for _, cache in list(self._joining)]
+        batch = self.cache
+        if batch is not None:
+            caches.append(batch)
+        return sum(cache.allocated_bytes for cache in caches)
+
+    def wait_until_built(self) -> None:
+        """Waits for the machine code of the decoding step, where batches decode by it."""
+        if self.drafter is None:
+            self._decoder.wait_until_built()
+
     def drop(self) -> None:
         """Forgets all requests."""
         self.cache = None

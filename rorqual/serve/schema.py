@@ -54,6 +54,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "grammar": (None, ""),
     "json_schema": (None,),
     "chat_template": (None,),
+    "detokenize": (None, True),
 }
 # OpenAI and other servers accept these fields; they would not change an answer of this server.
 IGNORED = frozenset(
@@ -70,11 +71,9 @@ IGNORED = frozenset(
         "request_id",
         "priority",
         "spaces_between_special_tokens",
-        "detokenize",
         "cache_prompt",
         "cache_salt",
         "keep_alive",
-        "truncate_prompt_tokens",
     }
 )
 MAXIMUM = 64  # continuations that one request may ask for
@@ -316,6 +315,8 @@ class Generation(Input):
     min_tokens: Annotated[Count, Field(ge=0, le=2**31)] | None = None
     stop_token_ids: Annotated[list[Count], Field(max_length=256)] | None = None
     skip_special_tokens: Flag | None = None
+    # The prompt is its last so many tokens; None for all of them.
+    truncate_prompt_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
     response_format: ResponseFormat | None = None
     return_routed_experts: Flag | None = None  # which experts each token went to, by block
     return_memory: Flag | None = None  # which rows each token read, and its gates, by block
@@ -391,6 +392,9 @@ class CompletionRequest(Generation):
         if self.copies * len(self.prompt) > MAXIMUM:
             got = f"n: got {self.copies} for each of {len(self.prompt)} prompts"
             raise refuse("n", f"{got}, expected at most {MAXIMUM} in all")
+        if self.echo and self.truncate_prompt_tokens is not None:
+            name = "truncate_prompt_tokens"
+            raise refuse(name, f"{name}: got a number beside echo, expected one of the two")
         if self.max_tokens == 0 and not self.echo:
             raise refuse("max_tokens", "max_tokens: got 0, expected at least 1 unless echo is true")
         return self
@@ -637,6 +641,7 @@ class EmbeddingRequest(Input):
     ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[Count, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "EmbeddingRequest":

@@ -278,14 +278,23 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
 
     @router.post("/tokenize", response_model=Tokens)
     async def tokenize(request: TokenizeRequest) -> Response:
-        """Returns the ids of a text, or of messages by the chat template."""
+        """Returns the ids of a text, or of messages by the chat template.
+
+        A text that is a special token and nothing else has that token's id, so that clients can ask
+        for it. Within a longer text, and in prompts and messages, it is text.
+        """
         service.check(request)
         if request.messages:
             prompt = request.add_generation_prompt is not False
             messages = [message.filled() for message in request.messages]
             ids = await service.chat_ids(messages, {"add_generation_prompt": prompt})
         else:
-            ids = await service.text_ids(request.prompt or "")
+            text = request.prompt or ""
+            special = service.special_tokens.get(text)
+            if special is None:
+                ids = await service.text_ids(text)
+            else:
+                ids = [tokenizer.begin_id, special]
             if request.add_special_tokens is False:
                 ids = ids[1:]
         answer = {"count": len(ids), "max_model_len": service.context, "tokens": ids}

@@ -63,6 +63,11 @@ class Piece(NamedTuple):
     finish: str | None = None
 
 
+def last_tokens(prompts: list[list[int]], count: int | None) -> list[list[int]]:
+    """Returns the last `count` ids of each prompt; None for all of them."""
+    return prompts if count is None else [ids[-count:] for ids in prompts]
+
+
 class Service:
     """A run behind a protocol, as its routes use it.
 
@@ -103,6 +108,11 @@ class Service:
         self.grammars = Grammars(tokenizer)
         self.template = template_text(run.folder) if run.folder is not None else ""
         self.special_ids = special_ids(tokenizer)
+        # By their text; a document's begin and end are special to the model in any tokenizer.
+        named = {tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id}
+        self.special_tokens = {
+            tokenizer.backend.id_to_token(token): token for token in self.special_ids | named
+        }
         self.stopping = False
         self._arriving = 0  # prompts that are being tokenised
         self._ignored: set[str] = set()  # fields that were already logged
@@ -118,15 +128,10 @@ class Service:
     def warm_up(self) -> None:
         """Runs the model and the chat template once, before the first request.
 
-        Kernels are compiled and weights are read by then. It must not run beside the worker.
+        Kernels are compiled and weights are read by then, once an installation in some 20 s of a
+        core. It must not run beside the worker.
         """
-        engine = self.worker.engine
-        size = min(4, engine.context - 2)
-        # Drafts are made for the third id at the earliest.
-        new = min(3, engine.context - size)
-        for count in (1, 2, min(engine.max_batch_size, 4)):
-            engine.run([[self.run.tokenizer.begin_id] * size] * count, max_new_tokens=new)
-        engine.step()
+        self.worker.engine.warm_up()
         if self.template and self.run.folder is not None and chat_template(self.run.folder):
             try:
                 self.run.chat([{"role": "user", "content": "A"}])
@@ -165,6 +170,7 @@ class Service:
         """Puts all texts that are to be embedded into the queue, or none."""
         with self._admitted(len(request.input), "input", "input"):
             prompts = [await self._ids(text) for text in request.input]
+            prompts = last_tokens(prompts, request.truncate_prompt_tokens)
             self._refuse_if_stopping()
             taken: list[Handle] = []
             try:
@@ -235,6 +241,7 @@ class Service:
             texts = [await self.chat_ids(messages, request.template_options())]
         else:
             texts = [await self._ids(prompt) for prompt in request.prompt]
+        texts = last_tokens(texts, request.truncate_prompt_tokens)
         return [ids for ids in texts for _ in range(request.copies)]
 
     async def chat_ids(

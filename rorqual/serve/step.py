@@ -14,8 +14,9 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
@@ -41,6 +42,7 @@ KNOWN = (
     nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Connection,
     Manifold, StreamReduction, Block,
 )  # fmt: skip
+BUILD_SECONDS = 300.0  # how long a server waits for the step to be compiled
 BATCH = 32  # sequences; with more, products of large matrices are faster module by module
 
 # The class of the compiled step, where it can run; the model itself decodes where it cannot.
@@ -60,10 +62,24 @@ class Decoder:
         # Made at the first step that it can run.
         self.compiled: _Compiled | None = None
 
+    def wait_until_built(self) -> None:
+        """Waits until the machine code of the compiled step exists, where the step fits.
+
+        Without a folder to keep it in, or after a compilation that failed, there is nothing to wait
+        for.
+        """
+        step = self._step()
+        if step is not None:
+            wait_until_built(step)
+
+    def _step(self) -> Any:
+        """Returns the class of the compiled step; None where it does not fit the model."""
+        return STEP.choose(self.model.embed.weight.detach()) if self._fits else None
+
     def __call__(self, ids: Int[Tensor, "B 1"], cache: Cache) -> Float[Tensor, "B V"]:
         """Reads the last id of each sequence, in the fastest way that fits."""
-        if self.compiled is None and self._fits:
-            step = STEP.choose(self.model.embed.weight.detach())
+        if self.compiled is None:
+            step = self._step()
             if step is not None and built(step):
                 self.compiled = _Compiled(step, self.model)
         takes = len(ids) <= BATCH and not cache.past.named
@@ -85,6 +101,24 @@ def built(step: Any) -> bool:
         return True
     _building(step)
     return False
+
+
+def wait_until_built(step: Any) -> None:
+    """Waits until the step's machine code exists, or no longer can."""
+    if built(step):
+        return
+    process = _building(step)
+    if process is None:
+        return
+    runtime.log("waiting for the decoding step to be compiled")
+    end = time.monotonic() + BUILD_SECONDS
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(BUILD_SECONDS)
+    # It ends at once, without an error, where another process compiles already.
+    while process.poll() == 0 and not step.is_cached() and time.monotonic() < end:
+        time.sleep(0.2)
+    if not step.is_cached():
+        runtime.log("the decoding step was not compiled: models decode module by module", "yellow")
 
 
 @functools.lru_cache(maxsize=1)

@@ -265,3 +265,21 @@ def test_reserved_space_is_what_append_would_have_filled():
         for t in range(30):
             cached.reserve(first, 6 + t)[:, 5 + t] = more[:, t]
         assert torch.equal(cached.buffer[:, :35], torch.cat([first, more], 1))
+
+
+def test_bytes_of_a_cache_are_those_of_its_memory():
+    """A row that left and columns that nothing is stored in count, too."""
+    cache = cache_of(Appended(capacity=10))
+    assert cache.allocated_bytes == 0
+    put(cache, draw(4, 0))
+    # 16 columns of 3 float32 numbers
+    row = 16 * 3 * 4
+    assert cache.allocated_bytes == 2 * row
+    cache.select(torch.tensor([1]))
+    assert cache.allocated_bytes == 2 * row
+    other = cache_of(Appended(capacity=10))
+    put(other, draw(4, 1))
+    cache.join(other)
+    assert cache.allocated_bytes == 4 * row
+    cache.reset()
+    assert cache.allocated_bytes == 0

@@ -367,6 +367,35 @@ def test_the_tokenizer_has_routes(address, run, folder):
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
 
 
+def test_a_text_that_is_a_special_token_alone_has_its_id(address, run):
+    """Within a text it stays text, whoever wrote it."""
+    end = run.tokenizer.end_id
+
+    def ids_of(prompt, **options):
+        return POST(f"{address}/tokenize", json={"prompt": prompt} | options).json()["tokens"]
+
+    assert ids_of("<|end|>") == [run.tokenizer.begin_id, end]
+    assert ids_of("<|end|>", add_special_tokens=False) == [end]
+    within = ids_of("A<|end|>", add_special_tokens=False)
+    assert end not in within
+    assert within == run.tokenizer.encode("A<|end|>")
+    body = {"prompt": "<|end|>", "max_tokens": 1}
+    usage = POST(f"{address}/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens"] == len(run.prompt("<|end|>")) > 2
+
+
+def test_the_harness_reads_the_ids_of_special_tokens(address, run):
+    pytest.importorskip("lm_eval", reason="the evaluation harness is not installed")
+    from lm_eval.utils import RemoteTokenizer
+
+    remote = RemoteTokenizer(f"{address}/v1/completions")
+    ids = (remote.bos_token_id, remote.eos_token_id, remote.eot_token)
+    assert ids == (run.tokenizer.begin_id, run.tokenizer.end_id, run.tokenizer.end_id)
+    text = "A whale 🐋"
+    assert remote.encode(text) == run.tokenizer.encode(text)
+    assert remote.decode(remote.encode(text)) == text
+
+
 def test_a_key_is_asked_for(run, serving):
     with serving(Service(run, context=64), api_key="a key é") as address:
         for headers in (

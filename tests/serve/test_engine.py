@@ -371,3 +371,38 @@ def test_ids_that_the_tokenizer_has_not_are_refused_alone(model):
         engine.step()
     assert len(good.ids) == 2
     assert Engine(model, vocab_size=70).vocab_size == 61
+
+
+def test_warming_up_selects_among_keys_and_leaves_nothing():
+    """Reads in chunks and steps that decode both see more keys than an indexer selects."""
+    dsa = DSAConfig(heads=2, dim=16, top_k=100)
+    parts = {"mla": MLAConfig(q_lora_rank=8), "dsa": dsa}
+    model = LanguageModel(ModelConfig(**SMALL | parts), seed=1).eval()
+    engine = Engine(model, context=1000, max_batch_size=2)
+    seen = []
+    attention = model.blocks[0].attention
+    forward = attention.forward
+
+    def spied(hidden, ctx):
+        seen.append((hidden.shape[1], ctx.past))
+        return forward(hidden, ctx)
+
+    attention.forward = spied
+    engine.warm_up()
+    assert max(past for length, past in seen if length == 1) >= 600 - 1
+    assert max(past for length, past in seen if length > 1) > dsa.top_k
+    assert engine.stats() == Engine(model, context=1000, max_batch_size=2).stats()
+    assert engine.idle
+    # The prompt of the warm-up is read as if it had never been there.
+    request = engine.submit(list(range(61)) * 3, max_new_tokens=2)
+    while not engine.idle:
+        engine.step()
+    assert (request.prefix, len(request.ids)) == (0, 2)
+
+
+@pytest.mark.parametrize("context", [2, 3, 64])
+def test_a_short_context_can_be_warmed_up(context):
+    model = LanguageModel(ModelConfig(**SMALL), seed=1).eval()
+    engine = Engine(model, context=context, max_batch_size=1)
+    engine.warm_up()
+    assert engine.idle

@@ -42,6 +42,26 @@ def test_metrics_count_what_was_done(run, serving):
     assert values["rorqual_prefix_hit_rate"] == values["rorqual_preemptions_total"] == "0.0"
 
 
+def test_the_memory_of_caches_is_counted(run):
+    """A short request beside a long one takes a row as long as that."""
+    engine = Service(run, max_batch_size=2, context=256, prefix_cache=False).worker.engine
+    assert (engine.stats().pages, engine.stats().allocated_bytes) == (0, 0)
+    engine.submit([7] * 200, max_new_tokens=20)
+    engine.step()
+    assert engine.stats().allocated_bytes > 0
+    engine.step()
+    alone = engine.stats()
+    assert alone.pages == 13
+    engine.submit([7], max_new_tokens=20)
+    engine.step()
+    engine.step()
+    both = engine.stats()
+    assert both.pages == 14
+    assert both.allocated_bytes == 2 * alone.allocated_bytes
+    engine.drop()
+    assert engine.stats().allocated_bytes == 0
+
+
 def test_drafts_are_counted(run, serving):
     config = replace(run.config, mtp=MTPConfig())
     drafting = Run(LanguageModel(config, run.model.addresses.canonical_map), run.tokenizer)

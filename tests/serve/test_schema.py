@@ -91,7 +91,14 @@ def test_a_chat_with_a_stream():
 
 
 def test_what_asks_for_nothing_is_accepted():
-    fields = {"logprobs": None, "presence_penalty": 0, "user": "me", "best_of": 1, "suffix": None}
+    fields = {
+        "logprobs": None,
+        "presence_penalty": 0,
+        "user": "me",
+        "best_of": 1,
+        "suffix": None,
+        "detokenize": True,
+    }
     request = completion(**fields)
     assert request.ignored == ("user",)
 
@@ -109,6 +116,17 @@ BAD = [
     ({"prompt": "x", "top_p": -0.1}, "top_p", "top_p: got -0.1"),
     ({"prompt": "x", "top_k": -2}, "top_k", "top_k: got -2"),
     ({"prompt": "x", "guided_json": {}}, "guided_json", "which this server does not do"),
+    ({"prompt": "x", "detokenize": False}, "detokenize", "which this server does not do"),
+    (
+        {"prompt": "x", "truncate_prompt_tokens": 0},
+        "truncate_prompt_tokens",
+        "truncate_prompt_tokens: got 0",
+    ),
+    (
+        {"prompt": "x", "echo": True, "truncate_prompt_tokens": 3},
+        "truncate_prompt_tokens",
+        "beside echo, expected one of the two",
+    ),
     ({"prompt": "x", "model": 5}, "model", "model: got 5"),
     ({"prompt": "x", "top_k": 1.5}, "top_k", "top_k: got 1.5, expected a valid integer"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens: got 0"),

@@ -199,6 +199,23 @@ def test_ids_are_prompts_too(client, run):
     )
 
 
+def test_a_prompt_can_be_its_last_tokens(client, run):
+    body = {"max_tokens": 4, "temperature": 0}
+    ids = run.prompt("A whale lives")
+    for prompt in ("A whale lives", ids):
+        shorter = post(client, body | {"prompt": prompt, "truncate_prompt_tokens": 3}).json()
+        assert shorter["usage"]["prompt_tokens"] == 3
+        expected = post(client, body | {"prompt": ids[-3:]}).json()
+        assert shorter["choices"][0]["text"] == expected["choices"][0]["text"]
+    longer = post(client, body | {"prompt": ids, "truncate_prompt_tokens": 60}).json()
+    assert longer["usage"]["prompt_tokens"] == len(ids)
+    embedded = {"input": ids, "truncate_prompt_tokens": 3}
+    assert post(client, embedded, "/v1/embeddings").json()["usage"]["prompt_tokens"] == 3
+    # What would be too long fits then.
+    assert post(client, body | {"prompt": [40] * 200}).status == 400
+    assert post(client, body | {"prompt": [40] * 200, "truncate_prompt_tokens": 5}).status == 200
+
+
 def test_a_stream_joins_to_the_whole(client):
     body = {"prompt": ["A whale", "é"], "max_tokens": 12, "temperature": 0}
     whole = [choice["text"] for choice in post(client, body).json()["choices"]]

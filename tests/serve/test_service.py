@@ -58,3 +58,4 @@ def test_warming_up_leaves_nothing_behind(run):
     service.warm_up()
     stats = service.worker.engine.stats()
     assert (stats.running, stats.waiting, stats.cached_tokens) == (0, 0, 0)
+    assert (stats.prompt_tokens, stats.prefix_tokens) == (0, 0)

@@ -434,6 +434,37 @@ def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, ca
     )
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_server_waits_for_the_step(monkeypatch, capsys, code):
+    """It is built by its own process, or by another's while its own ends at once."""
+    asked = []
+
+    class Process:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def wait(self, timeout):
+            asked.append("wait")
+
+        def poll(self):
+            return code
+
+    def is_cached():
+        asked.append("is cached")
+        return code == 0 and asked.count("is cached") > 3
+
+    monkeypatch.setattr(kernel.Step, "is_cached", staticmethod(is_cached))
+    monkeypatch.setattr(serve_step.subprocess, "Popen", Process)
+    monkeypatch.setattr(
+        serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__)
+    )
+    serve_step.Decoder(build(BASE)).wait_until_built()
+    assert asked[:2] == ["is cached", "wait"]
+    lines = capsys.readouterr().err
+    assert lines.count("waiting for the decoding step to be compiled") == 1
+    assert ("was not compiled" in lines) == (code == 1)
+
+
 def test_without_a_place_to_keep_it_nothing_is_compiled(monkeypatch, capsys):
     monkeypatch.setattr(kernel.Step, "keepable", staticmethod(lambda: False))
     monkeypatch.setattr(serve_step.subprocess, "Popen", None)
