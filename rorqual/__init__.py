@@ -1,14 +1,15 @@
 """Sparse language models: experts, conditional memory and sparse attention.
 
 The public names are loaded on first use; `import rorqual` itself loads neither torch nor a module.
-It registers our models with transformers' Auto classes: now, if transformers is loaded already, or
-else when it is.
+It registers our models with transformers' Auto classes: now, if they are loaded already, or else when
+they are.
 """
 
 import importlib
 import importlib.abc
-import importlib.util
+import importlib.machinery
 import sys
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -67,37 +68,46 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+_AUTO = "transformers.models.auto"  # the package of the Auto classes
+
+
 def _register() -> None:
-    """Registers our models with transformers, which works without us if something is missing."""
-    with suppress(ImportError):
+    """Registers our models with transformers' Auto classes.
+
+    transformers works without us, so whatever goes wrong is a warning.
+    """
+    try:
         importlib.import_module("rorqual.hub.auto")
+    except Exception as error:
+        warnings.warn(f"rorqual's models are not registered: {error}", stacklevel=2)
 
 
 class _Registration(importlib.abc.MetaPathFinder):
-    """Registers our models with transformers as soon as that is imported.
+    """Registers our models when a program asks transformers for its first Auto class.
 
-    Any program that imports rorqual can then open a folder with `AutoModelForCausalLM`, without
-    loading either library earlier than it needs it, and without code in the folder.
+    So a program that imports rorqual can open a folder with `AutoModelForCausalLM` without code in
+    the folder, and `import transformers` alone takes no longer than it did.
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != "transformers":
+        if fullname != _AUTO:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
 
         def load_and_register(module: Any) -> None:
             load(module)
+            with suppress(ValueError):
+                sys.meta_path.remove(self)
             _register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 
-if "transformers" in sys.modules:
+if _AUTO in sys.modules:
     _register()
 else:
     sys.meta_path.insert(0, _Registration())

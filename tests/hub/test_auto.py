@@ -287,7 +287,9 @@ def test_another_process_needs_the_import_and_no_code(face, tmp_path):
 @pytest.mark.parametrize(
     "script",
     [
-        "import rorqual; assert 'transformers' not in sys.modules; import transformers",
+        "import rorqual; assert 'transformers' not in sys.modules; import transformers; "
+        "assert 'rorqual.hub.auto' not in sys.modules",
+        "import importlib.util as util, rorqual; util.find_spec('transformers.models.auto')",
         "import transformers; import rorqual",
         "import rorqual; from transformers.models.auto import configuration_auto",
         "import rorqual.hub.auto",
