@@ -1,8 +1,8 @@
 """Sparse language models: experts, conditional memory and sparse attention.
 
 The public names are loaded on first use; `import rorqual` itself loads neither torch nor a module.
-It registers our models with transformers' Auto classes: now, if they are loaded already, or else when
-they are.
+It registers our models with transformers' Auto classes: now, if they are loaded already, or else
+when they are.
 """
 
 import importlib

@@ -61,7 +61,7 @@ from rorqual.io import (
 )
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig
-from rorqual.ranks import raise_together, rank, together, world
+from rorqual.ranks import from_first, raise_together, rank, together, world
 from rorqual.runtime import log
 from rorqual.tables import RowFile, TableConfig, open_tables
 from rorqual.tensor_file import Layout, open_tensors, read_pieces, write_tensors
@@ -376,7 +376,8 @@ def latest(folder: str | os.PathLike, *, shared: bool = False) -> Path | None:
     it raises Damaged: starting again would hide that. shared: as of `verify`.
     """
     error: Damaged | None = None
-    for _, path in reversed(steps(folder)):
+    candidates = from_first(partial(steps, folder)) if shared else steps(folder)
+    for _, path in reversed(candidates):
         try:
             verify(path, finite=True, shared=shared)
             return path
@@ -693,8 +694,10 @@ def load_weights(
     does.
     """
     folder = Path(folder)
-    run = run_of(folder)
-    lacks = without_engram and read_config(run).engram is None and model.config.engram is not None
+    with together():
+        run = run_of(folder)
+        engram = read_config(run).engram
+    lacks = without_engram and engram is None and model.config.engram is not None
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -725,22 +728,25 @@ def load_weights(
 
 
 def _newest_weights(folder: Path) -> Path | None:
-    """Returns the checkpoint that has the weights of a run; None for a finished one. All ranks."""
-    if not is_checkpoint(folder):
-        if is_finished(folder):
+    """Returns the checkpoint that has the weights of a run; None for a finished one.
+
+    All ranks call it and follow rank 0, since the run may go on meanwhile.
+    """
+    if not from_first(partial(is_checkpoint, folder)):
+        if from_first(partial(is_finished, folder)):
             return None
         checkpoints = folder / "checkpoints"
         best = checkpoints / BEST
         try:
             path = latest(checkpoints, shared=True)
         except Damaged:
-            if not is_checkpoint(best):
+            if not from_first(partial(is_checkpoint, best)):
                 raise
             path = None
         if path is not None:
             return path
-        if not is_checkpoint(best):
-            if (folder / "model.safetensors").is_file():
+        if not from_first(partial(is_checkpoint, best)):
+            if from_first((folder / "model.safetensors").is_file):
                 return None
             raise ValueError(f"{folder}: got no model and no checkpoint, expected a run with one")
         folder = best

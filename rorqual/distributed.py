@@ -332,10 +332,13 @@ def _whole(module: nn.Module) -> Iterator[None]:
     for name, parameter in sharded.items():
         whole = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
         _replace_parameter(module, name, whole)
-    yield
-    values = dict(module.named_parameters())
+    try:
+        yield
+        values = dict(module.named_parameters())
+    finally:
+        for name, parameter in sharded.items():
+            _replace_parameter(module, name, parameter)
     for name, parameter in sharded.items():
-        _replace_parameter(module, name, parameter)
         _write_shard(parameter, values[name])
 
 

@@ -3,19 +3,23 @@
     rank, world      of this process; 0 and 1 where it is alone
     barrier, total   waits for all ranks; sums a tensor over them
     together         raises an error of one rank on every rank
+    from_first       what rank 0 sees, for every rank
 
 A rank that raises alone ends, and those that wait for it hang, or see a closed connection instead
 of the error.
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def _grouped() -> bool:
@@ -47,6 +51,20 @@ def total(
     summed = tensor.clone()
     dist.all_reduce(summed, group=group)
     return summed
+
+
+def from_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Returns on every rank what `work` returns on rank 0, whose error is raised on all.
+
+    So all ranks see one state of a folder that another process changes.
+    """
+    result: list[Any] = [None]
+    with together(group):
+        if rank(group) == 0:
+            result[0] = work()
+    if world(group) > 1:
+        dist.broadcast_object_list(result, group=group, group_src=0)
+    return result[0]
 
 
 @contextmanager

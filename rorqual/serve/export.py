@@ -9,8 +9,11 @@
 loads the folder by any name that it gets on the hub.
 """
 
-import shutil
+import json
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -20,7 +23,8 @@ from rorqual.hub.card import CARD, description, front_matter, usage
 from rorqual.io import write_text
 from rorqual.serve.generate import Run
 
-COPIED = ("chat_template.jinja", "train.json", CARD)  # from the folder that the model came from
+TRAINING = "train.json"
+COPIED = ("chat_template.jinja", TRAINING, CARD)  # from the folder that the model came from
 CONTEXT = 4096  # tokens, of the costs in a card that no training wrote
 
 
@@ -37,6 +41,27 @@ def export(
     folder = Path(folder)
     if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: already holds a model, expected a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    # On the same disk, so that a file is moved at once.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as beside:
+        written = Path(beside) / folder.absolute().name
+        _write(run, written, license, published)
+        names = [path.relative_to(written) for path in sorted(written.rglob("*")) if path.is_file()]
+        there = [str(name) for name in names if (folder / name).exists()]
+        if there:
+            raise ValueError(
+                f"{folder}: already has {', '.join(there)}, expected a folder without; "
+                "move them away, or export elsewhere"
+            )
+        # A folder with config.json is a whole one.
+        for name in sorted(names, key=lambda name: name.name == "config.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(written / name, folder / name)
+    return folder
+
+
+def _write(run: Run, folder: Path, license: str | None, published: bool) -> None:
+    """Writes all files of an export into a folder that nobody reads yet."""
     tokenizer = run.tokenizer
     if published:
         checkpoints.export(
@@ -51,14 +76,34 @@ def export(
         checkpoint.save_model(folder, run.model, tokenizer)
     for name in COPIED:
         if run.folder is not None and (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, folder / name)
+            text = (run.folder / name).read_text(encoding="utf-8")
+            write_text(folder / name, _without_paths(text, run.folder))
     if not (folder / CARD).is_file():
         write_text(folder / CARD, _card(run, folder))
     if license is not None:
         card = ModelCard.load(folder / CARD)
         card.data.license = license
         card.save(folder / CARD)
-    return folder
+
+
+def _without_paths(text: str, run: Path) -> str:
+    """Returns a run's text with the last name of each path of this machine that train.json has."""
+    if not (run / TRAINING).is_file():
+        return text
+    options = json.loads((run / TRAINING).read_text(encoding="utf-8"))
+    values: list[Any] = [options]
+    paths = set()
+    while values:
+        value = values.pop()
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and os.path.isabs(value):
+            paths.add(value)
+    for path in sorted(paths, key=len, reverse=True):
+        # As JSON has it, too, where backslashes are doubled.
+        for written in {path, json.dumps(path)[1:-1]}:
+            text = text.replace(written, Path(path).name)
+    return text
 
 
 def _card(run: Run, folder: Path) -> str:

@@ -86,12 +86,13 @@ class RecordShard(NamedTuple):
     def forget_others(self, steps: Sequence[int]) -> bool:
         """Removes the records of other numbers of ranks once none of the steps needs them.
 
-        That is so when these have marked all the steps. Returns whether nothing of others is left.
+        That is so when these have marked all the steps, of which there is one at least. Returns
+        whether nothing of others is left.
         """
         others = self._worlds() - {self.world}
         if not others:
             return True
-        if not all(self.marked(step) for step in steps):
+        if not steps or not all(self.marked(step) for step in steps):
             return False
         for world in others:
             for shard in self.of(world):

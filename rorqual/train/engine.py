@@ -249,6 +249,12 @@ class SafetensorsCheckpointer(Checkpointer):
         """
         current = _state_to_save(train_module, train_state)
         state_write = checkpoint.StateWrite(_folder(dir), group=self.process_group)
+        rows = {name: tensor for name, tensor in current.items() if ".tables." in name}
+        copies = {
+            name: tensor.detach().clone() for name, tensor in current.items() if name not in rows
+        }
+        values = checkpoint.decode(checkpoint.encode(train_state))
+        # Last, since it copies rows from here on until the write ends, which nothing may prevent.
         optimizer = cast(Module, train_module).step.optimizer
         reads = optimizer.snapshot()
         pieces = {
@@ -257,11 +263,6 @@ class SafetensorsCheckpointer(Checkpointer):
             for of in ("model", "optim")
             if f"{of}.{name}" in current
         }
-        rows = {name: tensor for name, tensor in current.items() if ".tables." in name}
-        copies = {
-            name: tensor.detach().clone() for name, tensor in current.items() if name not in rows
-        }
-        values = checkpoint.decode(checkpoint.encode(train_state))
 
         def write_all() -> None:
             try:

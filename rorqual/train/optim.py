@@ -433,7 +433,7 @@ class Optimizer:
             snapshot.close()
 
     def forget_former_ranks(self, steps: Sequence[int]) -> bool:
-        """Removes what other numbers of ranks left of tables on disk; see `RecordShard.forget`."""
+        """Removes what other numbers of ranks left of tables on disk; see record_shards.py."""
         gone = [table.record_shard().forget_others(steps) for table in self.tables_on_disk.values()]
         return all(gone)
 

@@ -134,3 +134,39 @@ def test_refusals(folder, tmp_path, capsys) -> None:
         export(load(folder, device="cpu"), tmp_path / "out", published=True)
     assert main(["export", "no-such-run", str(tmp_path / "x")]) == 1
     assert "no folder no-such-run" in capsys.readouterr().err
+
+
+def test_what_a_folder_has_stays(folder, tmp_path) -> None:
+    run = load(folder, device="cpu")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine", encoding="utf-8")
+    (out / "notes.txt").write_text("mine, too", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"already has README\.md, expected a folder without"):
+        export(run, out)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "notes.txt"]
+    (out / "README.md").unlink()
+    export(run, out)
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine, too"
+    assert not list(out.glob(".*"))
+
+
+def test_no_path_of_this_machine_is_published(folder, tmp_path) -> None:
+    run = tmp_path / "here" / "whale"
+    run.mkdir(parents=True)
+    for path in folder.iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    data = {"source": str(tmp_path / "here" / "texts"), "cache": None}
+    options = {"folder": str(run), "init_from": str(tmp_path / "here" / "base"), "data": data}
+    (run / "train.json").write_text(json.dumps(options), encoding="utf-8")
+    (run / "README.md").write_text(f"---\n---\nrorqual train folder={run}\n", encoding="utf-8")
+    out = export(load(run, device="cpu"), tmp_path / "out")
+    exported = json.loads((out / "train.json").read_text(encoding="utf-8"))
+    assert exported == {
+        "folder": "whale",
+        "init_from": "base",
+        "data": {"source": "texts", "cache": None},
+    }
+    assert "rorqual train folder=whale" in (out / "README.md").read_text(encoding="utf-8")
+    for path in out.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
