@@ -253,3 +253,13 @@ def test_broken_links_and_other_hosts_are_reported(tmp_path: Path) -> None:
         "a.html: loads https://example.org/x.js from another host",
         "b.html: none.png leads to no file",
     ]
+
+
+def test_chinese_pages_lead_to_chinese_pages() -> None:
+    """A link from docs/zh to an English page is of a page that has no Chinese version."""
+    wrong = []
+    for page in sorted((ROOT / "docs" / "zh").glob("*.md")):
+        for target in re.findall(r"\]\(\.\./([a-z0-9_]+\.md)\)", page.read_text(encoding="utf-8")):
+            if page.name != target and (page.parent / target).is_file():
+                wrong.append(f"{page.name}: ../{target}")
+    assert not wrong, "\n".join(wrong)

@@ -12,7 +12,7 @@
 # Engram 是按地址读取的记忆，而不是搜索出来的：把最近两三个词元 id 哈希成大表中的几个行号，再把这些行读出来。地址只取决于 id，在第一个块
 # 开始计算之前就已知道。这里用普通整数算出行号，与 rorqual 逐位相同，并看看为什么要用素数、为什么要有多个头。
 #
-# 层次：看内部。用时 20 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）2.2 节。
+# 层次：深入内部。用时 20 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）2.2 节。
 # %%
 import math
 

@@ -13,7 +13,7 @@
 # 不管合不合适，Engram 为每个词元都读出若干行：哈希无从知道句子在说什么。由隐藏状态算出的门控决定放进来多少。这里手算门控，观察它在句子
 # 上的变化，并测量在门控开着与关着的地方，记忆各值多少。
 #
-# 层次：看内部。用时 20 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）2.3 节与门控案例研究。
+# 层次：深入内部。用时 20 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）2.3 节与门控案例研究。
 # %%
 import math
 import random

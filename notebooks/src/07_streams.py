@@ -12,7 +12,7 @@
 # Transformer 把每个子层加到同一条残差流上。超连接保持多条残差流：每个子层读取它们的加权和，各流在每一步还要相互混合。连续混合六十次，
 # 信号可能被放大几个数量级；mHC 要求每个混合矩阵都是双随机矩阵，问题就消失了。两种情形你都会看到。
 #
-# 层次：看内部。用时 30 分钟。论文：Hyper-Connections（arXiv 2409.19606）、mHC（arXiv 2512.24880）第 3 节；DeepSeek-V4 采用。单核约半分钟。
+# 层次：深入内部。用时 30 分钟。论文：Hyper-Connections（arXiv 2409.19606）、mHC（arXiv 2512.24880）第 3 节；DeepSeek-V4 采用。单核约半分钟。
 # %%
 import matplotlib.pyplot as plt
 import torch

@@ -11,7 +11,7 @@
 # 完整注意力读取前面的每个词元。稀疏注意力先用很小的代价决定哪些值得读。NSA、MoBA、DSA 以及 DeepSeek-V4 的 CSA 与 HCA 各有各的决定方式。你将把针藏进文本，训练它们回答关于针的问题，
 # 再从图上看每个查询到底读了什么。
 #
-# 层次：看内部。用时 30 分钟。论文：NSA（arXiv 2502.11089）、MoBA（2502.13189）、DSA（DeepSeek-V3.2，2512.02556）、CSA 与 HCA（DeepSeek-V4 第 2.3 节）。单核约半分钟。
+# 层次：深入内部。用时 30 分钟。论文：NSA（arXiv 2502.11089）、MoBA（2502.13189）、DSA（DeepSeek-V3.2，2512.02556）、CSA 与 HCA（DeepSeek-V4 第 2.3 节）。单核约半分钟。
 # %%
 import matplotlib.pyplot as plt
 import numpy as np

@@ -33,7 +33,7 @@ def dsa_indexer(f: Figure) -> None:
     )
     f.connect(hidden.west(), (query.cx, hidden.cy), query.north())
     f.connect(hidden.east(), (latent.cx, hidden.cy), latent.north())
-    f.text(query.cx + 6, 34, f.say("detached", "已分离"), anchor="start", size=SMALL, kind="soft")
+    f.text(query.cx + 6, 34, f.say("detached", "梯度截断"), anchor="start", size=SMALL, kind="soft")
     scores = f.box(
         left, query.bottom + 34, width, "I_{t,s} = Σ_{j} w_{j} ReLU(q_{j}·k_{s})", size=12
     )
