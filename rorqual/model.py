@@ -559,7 +559,7 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, capacity: int = 256) -> Cache:
         """Returns an empty cache for `batch` sequences.
 
-        It has room for `capacity` tokens at first and grows. ValueError for less than one of each.
+        It holds `capacity` tokens at first and grows. ValueError for less than one of each.
         """
         if batch < 1 or capacity < 1:
             raise ValueError(

@@ -348,7 +348,7 @@ def cleaned(name: str, cell: NotebookNode) -> list[NotebookNode]:
         text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
         if output.output_type == "stream" and output.name == "stderr":
             raise Broken(f"{name}: got on stderr, expected nothing there:\n{text}\n{cell.source}")
-        folders = (str(ROOT), os.path.expanduser("~"), "/tmp/")
+        folders = (str(ROOT), os.path.expanduser("~"), tempfile.gettempdir())
         if bad := [folder for folder in folders if folder in text]:
             raise Broken(f"{name}: an output names the folder {bad[0]}:\n{cell.source}")
         if output.output_type == "stream" and result and result[-1].output_type == "stream":

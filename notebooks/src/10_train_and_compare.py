@@ -39,7 +39,7 @@ FOLDER = Path(tempfile.mkdtemp())
 # %% [markdown] lang="en"
 # ## A run
 #
-# `TrainConfig` is all that `rorqual train` can be told: model, data, optimizer, steps. The model is `tiny` made smaller: width 32, 2 blocks, 32 experts of which a token takes 2, 512 tokens in the vocabulary. The data are 6000
+# `TrainConfig` holds every option of `rorqual train`: model, data, optimizer, steps. The model is `tiny` made smaller: width 32, 2 blocks, 32 experts of which a token takes 2, 512 tokens in the vocabulary. The data are 6000
 # definitions of WordNet, which come with the package. The first call trains the tokenizer and stores the token ids.
 # %% [markdown] lang="zh"
 # ## 一次运行

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 Point = tuple[float, float]
 
 WIDTH = 380.0
-# How much larger than its units a figure is shown where there is room.
+# How much larger than its units a figure is shown on a wide screen.
 SCALE = 1.25
 MARGIN = 6.0
 SIZE = 13.0
