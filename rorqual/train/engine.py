@@ -19,6 +19,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -36,7 +37,7 @@ from olmo_core.train.train_module import EvalBatchSpec, TrainModule
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rorqual import checkpoint, distributed, runtime
+from rorqual import checkpoint, distributed, ranks, runtime
 from rorqual import config as configs
 from rorqual.data.needles import NeedleStream
 from rorqual.data.stream import Stream
@@ -698,8 +699,9 @@ def _last_sound(folder: Path) -> int:
     to more of these. Every rank calls it.
     """
     while (path := checkpoint.latest(folder, shared=True)) is not None:
-        skipped_in_a_row = checkpoint.read_values(path)["callbacks"]["checkpointer"]["skipped"][1]
-        if not skipped_in_a_row:
+        # Rank 0 reads it for all: it may remove the folder before another rank opens a file there.
+        values = ranks.from_first(partial(checkpoint.read_values, path))
+        if not values["callbacks"]["checkpointer"]["skipped"][1]:
             return checkpoint.step_of(path)
         with distributed.together():
             if distributed.rank() == 0:
