@@ -81,6 +81,7 @@ def _choose(ordered, end, topk_indices):  # pragma: no cover
 
 @_loop
 def _fetch(base, step, topk_indices, n, width):  # pragma: no cover
+    """Prefetches the selected latents n .. n + 3, or as many of them as there are."""
     for k in range(n, min(n + 4, topk_indices.shape[0])):
         for i in range(0, width, 16):
             prefetch(base + topk_indices[k] * step + 4 * i)

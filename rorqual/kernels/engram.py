@@ -338,6 +338,7 @@ def _run(asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pa
 
 
 def _by_threads(arguments: tuple[Any, ...], tokens: int, parts: int) -> bool:
+    """Runs `_hash` on equal shares of the tokens, each on a thread; False if any id is unknown."""
     step = math.ceil(tokens / parts)
     edges = [min(tokens, step * i) for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:

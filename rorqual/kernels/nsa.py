@@ -185,4 +185,5 @@ def attend_small_batch(
 
 
 def _sizes(config: Any) -> tuple[int, int, int, int, int]:
+    """Returns block, stride, select_block, top_k and window: compiled code takes no dataclass."""
     return config.block, config.stride, config.select_block, config.top_k, config.window

@@ -26,6 +26,7 @@ _loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vec
 
 @_loop
 def _line(address, width):  # pragma: no cover
+    """Views the `width` float32 numbers at an address as a vector."""
     return numba.carray(compiled.pointer(address), (width,), np.float32)
 
 

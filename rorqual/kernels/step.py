@@ -148,6 +148,8 @@ def scratch(sizes: Sizes, tokens: int, widest: int) -> Scratch:
 
 @intrinsic
 def _publish(context, address, value):
+    """In compiled code: stores an int64 at an address after all earlier writes of this thread."""
+
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         builder.store_atomic(arguments[1], pointer, "release", 8)
@@ -158,6 +160,8 @@ def _publish(context, address, value):
 
 @intrinsic
 def _look(context, address):
+    """In compiled code: reads an int64 that another thread has published, before any later read."""
+
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.load_atomic(pointer, "acquire", 8)
@@ -182,26 +186,31 @@ def _meet(clocks, me, phase):  # pragma: no cover
 
 @compiled
 def _share(count, me, threads):  # pragma: no cover
+    """Returns the start and the end of thread `me`'s equal share of `count` items."""
     return count * me // threads, count * (me + 1) // threads
 
 
 @compiled
 def _vector(address, size):  # pragma: no cover
+    """Views the `size` float32 numbers at an address as a vector."""
     return matrix_at(address, 1, size)[0]
 
 
 @compiled
 def _ids_at(address, size):  # pragma: no cover
+    """Views the `size` int64 numbers at an address as a vector."""
     return numba.carray(pointer_at(address), (size,), np.int64)
 
 
 @compiled
 def _sigmoid(x):  # pragma: no cover
+    """Computes 1 / (1 + exp(-x)) of one float32 number."""
     return ONE / (ONE + math.exp(-x))
 
 
 @compiled
 def _inverse_rms(x, eps):  # pragma: no cover
+    """Computes 1 / sqrt(mean(x^2) + eps) of a vector, in a fixed order of sums."""
     total = ZERO
     for i in range(x.shape[0]):
         total += x[i] * x[i]
@@ -790,6 +799,7 @@ class Step:
 
     @staticmethod
     def keepable() -> bool:
+        """Whether numba has a folder where it can cache machine code for other processes."""
         return CODE.stats.cache_path is not None
 
     @staticmethod

@@ -70,6 +70,7 @@ def _pre_mapping(
     tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Writes u, pre, post and comb of ROWS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     in_range = (s < S)[None, :] & (n < tokens)[:, None]
@@ -152,6 +153,7 @@ def _pre_mapping_backward(
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of the streams, m scale + base, and `handed_on`, of ROWS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     in_range = (s < S)[None, :] & (n < tokens)[:, None]
@@ -197,6 +199,7 @@ def _post_mapping(
     streams, out, post, comb, made,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Writes post_k out + sum_j comb[j, k] x_j of ROWS tokens; comb None is the identity."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     here = n < tokens
@@ -232,6 +235,7 @@ def _post_mapping_backward(
     streams, out, post, comb, d_made, d_streams, d_out, d_post, d_comb,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of the streams, out, post and comb, of ROWS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     here = n < tokens
@@ -276,6 +280,7 @@ def _post_mapping_backward(
 
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: int) -> None:
+    """Runs a kernel with one program for each tile of tokens; `tensors` begin with the streams."""
     tokens, streams, dim = tensors[0].shape
     if not tensors[0].numel():
         return
@@ -289,10 +294,13 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: in
 
 
 def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Makes tensors contiguous; None stays None."""
     return tuple(x if x is None else x.contiguous() for x in tensors)
 
 
 class _PreMapping(torch.autograd.Function):
+    """Runs the kernels of pre_mapping, and saves only the inputs between them."""
+
     @staticmethod
     def forward(ctx, streams, m, scale, base, handed_on, iterations, eps):
         arguments = _whole(streams, m, scale, base, handed_on)
@@ -325,6 +333,8 @@ class _PreMapping(torch.autograd.Function):
 
 
 class _PostMapping(torch.autograd.Function):
+    """Runs the kernels of post_mapping, and saves only the inputs between them."""
+
     @staticmethod
     def forward(ctx, streams, out, post, comb):
         arguments = _whole(streams, out, post, comb)

@@ -25,6 +25,7 @@ def matrix_at(address, rows, columns):  # pragma: no cover
 
 
 def _any_order(function):
+    """Compiles a function whose sums may be in any order, so that it uses vector instructions."""
     return compiled(function, any_order=True)
 
 
@@ -113,17 +114,20 @@ _NINE = types.void(*[types.int64] * 9)
 
 
 def _load(builder, address, more, kind=_VECTOR):
+    """Emits a read of a vector, or another `kind`, at address + more, in bytes."""
     pointer = builder.inttoptr(builder.add(address, more), kind.as_pointer())
     return builder.load(pointer, align=4)
 
 
 def _store(builder, value, address, more):
+    """Emits a write of a vector at address + more, in bytes."""
     builder.store(
         value, builder.inttoptr(builder.add(address, more), value.type.as_pointer()), align=4
     )
 
 
 def _picked(builder, one, other, lanes):
+    """Emits a shuffle: lane i is the one numbered lanes[i], counted through both vectors."""
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
     return builder.shuffle_vector(one, other, mask)
 
@@ -162,6 +166,7 @@ def _across(builder, vectors):
 
 
 def _step(builder, bytes_apart, count):
+    """Emits the products of `bytes_apart` with 0, 1, ..., count - 1."""
     return [builder.mul(bytes_apart, ir.Constant(_WHOLE, n)) for n in range(count)]
 
 

@@ -245,6 +245,12 @@ class Addresses(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes a checkpoint's canonical map if this model has none, and refuses other addresses.
+
+        Multipliers, primes and the map decide which rows an n-gram reads, so with other ones the
+        model would look up other rows. ValueError names those that differ; tensors on the meta
+        device are not compared.
+        """
         saved = {
             name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict
         }

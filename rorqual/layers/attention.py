@@ -172,6 +172,7 @@ class MLA(nn.Module):
     def expanded(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
     ) -> Float[Tensor, "B T H Q"]:
+        """Attends in the expanded form: each latent is projected to every head's key and value."""
         return attend(*self.expand(nope, rope, latent), self.scale, mask, causal)
 
     def expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +187,8 @@ class MLA(nn.Module):
     def absorbed(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Float[Tensor, "B T H Q"]:
+        """Attends in the absorbed form: the queries of all heads multiply the latents as they are.
+        """
         query, value_up = self.absorb(nope, rope)
         return self.lift(attend_shared(query, latent, self.scale, mask), value_up)
 
@@ -200,6 +203,7 @@ class MLA(nn.Module):
         return torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1), value_up
 
     def lift(self, summed: Tensor, value_up: Tensor) -> Float[Tensor, "B T H Q"]:
+        """Maps each head's sum of latents [B, T, H, R] to its value; the rotary part is dropped."""
         return torch.einsum("bthr,hvr->bthv", summed[..., : self.config.kv_lora_rank], value_up)
 
     def _up_weight(self) -> Float[Tensor, "HQ R"]:
@@ -307,6 +311,11 @@ class GQA(nn.Module):
         return query, key, value, gate
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
+        """Attends to all keys, or to those of the config's window, with the sinks if there are any.
+
+        Where all sequences have one length, the keys before every window are not read at all;
+        otherwise the mask excludes them.
+        """
         window = self.config.window
         time = query.shape[1]
         if window is None or key.shape[1] <= window:

@@ -86,10 +86,12 @@ def max_violation(counts: Num[Tensor, " E"]) -> float:
 
 
 def _tokens(routing: Routing) -> Int[Tensor, " B"] | int:
+    """Returns the number of tokens of a sequence: T, or with padding that of each, at least 1."""
     return routing.scores.shape[1] if routing.valid is None else routing.valid.sum(1).clamp_min(1)
 
 
 def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
+    """Divides sums over the tokens of each sequence by the number of its valid tokens."""
     tokens = _tokens(routing)
     return summed / (tokens[:, None] if isinstance(tokens, Tensor) else max(tokens, 1))
 

@@ -85,6 +85,8 @@ class Rows:
         self.buffer = self._memory = None
 
     def _store_in(self, memory: Tensor, rows: int) -> Tensor:
+        """Takes `memory` [R, C, ...] instead of the old one; returns its first `rows`, the batch.
+        """
         self._memory = memory
         self.buffer = memory[:rows]
         return self.buffer
@@ -172,10 +174,12 @@ class Appended(Rows):
         return self.buffer[_places(ctx.starts, 0, self.before + time)]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
         if self.buffer is not None:
             self._keep_rows(index)
 
     def join(self, other: "Appended", lengths: Lengths) -> None:
+        """Appends the sequences of `other`; becomes empty if either has stored nothing yet."""
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
@@ -185,6 +189,7 @@ class Appended(Rows):
         self._more_rows(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
 
     def load(self, other: "Appended", length: int) -> None:
+        """Becomes a copy of the first `length` tokens of `other` and of the columns before them."""
         self.clear()
         if other.buffer is not None:
             size = self.before + length
@@ -258,10 +263,12 @@ class Recent(Rows):
         buffer[rows, columns] = torch.where(earlier, buffer[rows, columns], latest)
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
         if self.buffer is not None:
             self._keep_rows(index)
 
     def join(self, other: "Recent", lengths: Lengths) -> None:
+        """Appends the sequences of `other`, of any slack; empty if either stored nothing."""
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
@@ -269,6 +276,7 @@ class Recent(Rows):
         self._copy(other.buffer, self._more_rows(len(other.buffer))[batch:], lengths[1])
 
     def load(self, other: "Recent", length: int) -> None:
+        """Becomes a copy of the last tokens of `other` before `length` that both have space for."""
         self.clear()
         if other.buffer is not None:
             self.before(_Start(), other.buffer)
@@ -476,6 +484,10 @@ class Cache:
         return sum(storages.values())
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
+        """Keeps the sequences `index` of the batch, in this order; one may occur several times.
+
+        Rows that are being fetched for announced ids are dropped.
+        """
         rows = index.tolist()
         self.announced = []
         for state in self.states():
@@ -574,6 +586,7 @@ class Cache:
             draft.past.crop([max(0, more - length) for more, length in extra])
 
     def _draft_states(self) -> list[Any]:
+        """Returns the containers of every MTP depth."""
         return [state for draft in self.drafts for state in draft.states()]
 
     def reserve_slack(self, k: int) -> None:

@@ -244,6 +244,7 @@ class Recurrent:
             self.base_lengths = self.base_lengths + advance
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order."""
         if self.state is None or self.base is None:
             return
         assert self.lengths is not None and self.base_lengths is not None
@@ -255,6 +256,7 @@ class Recurrent:
         self.writes.select(index, length)
 
     def join(self, other: "Recurrent", lengths: Lengths) -> None:
+        """Appends the sequences of `other`; becomes empty if either has read nothing yet."""
         if self.state is None or other.state is None:
             self.clear()
             return
@@ -263,6 +265,7 @@ class Recurrent:
         self.writes.join(other.writes, lengths)
 
     def load(self, other: "Recurrent", length: int) -> None:
+        """Becomes a copy of `other` at its own length; the next call rolls the state back."""
         self.clear()
         if other.state is not None:
             for name in ("state", "base", "lengths", "base_lengths"):

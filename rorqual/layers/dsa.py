@@ -110,6 +110,7 @@ class Indexer(nn.Module):
         return selection._replace(ties=key.shape[1], spans=ctx.spans(), cached_ties=cached)
 
     def _turn(self, x: Tensor, ctx: Context) -> Tensor:
+        """Rotates the first rope_dim values by the position of each token; the others stay."""
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         assert ctx.cos is not None and ctx.sin is not None
         turned = rotate(turned, ctx.cos, ctx.sin, interleaved=self.config.interleaved)
@@ -133,16 +134,19 @@ class Ties:
         return self.noted is not None and bool(self.noted.any())
 
     def note(self, tied: Bool[Tensor, "B T"]) -> None:
+        """Records the sequences with a tied token, besides those of earlier calls."""
         rows = tied.any(-1)
         if self.noted is not None and len(self.noted) == len(rows):
             rows = rows | self.noted
         self.noted = rows
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
         if self.noted is not None:
             self.noted = self.noted[index.to(self.noted.device)]
 
     def join(self, other: "Ties", lengths: Lengths) -> None:
+        """Appends the sequences of `other`; one in which nothing was recorded has no ties."""
         if self.noted is None and other.noted is None:
             return
         both = zip((self, other), lengths, strict=True)
@@ -153,9 +157,11 @@ class Ties:
         self.noted = torch.tensor(rows[0] + rows[1], device=device)
 
     def load(self, other: "Ties", length: int) -> None:
+        """Becomes a copy of `other`, whose ties may be of tokens after the first `length`."""
         self.noted = other.noted
 
     def clear(self) -> None:
+        """Forgets all ties."""
         self.noted = None
 
 
@@ -268,6 +274,10 @@ class DSA(MLA):
     def _returned(
         self, out: Tensor, loss: IndexerLoss | None, selection: "IndexerSelection"
     ) -> tuple:
+        """Projects the heads' outputs and returns them with the loss, as `forward` does.
+
+        If the next block attends to the same keys, the selected columns are third.
+        """
         out = self.o_proj(out.flatten(2))
         return (out, loss, selection.indices) if self.publishes else (out, loss)
 
@@ -327,6 +337,7 @@ class IndexerSelection(NamedTuple):
         return (slice(column, min(column + step, time)) for column in range(0, time, step))
 
     def end(self, run: slice) -> int:
+        """Returns the number of keys up to the last query of the slice `run`."""
         return self.key.shape[1] - self.query.shape[1] + run.stop
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:

@@ -244,6 +244,11 @@ class Engram(nn.Module):
         return fuse(hidden, key, value, *norms, lookup_mask, *constants)
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
+        """Applies the causal convolution to the normed values, within each document.
+
+        Values before the first token are those of earlier calls, from the cache, or zeros without
+        one.
+        """
         cache = None if ctx.cache is None else ctx.cache.engram
         halo = self.config.halo
         window = (

@@ -316,6 +316,7 @@ class StreamReduction(nn.Module):
             return read(flat, pre).view_as(streams[:, :, 0])
 
     def _weights(self, flat: Float[Tensor, "N S D"]) -> Float[Tensor, "S N"]:
+        """Computes the weight of each stream in the result of kind mhc, in float32 at least."""
         assert self.config is not None
         precision = coefficient_dtype(flat.dtype)
         m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)

@@ -190,6 +190,7 @@ class MoBA(GQA):
 
 
 def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:
+    """Averages the l keys of each block, in float32 at least."""
     return keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(-2)
 
 

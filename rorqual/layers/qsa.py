@@ -107,6 +107,7 @@ class Indexer(nn.Module):
         return IndexBlocks(cache.put(new, numbers, real, ctx))
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates the first rope_dim values by these tables; the others stay."""
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         return torch.cat([rotate(turned, cos, sin, self.rope.interleaved), rest], dim=-1)
 
@@ -233,6 +234,7 @@ def _best_complete(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Te
 
 @_best_complete.register_fake
 def _(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Tensor:
+    """Returns an empty tensor of the shape that `_best_complete` returns, for the compiler."""
     return torch.empty((*scores.shape[:-1], top_k), dtype=torch.int64, device=scores.device)
 
 

@@ -116,9 +116,11 @@ def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int)
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Says which keys FlexAttention shows to a query: those up to its own column."""
     return key <= query
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
+    """Returns FlexAttention, which torch compiles once a process, at its first call."""
     return torch.compile(flex.flex_attention)
