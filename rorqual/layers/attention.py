@@ -187,8 +187,7 @@ class MLA(nn.Module):
     def absorbed(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Float[Tensor, "B T H Q"]:
-        """Attends in the absorbed form: the queries of all heads multiply the latents as they are.
-        """
+        """Attends in the absorbed form: the queries of every head multiply the latents directly."""
         query, value_up = self.absorb(nope, rope)
         return self.lift(attend_shared(query, latent, self.scale, mask), value_up)
 

@@ -85,8 +85,7 @@ class Rows:
         self.buffer = self._memory = None
 
     def _store_in(self, memory: Tensor, rows: int) -> Tensor:
-        """Takes `memory` [R, C, ...] instead of the old one; returns its first `rows`, the batch.
-        """
+        """Replaces the memory [R, C, ...]; returns its first `rows`, which are the batch."""
         self._memory = memory
         self.buffer = memory[:rows]
         return self.buffer

@@ -269,6 +269,7 @@ class Shard(TensorShard):
         return [n for n, digest in enumerate(digests) if digest != noted[16 * n : 16 * n + 16]]
 
     def _pieces(self, size: int) -> Iterator[memoryview]:
+        """Yields the bytes of all rows in pieces of one buffer, which the next piece overwrites."""
         buffer = memoryview(bytearray(_PIECE))
         for start in range(0, size, _PIECE):
             piece = buffer[: min(_PIECE, size - start)]
@@ -526,6 +527,7 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], Mapping[str, str]]:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dict of a JSON object's pairs. ValueError if a name occurs twice."""
     named = dict(pairs)
     if len(named) < len(pairs):
         raise ValueError("a name stands twice")
@@ -562,5 +564,6 @@ def _short(word: str) -> str:
 
 
 def _bytes_at(file: int, size: int, offset: int) -> bytes:
+    """Reads up to `size` bytes at an offset of an open file."""
     data = bytearray(size)
     return bytes(data[: read_at(file, memoryview(data), offset)])

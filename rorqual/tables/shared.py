@@ -69,6 +69,7 @@ def shared_rows(file: RowFile, name: str) -> Tensor:
 
 
 def _mapped(path: Path, size: int) -> Tensor:
+    """Maps a file of `size` bytes into memory that all processes with this file share."""
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 

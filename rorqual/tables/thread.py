@@ -21,6 +21,7 @@ class BackgroundThread:
         self._reset()
 
     def _reset(self) -> None:
+        """Starts anew without a thread, as in a process that was forked from another."""
         self._slots = threading.BoundedSemaphore(self._pending)
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
