@@ -95,10 +95,12 @@ class Memory(nn.Module):
 
     @property
     def _stores(self) -> list[Table]:
+        """The tables, one for each layer with memory, as their class."""
         return cast(list[Table], list(self.tables))
 
     @property
     def attached(self) -> bool:
+        """Whether the memory's hooks are on a host."""
         return bool(self._hooks)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -267,6 +269,7 @@ class Memory(nn.Module):
         return (), kwargs
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
+        """Forgets the rows and the packing of the call, also after one that failed."""
         self._now = self._packing = None
 
     def _cache(self, body: Any, kwargs: dict[str, Any]) -> Any:
@@ -374,16 +377,19 @@ class EngramCache:
     rorqual_memory: "weakref.ref[Memory]"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the sequences `beam_idx`, in that order, here and in the memory's state."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.rorqual_state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, numbers or a mask, here and in the memory's state."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.rorqual_state.select(
             indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence `repeats` times, here and in the memory's state."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         rows = torch.arange(self.rorqual_state.cache.past.batch)
         self.rorqual_state.select(rows.repeat_interleave(repeats))
@@ -399,6 +405,7 @@ class EngramCache:
         self.rorqual_state.crop(min(lost, self.rorqual_state.columns.count))
 
     def reset(self) -> None:
+        """Removes all tokens, here and from the memory's state."""
         super().reset()  # type: ignore[misc]
         self.rorqual_state.reset()
 
@@ -597,6 +604,7 @@ def streams_of(model: Any) -> int:
 
 
 def _vocab_size_of(model: Any, tokenizer: Tokenizer) -> int:
+    """Returns the rows of the model's embedding. ValueError if the tokenizer has more ids."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ValueError(

@@ -65,22 +65,27 @@ class RorqualConfig(PreTrainedConfig):
 
     @property
     def model(self) -> ModelConfig:
+        """The model's config, made of `shape`; ValueError for fields or values that it refuses."""
         return configs.from_dict(ModelConfig, self.shape or {})
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids, where transformers looks for it."""
         return self.model.vocab_size
 
     @property
     def hidden_size(self) -> int:
+        """Width of the hidden states, where transformers looks for it."""
         return self.model.dim
 
     @property
     def num_hidden_layers(self) -> int:
+        """Number of blocks, without those of MTP, where transformers looks for it."""
         return self.model.layers
 
     @classmethod
     def of(cls, config: ModelConfig, **fields: Any) -> "RorqualConfig":
+        """Makes the transformers config of a model's config; `fields` are any others of it."""
         return cls(shape=configs.to_dict(config), tie_word_embeddings=config.tied, **fields)
 
 
@@ -98,22 +103,28 @@ class RorqualCache(HubCache):
         return len(self.cache.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of cached columns, padding included, the same for every layer."""
         return self.columns.count
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Returns -1, by which transformers says that the length has no limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns the columns that a mask covers, cached and new ones, and their offset, 0."""
         return self.columns.count + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the sequences `beam_idx`, in that order, as beam search does after a step."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, in that order."""
         self.cache.select(indices)
         self.columns.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence `repeats` times, one after another."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -130,27 +141,33 @@ class RorqualCache(HubCache):
         self.columns.crop(-tokens_to_remove)
 
     def reset(self) -> None:
+        """Removes all tokens and frees their memory."""
         self.cache.reset()
         self.columns.reset()
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences that are cached."""
         return self.cache.past.batch
 
     @property
     def is_compileable(self) -> bool:
+        """False: the containers grow, so that a compiled graph could not hold them."""
         return False
 
     @property
     def is_initialized(self) -> bool:
+        """True: memory is allocated as tokens come, and nothing is to be prepared."""
         return True
 
     @property
     def is_croppable(self) -> bool:
+        """True: the last tokens can be removed."""
         return True
 
     @property
     def is_sliding(self) -> list[bool]:
+        """False for every layer, since what windows forget is the model's own business."""
         return [False] * len(self)
 
 
@@ -214,21 +231,25 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
+        """Returns False, so that `generate` passes no cache: forward makes one of its own kind."""
         return False  # forward makes a cache of its own kind
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Does nothing: values come from LanguageModel's init or from a checkpoint."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
+        """Returns the embedding, which transformers and PEFT look up by this name."""
         return self.model.embed
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Raises ValueError, since resizing the vocabulary is not supported."""
         raise ValueError(
             "resizing the vocabulary is not supported: "
             "train a model with --model.vocab-size instead"
         )
 
     def get_output_embeddings(self) -> torch.nn.Module:
+        """Returns the head, which transformers and PEFT look up by this name."""
         return self.model.head
 
     def forward(

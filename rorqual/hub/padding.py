@@ -77,6 +77,7 @@ class Columns:
         self._valid = None
 
     def _known(self, batch: int, device: torch.device) -> Bool[Tensor, "B L"]:
+        """Returns which of the columns so far are tokens and not padding."""
         valid = torch.ones(batch, self.count, dtype=torch.bool, device=device)
         if self._valid is not None:
             valid[:, : self._valid.shape[1]] = self._valid
