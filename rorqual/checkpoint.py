@@ -193,6 +193,8 @@ class _Writer(HuggingFaceStorageWriter):
         self.written: list[Path] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes the tensors of this rank's plan to one file, with where each begins in the whole.
+        """
         tensors: dict[str, Tensor] = {}
         offsets = {}
         for item in plan.items:
@@ -214,6 +216,7 @@ class _Reader(HuggingFaceStorageReader):
     """Reads pieces of files by position; torch's maps whole files into memory."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills the tensors of the plan, piece by piece, each file opened once."""
         items: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             path = self.storage_data[item.storage_index].relative_path
@@ -338,6 +341,7 @@ def _read_digest(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raises Damaged unless a file has the size and the SHA-256 of the digest."""
     size = expected["bytes"]
     if not path.is_file():
         raise Damaged(f"{path}: got no file, expected {size} bytes")
@@ -660,6 +664,7 @@ def _load_finished(folder: Path, device: str | torch.device, tables: TableConfig
 
 
 def _read_weights(path: Path, device: str, without_tables: bool) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file to a device, all or those that are no table."""
     with _open_weights(path, device) as file:
         names = list(file.keys())
         if without_tables:
@@ -997,6 +1002,7 @@ def decode(value: Any) -> Any:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor by name; of a DTensor the whole one."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

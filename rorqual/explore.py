@@ -253,6 +253,10 @@ class Explorer:
             return {"edits": self.standing()}
 
     def _ids(self, text: str) -> list[int]:
+        """Returns the ids of a text, behind the one that begins every text.
+
+        ValueError for more than MOST tokens, and for half a character.
+        """
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(
                 "text: got half of a character (a lone surrogate), expected whole ones"
@@ -263,6 +267,10 @@ class Explorer:
         return ids
 
     def _forward(self, ids: list[int]) -> Pass:
+        """Runs the model on one text: log probabilities of known ids, gates and routings.
+
+        ValueError where a prediction is not finite.
+        """
         layers = self.engram.layers if self.engram is not None else ()
         names = [f"blocks.{layer}.engram.gate" for layer in layers]
         with quiet(self.model), Taps(self.model, *names) as taps:
@@ -277,6 +285,7 @@ class Explorer:
         return Pass(logs, [taps[name][0][0] * alive for name in names], routings)
 
     def _batch(self, ids: list[int]) -> Int[Tensor, "1 T"]:
+        """Returns the ids as a batch of one text on the model's device."""
         return torch.tensor([ids], device=self.model.embed.weight.device)
 
     def _ngram(self, ids: list[int], position: int, order: int) -> list[int]:
@@ -288,6 +297,7 @@ class Explorer:
         return ([self.engram.missing_id] * order + ids[: position + 1])[-order:]
 
     def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
+        """Describes each token: its text and, with Engram, tokens of the same canonical id."""
         addresses = self.model.addresses
         tokens = []
         for token in ids:
@@ -355,6 +365,7 @@ class Explorer:
 
 
 def _column(ids: list[int], like: Tensor) -> Int[Tensor, "T 1"]:
+    """Returns ids as a column [T, 1] on the device of `like`."""
     return torch.tensor(ids, device=like.device)[:, None]
 
 
@@ -364,6 +375,7 @@ def _effect(now: Float[Tensor, "T V"], without: Float[Tensor, "T V"]) -> Float[T
 
 
 def _round(values: Tensor) -> Any:
+    """Returns the numbers of a tensor, rounded to six digits, as lists for JSON."""
     return [
         [round(v, 6) for v in row] if isinstance(row, list) else round(row, 6)
         for row in values.float().tolist()
@@ -423,6 +435,7 @@ def app(run: Run) -> Starlette:
 
 
 def _object(value: Any) -> dict[str, Any]:
+    """Returns a request's body if it is a JSON object; ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError(f"body: got a {type(value).__name__}, expected an object")
     return value

@@ -97,6 +97,8 @@ class Collisions:
 
 
 class _Parts(NamedTuple):
+    """What a memory consists of, in our own model or attached to one of transformers."""
+
     config: EngramConfig
     addresses: Addresses
     tables: Sequence[nn.Module]
@@ -105,6 +107,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(model: nn.Module) -> _Parts:
+    """Returns the parts of a model's memory. ValueError for a model without one."""
     device = next(model.parameters()).device
     attached: Any = getattr(model, _ATTACHED, None)
     if attached is not None:
@@ -123,6 +126,7 @@ def _parts(model: nn.Module) -> _Parts:
 
 
 def _place(config: EngramConfig, layer: int) -> int:
+    """Returns the number of a block among those with memory. ValueError for any other block."""
     if layer not in config.layers:
         raise ValueError(
             f"layer: got {layer}, "
@@ -500,6 +504,7 @@ class Editor:
             self.edits.pop()
 
     def _table(self, layer: int) -> Table:
+        """Returns the table of a block. ValueError unless its rows are floats on the device."""
         table = _parts(self.model).tables[_place(_parts(self.model).config, layer)]
         if (
             not isinstance(table, Table)
@@ -512,6 +517,10 @@ class Editor:
         return table
 
     def _write(self, what: str, ngram: Ngram, layer: int, values: Tensor) -> Edit:
+        """Writes `values` to the n-gram's rows, and records what was there; `what` names the edit.
+
+        ValueError for another shape, and for numbers that are not finite.
+        """
         row_ids = torch.tensor(rows_of(self.model, self.tokenizer, ngram, layer))
         weight = self._table(layer).weight
         if values.shape != (len(row_ids), weight.shape[1]) or not values.isfinite().all():

@@ -73,6 +73,7 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, labels: Int[Tensor, "B T"], following: Int[Tensor, "B T"] | None = None):
+        """Makes the target of whole sequences, with its labels counted."""
         return cls(labels, (labels != IGNORED).sum(), following)
 
 
@@ -85,6 +86,7 @@ class Aux(NamedTuple):
 
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV | DeltaNet:
+    """Builds the attention of block `index` that the config gives it."""
     if config.delta is not None and config.has_delta(index):
         return DeltaNet(config.delta, config.dim)
     if config.csa is not None and config.csa2 is not None:
@@ -109,6 +111,10 @@ def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV | DeltaN
 def _residual(
     hyper: HyperConfig | None, dim: int, site: int
 ) -> Residual | Connection | GatedResidual:
+    """Builds one site of the streams, a plain addition without hyper-connections.
+
+    `site` counts the sublayers from 0 through the whole model.
+    """
     if hyper is None:
         return Residual()
     return GatedResidual(hyper, dim) if hyper.kind == "gated" else Connection(hyper, dim, site)
@@ -164,6 +170,7 @@ class Block(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> BlockCache:
+        """Returns an empty cache of the attention and of Engram's convolution."""
         of = (batch, capacity, dtype, device)
         return BlockCache(
             self.attention.new_cache(*of),
@@ -200,6 +207,10 @@ class LanguageModel(nn.Module):
             init(self, seed)
 
     def _build(self, config: ModelConfig, canonical_map, tables) -> None:
+        """Builds all modules; their values are set later.
+
+        ValueError if the given tables have other sizes than the config says.
+        """
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         blocks = [Block(config, index) for index in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -411,6 +422,7 @@ class LanguageModel(nn.Module):
     def _context(
         self, ids: Tensor, cache: Cache | DraftCache | None, document_ids, lengths, indexer_warmup
     ) -> Context:
+        """Returns the context of new tokens behind those of the cache, which then counts them."""
         return context(
             ids.shape[0],
             ids.shape[1],
@@ -539,6 +551,11 @@ class LanguageModel(nn.Module):
         return Loss(total, next_token, mtp, balance, counts, targets[0].tokens, indexer_loss)
 
     def _nats(self, normed: Tensor, target: Target) -> Tensor:
+        """Computes the mean cross-entropy of a target, in nats, for some positions at a time.
+
+        For one of several parts of the sequences it is scaled, so that the mean over the parts is
+        that of the whole.
+        """
         labels = target.labels.flatten()
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels)
         mean = summed / target.tokens.clamp_min(1)

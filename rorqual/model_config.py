@@ -153,6 +153,7 @@ class QueryScaleConfig:
 
 
 def _check_stretch(kind: str, factor: float, original_length: int = 2) -> None:
+    """Raises ValueError unless the factor is at least 1 and the length at least 2 tokens."""
     if factor < 1 or original_length < 2:
         raise ValueError(
             f"rope.{kind}: got factor {factor} and original_length {original_length}, "
@@ -728,6 +729,7 @@ class MoEConfig:
             )
 
     def _check_groups(self) -> None:
+        """Raises ValueError unless the groups are equal, and those selected have enough experts."""
         router = self.router
         if self.routed % router.groups:
             raise ValueError(
@@ -858,6 +860,7 @@ class EngramConfig:
 
 
 def _is_prime(n: int) -> bool:
+    """Whether n is a prime number, by trial division."""
     return n == 2 or (n > 2 and n % 2 == 1 and all(n % d for d in range(3, math.isqrt(n) + 1, 2)))
 
 

@@ -141,6 +141,7 @@ class Memory(NamedTuple):
     host: int  # rows in the host's memory
 
     def fits(self, cluster: Cluster) -> bool:
+        """Whether a device of the cluster has enough memory."""
         return self.device <= cluster.memory
 
 
@@ -350,6 +351,7 @@ def pieces(
 def _row_seconds(
     config: ModelConfig, cluster: Cluster, layout: Layout, distinct: list[int] | None
 ) -> dict[int, tuple[float, float]]:
+    """Returns the seconds of looking rows up on other ranks, and of their gradients, by block."""
     if config.engram is None:
         return {}
     ids = distinct_ids(config, layout) if distinct is None else distinct

@@ -647,8 +647,7 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
-    """Returns the places of a block's tensors by their published names, which begin with `theirs`.
-    """
+    """Returns the places of a block's tensors by published names, which begin with `theirs`."""
     assert config.mla is not None
     absent = (
         ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)

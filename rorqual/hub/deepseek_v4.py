@@ -490,8 +490,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
-    """Returns the places of a block's tensors by their published names, which begin with `theirs`.
-    """
+    """Returns the places of a block's tensors by published names, which begin with `theirs`."""
     csa = config.csa
     moe = config.moe
     assert csa is not None and moe is not None
