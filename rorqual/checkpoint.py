@@ -193,8 +193,7 @@ class _Writer(HuggingFaceStorageWriter):
         self.written: list[Path] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes the tensors of this rank's plan to one file, with where each begins in the whole.
-        """
+        """Writes the tensors of this rank's plan to one file, with their offsets in the whole."""
         tensors: dict[str, Tensor] = {}
         offsets = {}
         for item in plan.items:
