@@ -80,7 +80,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Damaged(ValueError):
-    """A checkpoint does not contain what was written; the message names the file."""
+    """An error: a checkpoint does not contain what was written. The message names the file."""
 
 
 def save_state(
@@ -284,7 +284,7 @@ def read_values(folder: Path, rank: int = 0) -> Any:
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a checkpoint that was finished; `verify` checks its bytes."""
+    """Returns whether a folder is a checkpoint that was finished; `verify` checks its bytes."""
     return (Path(folder) / DIGEST).is_file()
 
 
@@ -432,13 +432,13 @@ def recover(folder: str | os.PathLike) -> None:
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
-    """Whether a folder has a model that no training is about to replace."""
+    """Returns whether a folder has a model that no training is about to replace."""
     folder = Path(folder)
     return (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
 
 
 def readable(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a run with a finished model or a checkpoint to read."""
+    """Returns whether a folder is a run with a finished model or a checkpoint to read."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         return False
@@ -583,7 +583,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Whether config.json is that of a run of rorqual, and not one that transformers wrote."""
+    """Returns whether config.json is that of a run of rorqual, and not one of transformers."""
     description = _read_description(Path(folder) / "config.json")
     kind = description.get("model_type", KIND["model_type"])
     return kind == KIND["model_type"] and "shape" not in description

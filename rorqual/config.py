@@ -133,7 +133,7 @@ def load(cls: type[T], path: str | os.PathLike[str], start: T | None = None) -> 
 
 
 def is_yaml(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is called .yaml or .yml."""
+    """Returns whether a file is called .yaml or .yml."""
     return Path(path).suffix in (".yaml", ".yml")
 
 

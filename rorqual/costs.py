@@ -116,7 +116,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
 
 
 class Sizes(NamedTuple):
-    """Parameters of a model by how they are spread over devices; together all that there are."""
+    """Numbers of parameters by how they are spread over devices; their sum is that of the model."""
 
     rows: int  # of Engram's tables
     experts: tuple[int, ...]  # routed experts of each block, MTP's blocks last

@@ -62,7 +62,7 @@ _POLICY = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExploreConfig:
-    """Which run is shown, and where the page is served."""
+    """The run that is shown, and the address of the page."""
 
     run: str  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     host: str = "127.0.0.1"
@@ -195,7 +195,7 @@ class Explorer:
             }
 
     def standing(self) -> list[dict[str, Any]]:
-        """Returns the changes, oldest first, and the rows of each block that each one edited."""
+        """Returns the changes not undone yet, oldest first, and the rows that each one edited."""
         if self.editor is None or self.engram is None:
             return []
         rows = [edit.rows.tolist() for edit in self.editor.edits]

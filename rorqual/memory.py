@@ -48,7 +48,7 @@ _BATCH = 4096  # n-grams hashed at a time
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """Rows and gates of one token.
+    """What one token reads: its rows, and their gates.
 
     By block: rows [R] (order-major, then head) and gates [S], one per stream. ngrams: the text that
     addressed each order's rows, order 2 first; shorter at the beginning of a document.

@@ -346,7 +346,7 @@ class LanguageModel(nn.Module):
         cache.announced.append((ids, self._prefetch(ids, ctx, cache.ids)))
 
     def cache_is_outdated(self, cache: Cache, ids: Int[Tensor, "B T"], lengths=None) -> bool:
-        """Whether the new tokens change what an uncached call computes for the cached ones.
+        """Returns whether the new tokens change what an uncached call computes for the cached ones.
 
         They do if an indexer selects among equal scores as torch.topk does, and if the rotary
         frequencies change with the longest position.

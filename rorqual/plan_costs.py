@@ -96,7 +96,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How a batch and a model are spread over the devices."""
+    """The way a batch and a model are spread over the devices."""
 
     expert: int = 1  # ranks that share the experts of a block; neighbours
     replicate: int = 1  # copies of all parameters but rows
@@ -141,7 +141,7 @@ class Memory(NamedTuple):
     host: int  # rows in the host's memory
 
     def fits(self, cluster: Cluster) -> bool:
-        """Whether a device of the cluster has enough memory."""
+        """Returns whether a device of the cluster has enough memory."""
         return self.device <= cluster.memory
 
 

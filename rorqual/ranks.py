@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def _grouped() -> bool:
-    """Whether this process is in a process group."""
+    """Returns whether this process is in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 

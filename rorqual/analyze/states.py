@@ -27,7 +27,7 @@ CHOICES = (
 
 
 class Chosen(NamedTuple):
-    """Experts that one forward pass selected: indices from 0, and -1 in a slot that is not used."""
+    """The experts that one forward pass selected: indices from 0, and -1 in a slot not used."""
 
     layers: tuple[int, ...]  # the blocks with experts
     experts: int  # E, of the largest

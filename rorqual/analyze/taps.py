@@ -85,7 +85,7 @@ def run_with_cache(model: nn.Module, ids: Tensor, *patterns: str) -> tuple[Tenso
 
 
 def _is_hook(pattern: str) -> bool:
-    """Whether a pattern is for the names of hooks.py and not for modules."""
+    """Returns whether a pattern is for the names of hooks.py and not for modules."""
     return "hook_" in pattern.rpartition(".")[2]
 
 

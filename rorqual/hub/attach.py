@@ -186,12 +186,18 @@ class Memory(nn.Module):
         return host
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, after a memory that PEFT froze with the host is made trainable."""
+        """Lists the modules as nn.Module does, after it has made a memory trainable again.
+
+        That is a memory that PEFT froze with its host.
+        """
         self._undo_freezing()
         return super().named_modules(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Memory":
-        """As of any module. A memory that this call freezes stays frozen when PEFT is added."""
+        """Sets what is trained as nn.Module does.
+
+        A memory that this call freezes stays frozen when PEFT is added.
+        """
         super().requires_grad_(requires_grad)
         self._trained = []
         return self
@@ -371,7 +377,7 @@ class MemoryCache:
 
 
 class EngramCache:
-    """Mixin for the class of one host cache: applies its operations to the memory's state, too."""
+    """Applies the operations on a host's cache to the memory's state, too, as a mixin."""
 
     rorqual_state: MemoryCache
     rorqual_memory: "weakref.ref[Memory]"

@@ -208,7 +208,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As transformers' own, from safetensors only; Engram's addresses are derived and checked.
+        """Loads a model as transformers does, from safetensors only, and checks Engram's addresses.
 
         They are derived from the checkpoint's canonical map. ValueError where the checkpoint's
         multipliers, primes or map are not those of its config, and where a tensor is missing

@@ -251,7 +251,7 @@ def load(
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Reads the config of a published folder, and says what `load` would read past.
+    """Reads the config of a published folder, and logs what `load` would not read.
 
     Of the weights only the headers are read: they decide which blocks of MTP there are. A
     config.json without weights, or the path of one, is enough; then its fields decide.
@@ -367,7 +367,7 @@ def _rows_of(files: Files, shards: list[tuple[str, int]], rows: int) -> TensorRo
 
 
 def _report(files: Files, config: ModelConfig, family: Family) -> None:
-    """Says in one line which parts of the folder are read past, and how large they are."""
+    """Logs in one line which parts of the folder are not read, and how large they are."""
     needed = family.places(config)
     scales = {files.scale_of(name) for name in files.where}
     sizes: Counter[str] = Counter()

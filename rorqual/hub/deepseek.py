@@ -487,7 +487,7 @@ def foreign(config: ModelConfig) -> list[str]:
 
 
 def _other_length(config: ModelConfig) -> bool:
-    """Whether the query scale and the stretching of rope disagree on the original length."""
+    """Returns whether the query scale and the stretching of rope differ in original length."""
     rope = config.rope
     kind = rope.yarn or rope.llama3 or rope.longrope
     return (
@@ -620,7 +620,7 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past.
+    """Returns whether a tensor of a folder is not read.
 
     These are rotary frequencies, which the config gives, and norms that A.X-K1's dense blocks have
     and do not use.

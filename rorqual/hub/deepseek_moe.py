@@ -302,5 +302,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past: rotary frequencies, which the config gives."""
+    """Returns whether a tensor is not read: rotary frequencies, which the config gives."""
     return name.endswith(".rotary_emb.inv_freq")

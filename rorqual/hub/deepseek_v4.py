@@ -575,5 +575,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor that has no place is read past: draft layers, and rotary frequencies."""
+    """Returns whether a tensor without a place is not read: draft layers, rotary frequencies."""
     return name.startswith("mtp.") or name.endswith("inv_freq")

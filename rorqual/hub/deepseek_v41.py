@@ -624,5 +624,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past: vision, and the draft layers."""
+    """Returns whether a tensor of a folder is not read: vision, and the draft layers."""
     return name.startswith(tuple(PARTS))

@@ -56,7 +56,7 @@ class Family(Protocol):
         """Returns the published name of a tensor that another writer's folders call otherwise."""
 
     def skipped(self, name: str) -> bool:
-        """Whether a tensor of a folder that has no place is read past, as vision towers are."""
+        """Returns whether a tensor of a folder without a place is not read, as of vision towers."""
 
 
 FAMILIES: tuple[Family, ...] = (

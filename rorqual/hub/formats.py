@@ -41,7 +41,7 @@ _SMALLEST_EXPONENT = 2.0**-126  # scales are normal float32 numbers
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether each byte holds two e2m1 numbers."""
+    """Returns whether each byte holds two e2m1 numbers."""
     return weight.dtype in (torch.int8, torch.uint8)
 
 

@@ -54,7 +54,7 @@ def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) ->
 
 
 class Sizes(NamedTuple):
-    """Patterns by which a folder's tensors tell how many layers and experts it has.
+    """Patterns of tensor names by which a folder's layers and experts are counted.
 
     They are compared with the config before a model, or the names of its tensors, are made: a wrong
     config.json must not allocate memory.

@@ -616,7 +616,7 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past.
+    """Returns whether a tensor of a folder is not read.
 
     That are the vision tower, MTP, rotary frequencies, and statistics of the hash.
     """

@@ -345,7 +345,7 @@ def available() -> dict[str, dict[str, bool | str]]:
 
 @functools.cache
 def _installed(package: str) -> bool:
-    """Whether a package is installed, without importing it."""
+    """Returns whether a package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 

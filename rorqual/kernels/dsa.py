@@ -153,7 +153,7 @@ def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no c
 def _tokens(
     query, index_query, weights, ends, places, length, top_k, scale, out, tied, first, last
 ):  # pragma: no cover
-    """Computes tokens first .. last of B T.
+    """Scores, selects and attends for the tokens first .. last of all B T.
 
     `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
     bytes from one column to the next. A token reads the first ends[b, t] columns. `tied` becomes

@@ -153,7 +153,7 @@ def scaled(query, scale, out):  # pragma: no cover
 def _attend(
     query, index, positions, key, value, length, block, scale, out, first, last
 ):  # pragma: no cover
-    """Computes selections first .. last of B T J.
+    """Computes the attention of selections first .. last of all B T J.
 
     `key` and `value`: address, and bytes from one sequence, column and group to the next.
     """

@@ -148,7 +148,7 @@ def scratch(sizes: Sizes, tokens: int, widest: int) -> Scratch:
 
 @intrinsic
 def _publish(context, address, value):
-    """In compiled code: stores an int64 at an address after all earlier writes of this thread."""
+    """Stores an int64 at an address after all earlier writes of this thread, in compiled code."""
 
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -160,7 +160,7 @@ def _publish(context, address, value):
 
 @intrinsic
 def _look(context, address):
-    """In compiled code: reads an int64 that another thread has published, before any later read."""
+    """Reads an int64 that another thread published before any later read, in compiled code."""
 
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -716,7 +716,7 @@ def _step(
 ):  # pragma: no cover
     """Computes this thread's share of the parts from `first` to `last` of a decoding step.
 
-    Half 2 l is the attention of block l, half 2 l + 1 its feed-forward. The logits are computed
+    Part 2 l is the attention of block l, part 2 l + 1 its feed-forward. The logits are computed
     unless `logits` is empty. `places` [layers, PLACES] and `ends` are addresses; `widths` are those
     of each SwiGLU; `phase` is greater than that of every barrier so far.
     """
@@ -799,7 +799,7 @@ class Step:
 
     @staticmethod
     def keepable() -> bool:
-        """Whether numba has a folder where it can cache machine code for other processes."""
+        """Returns whether numba has a folder where it can cache machine code."""
         return CODE.stats.cache_path is not None
 
     @staticmethod

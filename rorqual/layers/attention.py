@@ -49,14 +49,14 @@ def visibility(ctx: Context) -> tuple[Tensor | None, bool]:
 
 @dataclass(eq=False)
 class MLACache(Bundle):
-    """MLA's cache: [latent | rotated key] of every token."""
+    """Caches [latent | rotated key] of every token."""
 
     latent: Appended
 
 
 @dataclass(eq=False)
 class GQACache(Bundle):
-    """GQA's cache: keys and values of every token."""
+    """Caches keys and values of every token."""
 
     keys: Appended
     values: Appended
@@ -154,14 +154,17 @@ class MLA(nn.Module):
         return nope, ctx.rotate(rope, self.interleaved)
 
     def absorbs(self, ctx: Context) -> bool:
-        """Whether the new tokens attend in the absorbed form: after a cache, if it is cheaper."""
+        """Returns whether the new tokens attend in the absorbed form.
+
+        They do after a cache, where it takes fewer products.
+        """
         return ctx.past > 0 and self._absorbing_is_cheaper(ctx.positions.shape[1])
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
-        """Whether the absorbed form takes no more products per key and head than the expanded form.
+        """Returns whether the absorbed form takes no more products than the expanded one.
 
-        The absorbed form takes `time` wider products; the expanded form expands the key once and
-        takes `time` narrower ones.
+        That is per key and head. The absorbed form takes `time` wider products; the expanded form
+        expands the key once and takes `time` narrower ones.
         """
         c = self.config
         expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (

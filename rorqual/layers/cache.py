@@ -28,7 +28,7 @@ from torch import Tensor
 
 @runtime_checkable
 class NewTokens(Protocol):
-    """What a container needs to know about the new tokens of a call; Context is one."""
+    """Defines what a container reads of the new tokens of a call; Context has it."""
 
     @property
     def past(self) -> int:
@@ -51,7 +51,7 @@ Lengths = tuple[Sequence[int], Sequence[int]]
 
 
 class State(Protocol):
-    """The methods of every container."""
+    """Defines the methods of every container."""
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps these sequences of the batch, in this order; none is longer than `length`."""
@@ -294,7 +294,7 @@ class Recent(Rows):
 
 
 class _Start:
-    """The context of a call before any token."""
+    """Stands for the context of a call before any token."""
 
     past = 0
     starts = None

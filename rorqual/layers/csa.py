@@ -81,7 +81,7 @@ class SharedKVCache(Bundle):
 
 @dataclass(eq=False)
 class EntryCache(Bundle):
-    """The cache of a compressor: what is not yet compressed or overlaps, and the entries."""
+    """The cache of a compressor: its entries, and the tokens of which the next one is made."""
 
     tokens: Recent
     entries: Blocks
@@ -564,7 +564,7 @@ class EntrySelection(NamedTuple):
     ties: Ties | None = None  # where it is noted that they were
 
     def gathers(self, count: int) -> bool:
-        """Whether copying the selected ones of `count` entries costs less than masking others."""
+        """Returns whether copying the selected of `count` entries costs less than a mask."""
         return count > GATHERING * self.top_k
 
     def scores(self, run: slice, count: int) -> Float[Tensor, "B T M"]:
@@ -645,7 +645,7 @@ def entry_loss(
 
 
 def mean_entry_loss(losses: list[EntryLoss]) -> IndexerLoss:
-    """Returns the means over the queries of all runs; the recall is 1 where none had to choose."""
+    """Returns the means over the queries of all runs; the recall is 1 where none had to select."""
     total = EntryLoss(*(torch.stack(sums).sum() for sums in zip(*losses, strict=True)))
     share = torch.where(total.choosing > 0, total.captured / total.choosing.clamp_min(1), 1.0)
     count = total.queries.clamp_min(1)

@@ -107,7 +107,7 @@ def visible_entries(ctx: Context, ratio: int) -> Visible:
 
 
 class NewEntries(NamedTuple):
-    """Where the entries go that new tokens complete, E a sequence."""
+    """The entries that new tokens complete, E a sequence: their last tokens and numbers."""
 
     steps: Int[Tensor, "#B E"]  # the new token that completes each
     numbers: Int[Tensor, "#B E"]  # of the entries
@@ -218,6 +218,7 @@ class PlainCompressor(nn.Module):
         return (values * scores.softmax(2)).sum(2).to(hidden.dtype)
 
     def _wide(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
+        """Projects in float32 at least, outside of autocast."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(dtype), linear.weight.to(dtype))
@@ -262,7 +263,7 @@ def shared_scores(
 
 
 class TieRule(NamedTuple):
-    """Which of equal scores are selected, and where it is noted that some were not."""
+    """The rule by which some of equal scores are selected, and the record of where it decided."""
 
     rule: Literal["last", "topk"]
     noted: Ties | None = None  # the block's cache of it

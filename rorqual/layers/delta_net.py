@@ -69,7 +69,7 @@ class Writes(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """What chunked returns: outputs, the state after all tokens, and one on the way."""
+    """What `chunked` returns: outputs, the state after all tokens, and one between two chunks."""
 
     out: Float[Tensor, "B T H V"] | None
     state: Float[Tensor, "B H K V"]
@@ -221,7 +221,7 @@ class Recurrent:
         between: Float[Tensor, "B H K V"],
         ctx: NewTokens,
     ) -> None:
-        """Stores the writes of the new tokens, the state after them and the one on the way."""
+        """Stores the writes of the new tokens, the state after them, and one between chunks."""
         assert self.lengths is not None and self.base is not None
         assert self.base_lengths is not None
         packed = writes.pack().detach()

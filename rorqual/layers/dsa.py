@@ -130,7 +130,7 @@ class Ties:
 
     @property
     def tied(self) -> bool:
-        """Whether it had to for any sequence of the batch."""
+        """Whether torch.topk had to choose for any sequence of the batch."""
         return self.noted is not None and bool(self.noted.any())
 
     def note(self, tied: Bool[Tensor, "B T"]) -> None:

@@ -85,7 +85,7 @@ def norm_weight(stored: Tensor, offset: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, with one weight for each stream, in float32."""
+    """Computes the RMS norm over the last axis, with a weight for each stream, in float32."""
     return F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight.float()
 
 
@@ -144,7 +144,7 @@ def fuse(
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks, its own or global ones."""
+    """Returns whether the module has hooks, its own or global ones."""
     hooked = (
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -33,7 +33,7 @@ class GatedResidual(nn.Module):
         self.block_inject_weight = nn.Linear(config.streams * dim, config.streams, bias=False)
 
     def reset_parameters(self) -> None:
-        """Resets the weights as `GatedReduction` does, those of the output alike."""
+        """Resets the mixer, and draws the weights of the output with the same deviation."""
         self.mixer.reset_parameters()
         nn.init.normal_(self.block_inject_weight.weight, std=self.mixer.std)
 

@@ -85,7 +85,7 @@ class Read(NamedTuple):
 
 
 def unrounded(streams: Tensor) -> torch.autocast:
-    """Disables autocast.
+    """Disables autocast for a `with` block.
 
     Autocast would round coefficients, and the products that mix the streams, to bfloat16.
     """
@@ -127,7 +127,7 @@ class Manifold(nn.Module):
     def forward(
         self, streams: Float[Tensor, "N S D"], handed_on: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """Computes u, pre, post and comb [S, S, N] or None, in wide precision.
+        """Computes u, pre, post and comb [S, S, N] or None, in float32 at least.
 
         u is read with the pre-mapping `handed_on` if it is given.
         """
@@ -176,7 +176,7 @@ class Unconstrained(nn.Module):
     def forward(
         self, streams: Float[Tensor, "N S D"], handed_on: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """Computes u, pre, post and comb in wide precision; `handed_on` must be None.
+        """Computes u, pre, post and comb, in float32 at least; `handed_on` must be None.
 
         comb[j, k] is A_r's row of stream j.
         """

@@ -183,7 +183,7 @@ class MoE(nn.Module):
         return (out if self.norm is None else self.norm(out)), routing
 
     def _few(self, routing: Routing) -> bool:
-        """Whether one product for each slot is cheaper than sorting.
+        """Returns whether one product for each slot is cheaper than sorting.
 
         That is so for a token or two of decoding, on a device where reading the selected experts
         does not wait.

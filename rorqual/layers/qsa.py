@@ -65,7 +65,7 @@ class Indexer(nn.Module):
     def project(
         self, hidden: Float[Tensor, "B T D"], ctx: Context
     ) -> tuple[Float[Tensor, "B T J P"], Float[Tensor, "B L P"]]:
-        """Returns the queries of the new tokens, and what all tokens give to their blocks."""
+        """Returns the queries of the new tokens, and the keys of all tokens that blocks average."""
         both = self.index_qk_proj(hidden.detach()).unflatten(-1, (-1, self.config.dim))
         query = self.q_layernorm(both[:, :, :-1])
         key = both[:, :, -1]
@@ -228,7 +228,7 @@ def best_complete(
 
 @torch.library.custom_op("rorqual::best_complete", mutates_args=())
 def _best_complete(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Tensor:
-    """Is `best_complete` to a compiler, which cannot trace its loop over what is tied."""
+    """Runs `best_complete` for a compiler, which cannot trace its loop over ties."""
     return best_complete(scores, first, end, top_k)
 
 

@@ -50,7 +50,7 @@ def runs(time: int) -> Iterator[slice]:
 
 
 def segments(ctx: Context, block: int) -> Int[Tensor, "B L"] | None:
-    """Returns the block of its sequence that each key is in; None if columns say it.
+    """Returns the block of its sequence that each key is in; None where its column determines it.
 
     Blocks are numbered through the documents of a sequence in order. With o = own_blocks(...)[t],
     block m belongs to the document of query t when o - positions[t] // block <= m <= o.
@@ -61,7 +61,7 @@ def segments(ctx: Context, block: int) -> Int[Tensor, "B L"] | None:
 
 
 def own_blocks(ctx: Context, segment: Int[Tensor, "B L"] | None, block: int) -> Int[Tensor, "B T"]:
-    """Returns the block of each new token."""
+    """Returns the block that each new token is in, counted through its sequence's documents."""
     if segment is None:
         return ctx.positions // block
     return segment.gather(1, ctx.columns)
@@ -258,7 +258,7 @@ def tile_queries(ctx: Context) -> Int[Tensor, " N"]:
 
 
 def _aligned(ctx: Context) -> bool:
-    """Whether a tile starts at the same column in all sequences."""
+    """Returns whether a tile starts at the same column in all sequences."""
     return ctx.key_document_ids is None and ctx.starts is None
 
 

@@ -90,9 +90,9 @@ def flex_tiles(
 
 
 def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int) -> flex.BlockMask:
-    """Builds the mask of FlexAttention.
+    """Builds FlexAttention's mask: selected blocks in full, the tile's own up to each query.
 
-    Selected blocks before the tile are seen in full, the tile's own blocks up to each query.
+    The selected blocks are those before the tile.
     """
     batch, count, choices, _ = tiles.shape
     width = -(-time // block)

@@ -62,7 +62,7 @@ class RecordShard(NamedTuple):
         return [self._replace(rank=rank, world=world) for rank in range(world)]
 
     def marked(self, step: int) -> bool:
-        """Whether every rank of this world has marked the step."""
+        """Returns whether every rank of this world has marked the step."""
         return all(step in read_marks(shard.folder) for shard in self.of(self.world))
 
     def others(self, step: int) -> "list[RecordShard]":

@@ -48,7 +48,7 @@ _THREADS = 32  # threads that share more reads, so that the disk can order many 
 
 
 class TableError(ValueError):
-    """A table's file that cannot be used; the message names the file and the reason."""
+    """An error: a table's file cannot be used. The message names the file and the reason."""
 
 
 class FileRows:
@@ -180,7 +180,7 @@ def read_rows(
 
 
 def _read_run(file: int, into: memoryview, offset: int, wait: bool) -> int:
-    """Returns how many bytes were read."""
+    """Reads a run of rows, waiting for the disk or not, and returns how many bytes were read."""
     if wait:
         return read_at(file, into, offset)
     got = 0
@@ -304,7 +304,7 @@ class RowFile:
         self._failed: np.ndarray | None = None
 
     def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
-        """Returns rows as they are stored."""
+        """Returns the rows `ids` as they are stored, whatever shard each is in."""
         raw = np.empty((len(ids), self.row_bytes), np.uint8)
         try:
             read_from(self.shards, self._first_rows, ids, raw)
