@@ -6,8 +6,8 @@
 Attention is the mean over the tokens of a context, which see context / 2 keys, or fewer: the last
 `window`, or those that DSA, NSA or MoBA select; then the cost of selecting counts too. Additions
 alone, softmax and norms do not count. Gated delta net reads a state of one size instead, whatever
-the context. tests/test_costs.py builds models without storage and counts
-their parameters: both must agree exactly.
+the context. tests/test_costs.py builds models without storage and counts their parameters: both
+must agree exactly.
 """
 
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ class Sizes(NamedTuple):
     experts: tuple[int, ...]  # routed experts of each block, MTP's blocks last
     blocks: tuple[int, ...]  # everything else of these blocks
     embedding: int  # the embedding, and the head if it is not tied
-    others: int  # the exit of the streams and the last norm
+    others: int  # the reduction of the streams and the last norm
 
 
 def sizes(config: ModelConfig) -> Sizes:
@@ -215,7 +215,7 @@ class Parameters:
 
 
 def _backbone(config: ModelConfig) -> Parameters:
-    """Counts all blocks and the exit of the streams, without embedding, head and last norm."""
+    """Counts all blocks and the reduction of the streams, without embedding, head and last norm."""
     total = Parameters(
         others=_reduction(config.hyper, config.dim) if config.hyper is not None else 0
     )
@@ -427,7 +427,7 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
 
 
 def _reduction(hyper: HyperConfig, dim: int) -> int:
-    """Counts fn, base and scale of a learned exit, or the norm and W_down, W_up of a gated one."""
+    """Counts fn, base and scale of a learned reduction; of a gated one a norm, W_down and W_up."""
     S = hyper.streams
     if hyper.kind == "gated":
         return S * dim + 2 * S * dim * hyper.rank
@@ -437,7 +437,7 @@ def _reduction(hyper: HyperConfig, dim: int) -> int:
 def _mtp(config: ModelConfig, depth: int) -> int:
     """Counts five norms, the projection of two hidden states to one, and a block.
 
-    The block comes after the model's last. On streams it has two sites of them, and an exit.
+    The block comes after the model's last. On streams it has two sites of them, and a reduction.
     """
     block = _block(config, config.layers + depth)
     streams = 0
@@ -601,7 +601,7 @@ def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
 
 
 def _hyper_products(config: ModelConfig) -> int:
-    """Counts two sites a block and the exit.
+    """Counts two sites a block and the reduction.
 
     They compute coefficients, read S streams into one, write one to S and mix S with S.
     """

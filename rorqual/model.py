@@ -4,7 +4,7 @@
     x      <- x + engram(x)                                   blocks with Engram
     x      <- H_res x + H_post^T attention(norm(H_pre x))     x + attention(norm(x)) for one stream
     x      <- H_res x + H_post^T ffn(norm(H_pre x))           dense first, then experts
-    logits  = head(norm(exit(x_n)))
+    logits  = head(norm(reduce(x_n)))                         streams are reduced to one state
 
 With gated residuals the sites of the streams norm what they read; no block has norms of its own,
 nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
@@ -240,8 +240,8 @@ class LanguageModel(nn.Module):
         for k in range(config.mtp.depth if config.mtp is not None else 0):
             plain = config.mtp is None or not config.mtp.streams
             block = Block(config, config.layers + k, plain=plain)
-            exit_of = None if plain else StreamReduction(config.hyper, config.dim)
-            self.mtp.append(MTP(config.dim, config.eps, block, exit_of))
+            reduction = None if plain else StreamReduction(config.hyper, config.dim)
+            self.mtp.append(MTP(config.dim, config.eps, block, reduction))
 
     def forward(
         self,
@@ -665,7 +665,7 @@ def init(
                 continue
             if id(parameter) in tables:
                 tables[id(parameter)].draw(ROW_STD)
-            elif name.endswith((".conv", "bias", "sinks", "attn_sink", ".ape")):
+            elif name.endswith((".conv", "bias", "attn_sink", ".ape")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(0.0 if centred and name.endswith("_norm") else 1.0)

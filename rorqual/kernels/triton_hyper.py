@@ -5,10 +5,10 @@ function read the streams once. The S x S matrices, Sinkhorn's iterates among th
 registers: backward recomputes them from the logits and keeps the divisor of each step. With
 P = c dL/dc a step c' = c / d has the backward P <- P - c' sum P, c <- c' d.
 
-    collapse   d x_i  = pre_i du         d pre_i = <du, x_i>
-               then through the sigmoids and Sinkhorn to the logits
-    write      d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>
-               d out  = sum_k post_k dy_k          d post_k = <dy_k, out>
+    pre_mapping    d x_i  = pre_i du         d pre_i = <du, x_i>
+                   then through the sigmoids and Sinkhorn to the logits
+    post_mapping   d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>
+                   d out  = sum_k post_k dy_k          d post_k = <dy_k, out>
 """
 
 import inspect

@@ -25,9 +25,8 @@ from rorqual.model_config import head_primes
 from rorqual.model_config import row_totals as row_totals
 from rorqual.tables.staging import Staging
 
-WORTH_KEEPING = (
-    4096  # from so many tokens on, the memory of their row ids is kept for the next call
-)
+# From so many tokens on, the memory of their row ids is kept for the next call.
+WORTH_KEEPING = 4096
 
 
 def find_primes(config: EngramConfig) -> np.ndarray:

@@ -9,6 +9,7 @@ padding in front. Columns from a sequence's length on hold nothing that is ever 
     Recent     the last few tokens              values that a convolution looks back at
     Blocks     one value per complete block     layers/sparse.py
     Recurrent  a state that all tokens change   layers/delta_net.py
+    Ties       whether equal scores decided     layers/dsa.py
 
 Containers that forget tokens have a `slack`, how many of the last tokens a crop may remove.
 
@@ -415,7 +416,7 @@ class Bundle:
 class BlockCache(Bundle):
     """The cache of one block."""
 
-    attention: Any  # MLACache or GQACache
+    attention: Any  # what the attention's new_cache returns: MLACache, GQACache, CSACache ...
     engram: Any = None  # Recent, or what `attach` uses in its place
 
 

@@ -561,7 +561,7 @@ class EntrySelection(NamedTuple):
     # With `as_topk`: the first entry of each query's document, and the one after its last, of which
     # topk selects. None: all entries.
     spans: Int[Tensor, "B T 2"] | None = None
-    ties: Ties | None = None  # where it is noted that they were
+    ties: Ties | None = None  # where queries are recorded whose selection `as_topk` decided
 
     def gathers(self, count: int) -> bool:
         """Returns whether copying the selected of `count` entries costs less than a mask."""

@@ -54,7 +54,7 @@ class GatedResidual(nn.Module):
 
 
 class GatedReduction(nn.Module):
-    """Reduces the streams to one hidden state: the reading half of a site, and the exit."""
+    """Reduces the streams to one hidden state: the reading half of a site, and the model's end."""
 
     def __init__(self, config: HyperConfig, dim: int):
         super().__init__()
