@@ -327,7 +327,7 @@ class LanguageModel(nn.Module):
             announced = cache.announced
             cache.announced = []
             if torch.equal(torch.cat([one for one, _ in announced], 1), ids):
-                return ctx, _together([fetched for _, fetched in announced])
+                return ctx, _concatenated([fetched for _, fetched in announced])
         return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
 
     def announce(self, ids: Int[Tensor, "B T"], cache: Cache) -> None:
@@ -596,7 +596,7 @@ class LanguageModel(nn.Module):
         return Cache(layers, Past(batch, capacity), ids, drafts)
 
 
-def _together(fetched: list[dict[int, Any]]) -> dict[int, Any]:
+def _concatenated(fetched: list[dict[int, Any]]) -> dict[int, Any]:
     """Returns, by block, the rows of ids whose rows are fetched one after the other."""
     if len(fetched) == 1:
         return fetched[0]

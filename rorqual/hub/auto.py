@@ -216,18 +216,18 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         """
         options |= {"use_safetensors": True}
         wants_info = options.pop("output_loading_info", False)
-        face, info = super().from_pretrained(*args, **options, output_loading_info=True)
+        wrapper, info = super().from_pretrained(*args, **options, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             got = f"got no {missing[0].removeprefix('model.')!r} ({len(missing)} missing)"
             raise ValueError(
                 f"{args[0] if args else 'model'}: {got}, "
                 "expected all weights: open a run with rq.load"
             )
-        addresses = face.model.addresses
+        addresses = wrapper.model.addresses
         if addresses is not None:
             addresses.load_state_dict(addresses.state_dict())
-            addresses.to(face.model.embed.weight.device)
-        return (face, info) if wants_info else face
+            addresses.to(wrapper.model.embed.weight.device)
+        return (wrapper, info) if wants_info else wrapper
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

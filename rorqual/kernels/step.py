@@ -159,7 +159,7 @@ def _publish(context, address, value):
 
 
 @intrinsic
-def _look(context, address):
+def _read_published(context, address):
     """Reads an int64 that another thread published before any later read, in compiled code."""
 
     def generate(context, builder, signature, arguments):
@@ -178,7 +178,7 @@ def _meet(clocks, me, phase):  # pragma: no cover
     _publish(clocks.ctypes.data + 8 * LINE * me, phase)
     for other in range(clocks.shape[0]):
         looks = 0
-        while _look(clocks.ctypes.data + 8 * LINE * other) < phase:
+        while _read_published(clocks.ctypes.data + 8 * LINE * other) < phase:
             looks += 1
             if looks % PATIENCE == 0:
                 _give_way()

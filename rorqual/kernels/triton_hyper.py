@@ -293,7 +293,7 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: in
         )
 
 
-def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Makes tensors contiguous; None stays None."""
     return tuple(x if x is None else x.contiguous() for x in tensors)
 
@@ -303,7 +303,7 @@ class _PreMapping(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, streams, m, scale, base, handed_on, iterations, eps):
-        arguments = _whole(streams, m, scale, base, handed_on)
+        arguments = _contiguous(streams, m, scale, base, handed_on)
         ctx.save_for_backward(*arguments)
         ctx.rest = (eps, 0.0 if eps else _TINY, iterations)
         tokens, count, dim = streams.shape
@@ -323,7 +323,7 @@ class _PreMapping(torch.autograd.Function):
             None if handed_on is None else torch.empty_like(handed_on),
         )  # fmt: skip
         steps = triton.next_power_of_2(2 * ctx.rest[-1] - 1)
-        saved = (streams, m, scale, base, handed_on, *_whole(*changes))
+        saved = (streams, m, scale, base, handed_on, *_contiguous(*changes))
         _launch(_pre_mapping_backward, (*saved, *made), *ctx.rest, STEPS=steps)
         d_streams, d_logits, d_handed = made
         parts = (streams.shape[1], streams.shape[1], m.shape[0] - 2 * streams.shape[1])
@@ -337,7 +337,7 @@ class _PostMapping(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, streams, out, post, comb):
-        arguments = _whole(streams, out, post, comb)
+        arguments = _contiguous(streams, out, post, comb)
         ctx.save_for_backward(*arguments)
         made = torch.empty_like(arguments[0])
         _launch(_post_mapping, (*arguments, made))

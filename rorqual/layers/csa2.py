@@ -204,7 +204,8 @@ class PlainCompressor(nn.Module):
         """
         if self.wgate is None:
             return self.wkv(hidden)
-        tokens = torch.cat([self._wide(self.wkv, hidden), self._wide(self.wgate, hidden)], dim=-1)
+        both = [self._project(linear, hidden) for linear in (self.wkv, self.wgate)]
+        tokens = torch.cat(both, dim=-1)
         before = self.ratio - 1
         if ctx.cache is None:
             tokens = F.pad(tokens, (0, 0, before, 0))
@@ -217,7 +218,7 @@ class PlainCompressor(nn.Module):
         values, scores = torch.stack(groups, dim=2).chunk(2, dim=-1)  # [B, E, r, P]
         return (values * scores.softmax(2)).sum(2).to(hidden.dtype)
 
-    def _wide(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
+    def _project(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
         """Projects in float32 at least, outside of autocast."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -76,7 +76,7 @@ class Indexer(nn.Module):
 
     def keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L P"]:
         """Returns k of every token, cached ones first, and appends the new ones to the cache."""
-        new = self._turn(self.k_norm(self.wk(hidden.detach())), ctx)
+        new = self._rotated(self.k_norm(self.wk(hidden.detach())), ctx)
         if ctx.cache is None:
             return new
         cached = ctx.cache.attention.index_keys.append(new, ctx)
@@ -102,14 +102,14 @@ class Indexer(nn.Module):
         # With one document a row the columns of the queries say which keys they see.
         ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
-        asked = self._turn(query, ctx), weights, key
+        asked = self._rotated(query, ctx), weights, key
         selection = IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
         if self.config.ties == "last":
             return selection
         cached = None if ctx.cache is None else ctx.cache.attention.ties
         return selection._replace(ties=key.shape[1], spans=ctx.spans(), cached_ties=cached)
 
-    def _turn(self, x: Tensor, ctx: Context) -> Tensor:
+    def _rotated(self, x: Tensor, ctx: Context) -> Tensor:
         """Rotates the first rope_dim values by the position of each token; the others stay."""
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         assert ctx.cos is not None and ctx.sin is not None

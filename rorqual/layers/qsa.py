@@ -70,7 +70,7 @@ class Indexer(nn.Module):
         query = self.q_layernorm(both[:, :, :-1])
         key = both[:, :, -1]
         assert ctx.cos is not None and ctx.sin is not None
-        query = self._turn(query, ctx.cos, ctx.sin)
+        query = self._rotated(query, ctx.cos, ctx.sin)
         if ctx.cache is not None:
             cached = ctx.cache.attention.index_keys.append(key, ctx)
             key = cached if ctx.past else key
@@ -101,12 +101,12 @@ class Indexer(nn.Module):
         if ctx.key_positions is not None:
             positions = ctx.key_positions.gather(1, positions)
         tables = rope_tables(self.rope, self.rope_dim, positions)
-        new = self._turn(self.k_layernorm(pooled), *tables)
+        new = self._rotated(self.k_layernorm(pooled), *tables)
         if segment is not None or cache is None:
             return IndexBlocks(new, segment)
         return IndexBlocks(cache.put(new, numbers, real, ctx))
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates the first rope_dim values by these tables; the others stay."""
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         return torch.cat([rotate(turned, cos, sin, self.rope.interleaved), rest], dim=-1)
