@@ -130,7 +130,7 @@ def _place(config: EngramConfig, layer: int) -> int:
     if layer not in config.layers:
         raise ValueError(
             f"layer: got {layer}, "
-            f"expected a block that remembers: {', '.join(map(str, config.layers))}"
+            f"expected a block with Engram: {', '.join(map(str, config.layers))}"
         )
     return config.layers.index(layer)
 

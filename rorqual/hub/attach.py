@@ -297,9 +297,7 @@ class Memory(nn.Module):
                 "expected a Cache of transformers"
             )
         if not isinstance(cache, EngramCache):
-            cache.__class__ = type(
-                "Remembering" + type(cache).__name__, (EngramCache, type(cache)), {}
-            )
+            cache.__class__ = type("Engram" + type(cache).__name__, (EngramCache, type(cache)), {})
             self._caches = [reference for reference in self._caches if reference() is not None] + [
                 weakref.ref(cache)
             ]

@@ -391,7 +391,7 @@ def _report(files: Files, config: ModelConfig, family: Family) -> None:
         count = len(layers[label])
         some = f", {count} layer{'s' * (count > 1)}" if count else ""
         parts.append(f"{label}{some}, {size:,} parameters")
-    runtime.log(f"{files.folder}: read past: {'; '.join(parts)}")
+    runtime.log(f"{files.folder}: skipped: {'; '.join(parts)}")
 
 
 def _stored_dtype(files: Files, family: Family) -> torch.dtype:

@@ -7,7 +7,7 @@
     layers.1.attn.*                                 <->  blocks.1.attention.*, in the same names
 
 The config is composite: text_config is the language model's. Vision (vision_config, `vision.*`,
-`aligner.*`, `image_*`) and DSpark's draft layers (`mtp.*`) are read past, and their sizes are said;
+`aligner.*`, `image_*`) and DSpark's draft layers (`mtp.*`) are skipped, and their sizes are said;
 the bias that the router adds for image tokens is read. What the reference checks about a config is
 checked here, too.
 

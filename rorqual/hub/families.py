@@ -20,7 +20,7 @@ class Family(Protocol):
     MODEL_PARTS: tuple[str, ...]  # parts of a model that the format has, as ModelConfig names them
     EMBEDDING: str  # the published name of the embedding
     SIZES: Sizes
-    PARTS: Mapping[str, str]  # beginnings of names that are read past, and what has these tensors
+    PARTS: Mapping[str, str]  # beginnings of names that are skipped, and what has these tensors
 
     def config_of(self, description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
         """Converts a published config.json; `names` are the folder's tensors.

@@ -8,7 +8,7 @@
 
 `qwen4_exp` is the multimodal model, whose config has the text model's as `text_config` and whose
 tensors begin with model.language_model; `qwen4_exp_text` is the text model alone, which export
-writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as transformers does.
+writes. The vision tower and MTP's layers (visual.*, mtp.*) are skipped, as transformers does.
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
