@@ -597,7 +597,7 @@ class LanguageModel(nn.Module):
 
 
 def _concatenated(fetched: list[dict[int, Any]]) -> dict[int, Any]:
-    """Returns, by block, the rows of ids whose rows are fetched one after the other."""
+    """Joins, by block, rows of tables that are fetched for ids announced one after the other."""
     if len(fetched) == 1:
         return fetched[0]
 

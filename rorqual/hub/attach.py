@@ -395,8 +395,8 @@ class EngramCache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times, here and in the memory's state."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = torch.arange(self.rorqual_state.cache.past.batch)
-        self.rorqual_state.select(rows.repeat_interleave(repeats))
+        sequences = torch.arange(self.rorqual_state.cache.past.batch)
+        self.rorqual_state.select(sequences.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Crops the memory's state by what the host's cache lost.

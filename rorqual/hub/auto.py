@@ -97,7 +97,7 @@ class RorqualCache(HubCache):
         self.cache, self.columns = cache, Columns()
 
     def __repr__(self) -> str:
-        return f"RorqualCache({self.batch_size} rows, {self.columns.count} tokens)"
+        return f"RorqualCache({self.batch_size} sequences, {self.columns.count} tokens)"
 
     def __len__(self) -> int:
         return len(self.cache.layers)

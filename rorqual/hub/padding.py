@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """Moves the valid tokens of each row to its front, and results back to where they were."""
+    """Moves the valid tokens of each sequence to its front, and results back to where they were."""
 
     valid: Bool[Tensor, "B T"]
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens in each row."""
+        """The number of tokens in each sequence."""
         return self.valid.sum(1).tolist()
 
     def pack(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B T ..."]:
-        """Returns x with the valid tokens of each row first, in their order."""
+        """Returns x with the valid tokens of each sequence first, in their order."""
         order = (~self.valid).long().argsort(dim=1, stable=True)
         return x[torch.arange(len(x), device=x.device)[:, None], order]
 
@@ -54,7 +54,7 @@ class Columns:
         self.count += time
 
     def tokens(self, count: int, batch: int) -> list[int]:
-        """Returns how many tokens of each row the last `count` columns hold."""
+        """Returns how many tokens of each sequence the last `count` columns hold."""
         remaining = self.count - count
         if self._valid is None or self._valid.shape[1] <= remaining:
             return [count] * batch
@@ -67,7 +67,7 @@ class Columns:
             self._valid = self._valid[:, : self.count]
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keeps the rows `index`, in that order."""
+        """Keeps the sequences `index`, in that order."""
         if self._valid is not None:
             self._valid = self._valid[index]
 
