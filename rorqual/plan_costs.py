@@ -300,7 +300,7 @@ class Pieces(NamedTuple):
     """Seconds of all pieces of a micro-batch, and of the update that follows the last one."""
 
     blocks: list[Block]
-    root: float  # embedding, head and exit, gathered
+    root: float  # embedding, head and the reduction of the streams, gathered
     head: float  # products outside of blocks, forward
     rows: dict[int, tuple[float, float]]  # by block: rows fetched, their gradients sent
     copies: float  # gradients of copies, averaged
