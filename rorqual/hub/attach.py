@@ -95,7 +95,7 @@ class Memory(nn.Module):
 
     @property
     def _stores(self) -> list[Table]:
-        """The tables, one for each layer with memory, as their class."""
+        """The tables, one for each layer with memory."""
         return cast(list[Table], list(self.tables))
 
     @property

@@ -152,12 +152,12 @@ class RorqualCache(HubCache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: the containers grow, so that a compiled graph could not hold them."""
+        """False, so that `generate` does not compile forward around this cache."""
         return False
 
     @property
     def is_initialized(self) -> bool:
-        """True: memory is allocated as tokens come, and nothing is to be prepared."""
+        """True: nothing has to be prepared before the first token."""
         return True
 
     @property
@@ -167,7 +167,7 @@ class RorqualCache(HubCache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """False for every layer, since what windows forget is the model's own business."""
+        """False for every layer: no column of a mask is dropped, whatever a window forgets."""
         return [False] * len(self)
 
 

@@ -366,7 +366,7 @@ def _sigmoid_router(d: Mapping[str, Any], kind: str, names: Collection[str]) -> 
 
 
 def _softmax_router(d: Mapping[str, Any], kind: str) -> RouterConfig:
-    """Reads the router of V2 or Mistral 4; V2 limits groups only by its group_limited_greedy."""
+    """Reads the router of V2 or Mistral 4; V2 has groups only with group_limited_greedy."""
     v2 = kind == "deepseek_v2"
     limited = not v2 or d["topk_method"] == "group_limited_greedy"
     return RouterConfig(

@@ -108,7 +108,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
 def _moe_of(d: Mapping[str, Any], first: int, layers: int) -> MoEConfig:
     """Reads the experts and their router.
 
-    Of the blocks from `first` on every moe_layer_freq-th has experts; the others are dense.
+    From block `first` on those have experts whose index is a multiple of moe_layer_freq.
     """
     period = max(1, whole(d, "moe_layer_freq"))
     alpha = d.get("aux_loss_alpha")

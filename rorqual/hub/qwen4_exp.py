@@ -165,7 +165,8 @@ def _layer_types(d: Mapping[str, Any], layers: int) -> list[str]:
 def _delta_of(d: Mapping[str, Any], types: list[str], eps: float) -> DeltaNetConfig:
     """Reads the delta net, in blocks that `types` does not call indexed attention.
 
-    Where those are every n-th block the config says so, otherwise it lists the others.
+    Where every n-th block has indexed attention, full_every is n; otherwise `layers` lists the
+    blocks with delta net.
     """
     full = [index for index, kind in enumerate(types) if kind == "indexed_attention"]
     every = full[0] + 1 if full else len(types) + 1
