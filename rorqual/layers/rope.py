@@ -1,8 +1,10 @@
-"""Rotary positions (arXiv:2104.09864), and the frequencies that longer contexts need.
+"""Rotary positions, and the frequencies that longer contexts need.
 
-rotate(x) = (a cos - b sin, a sin + b cos) for each pair (a, b)
-YaRN      = frequencies stretched where they are slow, arXiv:2309.00071
-            (and linear, dynamic, llama3 and longrope, see rope_frequencies)
+    rotate(x) = (a cos - b sin, a sin + b cos) for each pair (a, b)
+    YaRN      = frequencies stretched where they are slow
+                (and linear, dynamic, llama3 and longrope, see rope_frequencies)
+
+RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864; YaRN, 2309.00071.
 """
 
 import math
