@@ -244,11 +244,11 @@ def write_report(
             ),
         ),
         (
-            "How far each token trusts its memory",
+            "How much each token uses its memory",
             _memory_part([r for r in readings if r.gates is not None]),
         ),
-        ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
-        ("Where rows live", "".join(map(_placements_part, readings))),
+        ("Load of the experts", "".join(_load_part(r) for r in readings if r.load is not None)),
+        ("Speed by placement of the rows", "".join(map(_placements_part, readings))),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]
@@ -374,7 +374,7 @@ def _memory_part(readings: Sequence[Reading]) -> str:
     """Returns the gates of every run with a memory, then a table of its loss with and without."""
     if not readings:
         return ""
-    head = ("run", "sampled text, nats a token", "its memory silenced", "worth, nats a token")
+    head = ("run", "sampled text, nats a token", "without its memory", "difference, nats a token")
     seconds = [(r.name, r.memory_kept) for r in readings if r.memory_kept is not None]
     rows = [
         (name, _number(k.whole, 4), _number(k.without, 4), _number(k.without - k.whole, 4))
