@@ -256,7 +256,7 @@ def load_state(
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shapes of a checkpoint's tensors."""
+    """Reads the shape of each tensor of a checkpoint, from the headers alone."""
     entries = _Reader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: tuple(entry.size)
@@ -368,7 +368,7 @@ def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def step_of(folder: str | os.PathLike) -> int:
-    """Returns the step of a checkpoint `stepN`."""
+    """Returns the number N of a checkpoint folder `stepN`."""
     return int(Path(folder).name.removeprefix("step"))
 
 

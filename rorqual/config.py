@@ -180,7 +180,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 
 def word(hint: Any) -> str:
-    """Returns an annotation as a person would write it."""
+    """Returns an annotation in the words of an error: "int or none", "'numpy' or 'splitmix64'"."""
     if len(members(hint)) > 1:
         return " or ".join(word(member) for member in members(hint))
     if typing.get_origin(hint) is typing.Literal:
@@ -292,7 +292,7 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
 
 
 def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
-    """Builds the dataclass that a mapping describes."""
+    """Builds a dataclass, and those inside it, from a mapping; `where` is its path in the file."""
     if not isinstance(mapping, Mapping):
         words = "default, none or " if lax else ""
         raise ValueError(

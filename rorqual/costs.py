@@ -33,7 +33,7 @@ from rorqual.model_config import (
 
 
 class Costs(NamedTuple):
-    """The sizes and costs of a model.
+    """The sizes of a model, and what a token costs in a context.
 
     Parameters are counted; FLOPs are 2 for a multiply and add, forward only.
     """

@@ -224,7 +224,7 @@ def _packages() -> list[Check]:
 
 
 def _package(distribution: str, otherwise: str, hint: str) -> Check:
-    """Checks one distribution.
+    """Checks that one distribution is installed, and says which version.
 
     `otherwise` is the state where it is not installed, `hint` the command that installs it.
     """

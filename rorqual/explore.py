@@ -396,7 +396,7 @@ def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
 
 
 def app(run: Run) -> Starlette:
-    """Returns the ASGI application of a run."""
+    """Returns the ASGI application that serves the page of a run and answers its requests."""
     explorer = Explorer(run)
     page = _PAGE.read_text(encoding="utf-8")
 
@@ -442,7 +442,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def main(config: ExploreConfig) -> None:
-    """Serves the page until interrupted.
+    """Serves the page of a run until it is interrupted.
 
     ValueError for a port that is taken, and for what `load` refuses.
     """

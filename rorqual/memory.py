@@ -195,7 +195,7 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
 
 
 def ids_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram) -> list[int]:
-    """Returns the token ids of an n-gram.
+    """Returns the 2 to N token ids of an n-gram, which may be a text or ids.
 
     ValueError where they are not 2 to N, or where one is a dead token, which n-grams do not span.
     """
@@ -346,7 +346,7 @@ def popular(
 
 
 def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], table_index: int):
-    """Yields (n-gram, count, its rows) of each n-gram."""
+    """Yields (n-gram, count, its rows) of all n-grams of one order, hashed in batches."""
     if counter:
         read = _rows_of_many(model, np.array(list(counter)), table_index)
         for (ngram, times), row_ids in zip(counter.items(), read.tolist(), strict=True):

@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Maps token ids to logits.
+    """The whole model, which maps token ids to logits or to a loss.
 
     `canonical_map` maps the tokenizer's ids to canonical ids for Engram; loading a checkpoint
     restores it.
@@ -564,7 +564,7 @@ class LanguageModel(nn.Module):
         return mean if target.parts == 1 else mean * target.parts
 
     def _mtp_loss(self, hidden, targets, shared_kwargs) -> tuple[Tensor | None, list[Aux]]:
-        """Computes the mean MTP loss over depths."""
+        """Computes the mean loss over the depths of MTP, in nats; None without MTP."""
         if self.config.mtp is None:
             return None, []
         nats = []

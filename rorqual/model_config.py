@@ -163,7 +163,7 @@ def _check_stretch(kind: str, factor: float, original_length: int = 2) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary positions.
+    """Rotary positions: the base, and how it is stretched to longer contexts.
 
     `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2). At most
     one of the fields that stretch the base to longer contexts is set.
@@ -432,7 +432,7 @@ class CSAConfig:
             raise ValueError(f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}")
 
     def kind(self, index: int) -> CSAKind:
-        """Returns the kind of block `index`."""
+        """Returns what block `index` sees before its window, by `kinds`; "window" is nothing."""
         return self.kinds[index] if index < len(self.kinds) else "window"
 
 
@@ -1091,7 +1091,7 @@ class ModelConfig:
         )
 
     def has_engram(self, index: int) -> bool:
-        """Returns whether block `index` has Engram."""
+        """Returns whether block `index` has Engram; MTP's blocks never have."""
         return self.engram is not None and index in self.engram.layers
 
     def check_parts(self) -> None:

@@ -132,7 +132,7 @@ class Held(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What one rank holds, in bytes."""
+    """The bytes that one rank holds, by role, and in sum on the device and the host."""
 
     roles: dict[str, Held]  # rows, experts, embedding, rest
     gathered: int  # as a whole: the block that runs and the next, and what is outside of blocks

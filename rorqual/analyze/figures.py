@@ -128,7 +128,7 @@ def _arm(name: str) -> str:
 
 
 def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
-    """Averages the last `span` values at every point."""
+    """Averages the last `span` values at every point, or as many as there are so far."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - span)

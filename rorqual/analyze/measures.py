@@ -45,7 +45,7 @@ from rorqual.model import IGNORED, LanguageModel
 
 
 class Gates(NamedTuple):
-    """Gates of every token of a text."""
+    """The gate of every token of a text, in each block with Engram and each stream."""
 
     tokens: list[str]
     layers: tuple[int, ...]  # the blocks with Engram

@@ -82,7 +82,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def start(self, zero: str, seed: int = 0) -> None:
-        """Draws new weights that add nothing.
+        """Draws the weights of a new memory, which adds nothing to the hidden states at first.
 
         Rows and projections are normal with deviation 0.02; the convolution is 0, and so is `zero`.
         """

@@ -14,7 +14,7 @@ from rorqual.model_config import ModelConfig
 
 @runtime_checkable
 class Family(Protocol):
-    """What a family's module defines."""
+    """The functions and constants that the module of a family of models defines."""
 
     MODEL_TYPES: tuple[str, ...]  # values of model_type in config.json
     MODEL_PARTS: tuple[str, ...]  # parts of a model that the format has, as ModelConfig names them

@@ -47,7 +47,7 @@ class Columns:
         self._valid: Tensor | None = None
 
     def append(self, batch: int, time: int, packing: Packing | None) -> None:
-        """Counts the columns of one call."""
+        """Counts `time` columns of one call, and which of them are padding."""
         if packing is not None:
             before = self._known(batch, packing.valid.device)
             self._valid = torch.cat([before, packing.valid], dim=1)

@@ -44,7 +44,7 @@ AnyPlace = Place | Joined
 
 
 def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) -> None:
-    """Copies a published tensor into our state dict."""
+    """Copies a published tensor to its place, or to its places, in our state dict."""
     parts = tensor_place.parts if isinstance(tensor_place, Joined) else (tensor_place,)
     row = 0
     for each in parts:

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 
 def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
-    """Compiles a function at its first call.
+    """Compiles a function to machine code with numba, at its first call.
 
     The machine code is cached beside the source for later processes, where that can be written,
     until any kernel's source changes: numba itself looks at the time and size of the one file,

@@ -303,7 +303,7 @@ def _plain(ids: Tensor) -> tuple[Tensor, int]:
 
 
 def _run(fixed, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out) -> Tensor:
-    """Computes the rows of `batch` times `time` tokens.
+    """Hashes `batch` times `time` tokens to rows, by several threads where that is worth it.
 
     The first token is `ids_before` ids after the address `ids`.
     """

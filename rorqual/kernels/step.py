@@ -500,7 +500,7 @@ def _best_groups(biased, sizes):  # pragma: no cover
 
 @compiled
 def _score(logits, kind):  # pragma: no cover
-    """Applies the router's score function in place."""
+    """Applies the router's score function `kind` to one token's logits, in place."""
     best = logits[0]
     total = ZERO
     for e in range(logits.shape[0]):

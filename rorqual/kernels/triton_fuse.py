@@ -36,7 +36,7 @@ def _row(source, offset, inside):
 @triton.jit
 @inspect.unwrap
 def _normed(x, dim, eps):
-    """Returns x r, and r."""
+    """Returns x r and r, the reciprocal of the root mean square of x."""
     r = tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps)
     return x * r, r
 

@@ -95,7 +95,7 @@ def powers(scores, bits, best):  # pragma: no cover
 
 @_any_order
 def softmax(scores, bits):  # pragma: no cover
-    """Applies the softmax in place."""
+    """Applies the softmax to one row of scores, in place; `bits` is memory for as many numbers."""
     share = ONE / powers(scores, bits, largest(scores))
     for l in range(scores.shape[0]):
         scores[l] *= share

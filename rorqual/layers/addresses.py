@@ -141,7 +141,7 @@ def follow_rows(
 
 
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
-    """Marks the ids that the tokenizer does not have."""
+    """Marks the ids that have no canonical id: outside of the map, or -1 in it."""
     top = len(canonical_map) - 1
     return (ids < 0) | (ids > top) | (canonical_map[ids.clamp(0, top)] < 0)
 

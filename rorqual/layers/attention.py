@@ -64,7 +64,7 @@ class GQACache(Bundle):
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention.
+    """Multi-head latent attention: one latent and one rotary key a token, shared by all heads.
 
     Projections are named and laid out as in DeepSeek's checkpoints: q per head [nope | rope], kv_a
     [latent | rope], kv_b per head [nope | value]. DSA is a subclass that selects keys.
@@ -142,7 +142,7 @@ class MLA(nn.Module):
     def queries(
         self, query_latent: Float[Tensor, "B T R"], ctx: Context
     ) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B T H P"]]:
-        """Returns the unrotated queries and the rotated ones."""
+        """Returns the queries of each head: the part without position, and the rotated part."""
         c = self.config
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         query = query.unflatten(-1, (c.heads, -1))

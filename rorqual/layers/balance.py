@@ -97,7 +97,7 @@ def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
 
 
 def _over_time(values: Float[Tensor, "B T E"], routing: Routing) -> Float[Tensor, "B E"]:
-    """Averages over valid tokens."""
+    """Averages values over the valid tokens of each sequence."""
     masked = values if routing.valid is None else values * routing.valid[..., None]
     return _per_token(masked.sum(1), routing)
 

@@ -67,7 +67,7 @@ class State(Protocol):
         ...
 
     def clear(self) -> None:
-        """Frees the buffer."""
+        """Frees the memory; the container is as new."""
         ...
 
 
@@ -82,7 +82,7 @@ class BatchMemory:
     _memory: Tensor | None = None  # [R, C, ...], R >= B
 
     def clear(self) -> None:
-        """Frees the memory."""
+        """Frees the memory; the next call allocates it for a batch of any size."""
         self.buffer = self._memory = None
 
     def _store_in(self, memory: Tensor, batch: int) -> Tensor:
@@ -241,7 +241,7 @@ class Recent(BatchMemory):
         return torch.cat([buffer[:, column:], buffer[:, : column + count - size]], 1)
 
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
-        """Stores the new tokens; `before` has been called."""
+        """Stores the new tokens in place of the oldest; `before` has been called."""
         assert self.buffer is not None
         buffer = self.buffer
         time = new.shape[1]
@@ -311,7 +311,7 @@ class Past:
         self.reset()
 
     def reset(self) -> None:
-        """Removes all tokens."""
+        """Removes all tokens of all sequences, and their document ids."""
         self.lengths = [0] * self.batch
         # The longest that each sequence has been, as far as containers may have forgotten for it.
         self.longest = [0] * self.batch
@@ -416,7 +416,7 @@ class Bundle:
 
 @dataclass(eq=False)
 class BlockCache(Bundle):
-    """The cache of one block."""
+    """The cache of one block: that of its attention, and of Engram's convolution."""
 
     attention: Any  # what the attention's new_cache returns: MLACache, GQACache, CSACache ...
     engram: Any = None  # Recent, or what `attach` uses in its place

@@ -481,7 +481,7 @@ class HCA(SharedKV):
         return HCACache(window, self.compressor.new_cache(capacity))
 
     def compressed(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Entries:
-        """Returns the compressed entries of all tokens."""
+        """Compresses the new tokens and returns the entries of all tokens."""
         cache = ctx.cache
         compressor = self.compressor
         cache = None if cache is None else cache.attention.entries
@@ -521,7 +521,7 @@ class CSA(HCA):
         return CSACache(Recent(self.config.window - 1), *caches, ties=ties)
 
     def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
-        """Returns the indexer's keys of all entries."""
+        """Returns the indexer's keys of all entries, from its own compressor of detached inputs."""
         cache = ctx.cache
         compressor = self.indexer.compressor
         cache = None if cache is None else cache.attention.index

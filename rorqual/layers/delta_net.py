@@ -195,7 +195,7 @@ class Recurrent:
         return self.state
 
     def _roll(self, like: Writes, counts: Int[Tensor, " B"]) -> Float[Tensor, "B H K V"]:
-        """Returns the state so many tokens after `base`."""
+        """Returns the state `counts` tokens after `base`, computed from the stored writes."""
         assert self.base is not None and self.base_lengths is not None
         buffer = self.writes.buffer
         longest = int(counts.max())

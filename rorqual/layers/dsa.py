@@ -193,7 +193,7 @@ class DSA(MLA):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> DSACache:
-        """Returns an empty cache for `capacity` tokens."""
+        """Returns an empty cache for `capacity` tokens; with an indexer it has its keys, too."""
         if self.indexer is None:
             return DSACache(Appended(capacity), None)
         ties = Ties() if self.indexer.config.ties == "topk" else None

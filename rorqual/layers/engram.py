@@ -178,7 +178,7 @@ class Engram(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Resets the parameters so that at first out = v.
+        """Resets the parameters so that at first the output is the gated value alone.
 
         Projections are normal with deviation `std`, biases 0, norms multiply by 1, the convolution
         is 0.
@@ -229,7 +229,7 @@ class Engram(nn.Module):
     def _fuse(
         self, hidden: Tensor, key: Tensor | None, value: Tensor, lookup_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the gated value and its norm.
+        """Computes the value times each stream's gate, and its norm before the convolution.
 
         They are one fused operation if every stream has its own gate and the gate has no hooks.
         """

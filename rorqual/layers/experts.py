@@ -80,7 +80,7 @@ def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
 
 
 def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiplies group by group in ascending order.
+    """Multiplies group by group in ascending order, in windows of a few shapes that recur.
 
     What a window writes after its own rows is overwritten by the next group.
     """

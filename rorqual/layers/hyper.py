@@ -95,7 +95,7 @@ def unrounded(streams: Tensor) -> torch.autocast:
 
 
 class Manifold(nn.Module):
-    """Computes the coefficients of mHC.
+    """Computes the coefficients of mHC, with comb doubly stochastic.
 
     Parameters are as in DeepSeek-V4: rows pre | post | comb, the last row-major [j, k]. At the
     start pre sums to 1 and post is 1 up to scale * noise, so equal streams make a plain residual
@@ -254,7 +254,7 @@ class Residual(nn.Module):
         return x.values[:, :, 0], Mapping(x.values.flatten(0, 1), (batch, time))
 
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
-        """Computes x + out."""
+        """Adds the output to the only stream: x + out."""
         return Streams(mapping.streams.unflatten(0, mapping.shape) + out[:, :, None])
 
 
@@ -372,7 +372,7 @@ class Health(NamedTuple):
 
 
 def health(model: nn.Module, call: Callable[[], object]) -> Health | None:
-    """Measures the streams while `call` runs the model.
+    """Measures the gains and the spread of the streams while `call` runs the model.
 
     Returns None if it reaches no block with hyper-connections. Hooks record every mixer in the
     order in which they run, and the streams that the last block returns. Sites that do not mix

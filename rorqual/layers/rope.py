@@ -115,7 +115,7 @@ def rope_tables(
 
 
 def rope_factor(config: RopeConfig) -> float:
-    """Returns the factor on cos and sin.
+    """Returns the factor that cos and sin are multiplied by: YaRN's, LongRoPE's, or 1.
 
     It is mscale(s, mscale) / mscale(s, mscale_all_dim) with YaRN, the attention factor with
     LongRoPE, and else 1.
@@ -157,7 +157,7 @@ def rotate(
 
 
 def softmax_factor(config: RopeConfig) -> float:
-    """Returns YaRN's factor on the softmax scale.
+    """Returns the factor that YaRN multiplies the softmax scale by; 1 without YaRN.
 
     It is mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), or 1 without YaRN.
     """

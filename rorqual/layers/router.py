@@ -45,7 +45,7 @@ class Routing(NamedTuple):
     whole: Any = None
 
     def select(self, sequences: Int[Tensor, "B 1"], columns: Int[Tensor, "B T2"]) -> "Routing":
-        """Returns the routing of these tokens."""
+        """Returns the routing of the tokens at these sequences and columns."""
         return Routing(
             self.topk_indices[sequences, columns],
             self.weights[sequences, columns],
@@ -60,7 +60,7 @@ class Routing(NamedTuple):
         return self.weights != 0
 
     def counts(self) -> Int[Tensor, " E"]:
-        """Counts the tokens of each expert, without padding."""
+        """Counts the slots of each expert that are taken, without padding."""
         taken = self.taken().flatten().long()
         return taken.new_zeros(self.scores.shape[-1]).scatter_add_(
             0, self.topk_indices.flatten(), taken
@@ -184,7 +184,7 @@ class Router(nn.Module):
         ids: Int[Tensor, "B T"] | None = None,
         valid: Bool[Tensor, "B T"] | None = None,
     ) -> Routing:
-        """Computes the routing of every token.
+        """Selects the experts of every token and computes their weights.
 
         `ids` are needed in layers that select by them; `valid` is False at padding.
         """

@@ -171,7 +171,7 @@ class Blocks:
         self.values.select(index, self.count(length))
 
     def clear(self) -> None:
-        """Removes all blocks."""
+        """Removes all blocks and frees their memory."""
         self.values.clear()
 
     def join(self, other: "Blocks", lengths: Lengths) -> None:
@@ -198,7 +198,7 @@ def full_attention(
     ctx: Context,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
-    """Attends to every visible key."""
+    """Attends to every visible key, a slice of queries at a time where that needs a mask."""
     if ctx.mask is None and query.shape[1] == 1:
         return attend(query, key, value, scale)
     if ctx.mask is None and not ctx.past:

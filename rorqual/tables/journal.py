@@ -82,7 +82,7 @@ class Journal:
             raise TableError(f"{path}: got {error.strerror}, expected room for notes") from error
 
     def mark(self, step: int) -> None:
-        """Makes the table as it is on the disk now a mark."""
+        """Makes the table, as it is on the disk now, the newest mark, and drops old ones."""
         self.close()
         # A file of this name belongs to an earlier mark of the same step.
         (self.folder / f"undo-{step}").unlink(missing_ok=True)

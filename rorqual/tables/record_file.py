@@ -67,7 +67,7 @@ class RecordFile:
         return torch.from_numpy(records[:, : 4 * self.width])
 
     def records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"]:
-        """Returns whole records of rising ids."""
+        """Returns whole records of rising ids: values, averages and numbers of updates."""
         records = np.empty((len(ids), self.record_bytes), np.uint8)
         self._records.read(ids, records)
         return records
@@ -81,7 +81,7 @@ class RecordFile:
     def updated(
         self, before: UInt8[np.ndarray, "K record"], gradient: Float[Tensor, "K W"], update: Update
     ) -> UInt8[np.ndarray, "K record"]:
-        """Returns the records after one update."""
+        """Returns the records after one update of their values and state; nothing is written."""
         after = before.view(np.float32).copy()
         # The update takes three matrices, and a vector of counts.
         parts = after[:, :-1].reshape(-1, 3, self.width).transpose(1, 0, 2)

@@ -368,7 +368,7 @@ class RowFile:
                 offset += got
 
     def close(self) -> None:
-        """Closes all files."""
+        """Closes the files of all shards; later reads are refused."""
         for shard in self.shards:
             shard.close()
 
@@ -454,7 +454,7 @@ def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
 
 
 def _fp8_width(path: Path, metadata: Mapping[str, str], columns: int) -> int:
-    """Returns the width of rows in fp8 records.
+    """Returns the numbers of a row that is stored as an fp8 record of `columns` bytes.
 
     TableError unless format and width fit the records.
     """
@@ -535,7 +535,7 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Returns where a tensor's bytes begin and end.
+    """Returns the bytes of the data between which a tensor lies, checked against its shape.
 
     TableError for an entry that contradicts itself.
     """
@@ -559,7 +559,7 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 def _short(word: str) -> str:
-    """Shortens a text from a file to a part of one line."""
+    """Shortens a text from a file to 40 letters of one line, with special ones escaped."""
     return repr(word[:40])[1:-1]
 
 

@@ -74,7 +74,7 @@ def _mapped(path: Path, size: int) -> Tensor:
 
 
 def _typed(raw: Tensor, file: RowFile) -> Tensor:
-    """Views bytes as rows in the type they are stored in."""
+    """Views bytes as rows in the type that the file stores, fp8 records as bytes."""
     rows = raw.view(file.rows, file.row_bytes)
     return rows if file.dtype == FP8 else rows.view(file.dtype)
 

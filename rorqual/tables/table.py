@@ -154,7 +154,7 @@ class Table(nn.Module):
         cached_rows: Int[Tensor, " H"] | None = None,
         **options: Any,
     ) -> "Table":
-        """Opens read-only rows on the disk.
+        """Opens read-only rows on the disk, with a cache of some of them in memory.
 
         They are tensor `name` of a safetensors file, or a folder of shards. cached_rows: ids, most
         wanted first; as many of them as `cache_bytes` hold are read now and stay in memory. Without
@@ -290,7 +290,7 @@ class Table(nn.Module):
         return rows
 
     def _numbers(self, stored: Tensor) -> Tensor:
-        """Converts stored rows to numbers."""
+        """Converts rows from the form in which they are stored to numbers [K, width]."""
         if isinstance(self.file, RowFile):
             return self.file.numbers(stored)
         return dequantise(stored, self.width) if self.dtype == FP8 else stored.view(self.dtype)
@@ -319,7 +319,7 @@ class Table(nn.Module):
         return gather(weight, row_ids, self.width, self._staging)
 
     def _count(self, rows: int, different: int, read: int) -> None:
-        """Adds a lookup to the counts.
+        """Adds a lookup to the counts that `metrics` returns.
 
         `rows` were asked for, `different` of them are distinct, and `read` were not cached.
         """

@@ -33,7 +33,7 @@ class BackgroundThread:
         return self._executor is not None
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Queues a call and returns its future."""
+        """Queues a call behind those before it and returns its future."""
         if self._process != os.getpid():
             self._reset()
         self._slots.acquire()
