@@ -179,7 +179,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = False
     # The loss is a mean over one batch, whatever number of tokens a Trainer passes.
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias", "image_bias")
     _no_split_modules = ("Block",)
 
     def __init__(self, config: RorqualConfig, model: LanguageModel | None = None) -> None:
