@@ -265,7 +265,7 @@ class Recurrent:
         self.writes.join(other.writes, lengths)
 
     def load(self, other: "Recurrent", length: int) -> None:
-        """Becomes a copy of `other` at its own length; the next call rolls the state back."""
+        """Becomes a copy of `other`, which the next call brings to the first `length` tokens."""
         self.clear()
         if other.state is not None:
             for name in ("state", "base", "lengths", "base_lengths"):
