@@ -74,23 +74,23 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     total = embedding + input_embedding + blocks.matrices + blocks.others + last_norm + memory
 
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
-    resting = blocks_with_experts * _resting(config)
+    unused = blocks_with_experts * _unused_experts(config)
     looked_up = (
         len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
     )
-    activated = total - resting - memory + looked_up  # includes both embeddings
+    activated = total - unused - memory + looked_up  # includes both embeddings
 
     depth = config.mtp.depth if config.mtp is not None else 0
     mtp = sum(_mtp(config, k) for k in range(depth))
     # includes the shared head
-    drafted = mtp - depth * _resting(config) + (embedding if depth else 0)
+    drafted = mtp - depth * _unused_experts(config) + (embedding if depth else 0)
 
     # Blocks with compressed entries, if there are any, see furthest.
     rope = config.rope
     if config.csa is not None and (config.csa2 or set(config.csa.kinds) - {"window"}):
         rope = config.csa.compress_rope
 
-    products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
+    products = blocks.matrices - unused + embedding  # the head multiplies, tied or not
     deltas = sum(config.has_delta(index) for index in range(config.layers))
     products += (config.layers - deltas) * _attention_products(config, context)
     if config.delta is not None:
@@ -176,8 +176,8 @@ def flops_by_block(config: ModelConfig, context: int = 4096) -> tuple[list[Block
     blocks: list[BlockFlops] = []
     for index in range(config.layers):
         experts = active * config.has_experts(index)
-        resting = _resting(config) * config.has_experts(index)
-        total = 2 * (_block(config, index).matrices - resting) + mixed
+        unused = _unused_experts(config) * config.has_experts(index)
+        total = 2 * (_block(config, index).matrices - unused) + mixed
         if config.delta is not None and config.has_delta(index):
             total += 2 * _delta_products(config.delta)
         else:
@@ -381,7 +381,7 @@ def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
     return Parameters(moe.routed * dim + experts + shared, biases + norm)
 
 
-def _resting(config: ModelConfig) -> int:
+def _unused_experts(config: ModelConfig) -> int:
     """Counts the parameters of one block's experts that a token does not use."""
     return (
         0

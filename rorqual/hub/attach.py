@@ -549,7 +549,7 @@ class _Reached(Exception):
 
 
 def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> None:
-    """Checks that the first block takes [batch, time, width], or the streams that config tells.
+    """Checks that the first block takes [batch, time, width], or its streams.
 
     The check is a call of one token that stops at the block. ValueError for another shape. A model
     that cannot run such a call passes.

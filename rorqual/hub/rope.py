@@ -31,7 +31,7 @@ from rorqual.model_config import (
 )
 
 ORIGINAL = "original_max_position_embeddings"
-UNSTRETCHED = 4096  # what a folder says of its longest context if nothing tells
+UNSTRETCHED = 4096  # the longest context of a folder whose rope is not stretched
 
 
 def rope_of(

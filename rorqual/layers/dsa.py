@@ -285,11 +285,11 @@ class DSA(MLA):
     def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""
         c = self.config
-        dearer = GATHERING
+        factor = GATHERING
         time = selection.query.shape[1]
         if not absorbing:
-            dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
-        keys = int(selection.top_k * max(dearer, 1.0))
+            factor *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
+        keys = int(selection.top_k * max(factor, 1.0))
         return min(max(keys - (selection.key.shape[1] - time), 0), time)
 
 

@@ -94,7 +94,7 @@ def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """Multiplies group by group; rows of a window that belong to another group meet zeros."""
+    """Multiplies group by group; rows of other groups in a window are multiplied by 0."""
     out = grad.new_zeros(len(ends), rows.shape[0], grad.shape[1])
     for group, first, last, start, end in _windows(ends):
         product = grad.new_zeros(end - start, grad.shape[1])

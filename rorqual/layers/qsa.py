@@ -8,9 +8,10 @@
 
 Blocks have `block` keys and are counted from the start of a document. The block that a query
 completes is one among the others; only an incomplete one is always seen. Of blocks with equal
-scores (0 where no head likes them) those are selected that torch.topk returns for the scores of
-this query alone. The selection carries no gradient. This is the attention of Qwen3.8-Flash-Next,
-every fourth block of it; the idea of an indexer: DeepSeek-V3.2, arXiv:2512.02556.
+scores (0 where every head's product is negative) those are selected that torch.topk returns for the
+scores of this query alone. The selection carries no gradient. This is the attention of
+Qwen3.8-Flash-Next, every fourth block of it; the idea of an indexer: DeepSeek-V3.2,
+arXiv:2512.02556.
 """
 
 from dataclasses import dataclass
