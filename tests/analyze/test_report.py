@@ -194,7 +194,11 @@ def test_where_rows_are_is_given_run_by_run(runs, tmp_path):
             json.dumps({"resident": 82.0, "disk warm": other})
         )
     page = write_report([tmp_path / name for name in names], tmp_path / "both.html", texts=TEXTS)
-    piece = page.read_text(encoding="utf-8").split("Speed by placement of the rows</h2>")[1].split("</section>")[0]
+    piece = (
+        page.read_text(encoding="utf-8")
+        .split("Speed by placement of the rows</h2>")[1]
+        .split("</section>")[0]
+    )
     result = re.findall(r"<h3>(.*?)</h3>", piece)
     assert result == [name.replace("&", "&amp;") for name in names] and piece.count("<svg") == 2
     assert piece.index("50%") < piece.index("48%")
