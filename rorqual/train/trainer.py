@@ -212,10 +212,10 @@ def _train(
 
         def estimate() -> float:
             _, parts = config.distributed.data_rank(distributed.rank(), distributed.world())
-            rows = config.batch_size // parts
-            micro_batch_size = min(config.micro_batch_size or rows, rows)
+            batch_size = config.batch_size // parts
+            micro_batch_size = min(config.micro_batch_size or batch_size, batch_size)
             return estimate_step_seconds(
-                model, source.vocab_size, rows, micro_batch_size, config.seq_len, step.dtype
+                model, source.vocab_size, batch_size, micro_batch_size, config.seq_len, step.dtype
             )
 
         writer = metrics.MetricsWriter(config, on_metrics, estimate)
