@@ -28,10 +28,11 @@ from torch.autograd.function import once_differentiable
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.attention import MLA, MLACache, visibility
-from rorqual.layers.basics import largest, rotate
 from rorqual.layers.cache import Appended, Lengths
 from rorqual.layers.context import Context
+from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import SMALL_BATCH
+from rorqual.layers.top_k import largest
 from rorqual.model_config import DSAConfig as DSAConfig
 from rorqual.model_config import MLAConfig, RopeConfig
 

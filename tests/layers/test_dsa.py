@@ -16,7 +16,6 @@ from rorqual import kernels
 from rorqual.kernels import dsa as kernel
 from rorqual.layers import dsa
 from rorqual.layers.attention import MLA, MLAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.dsa import (
@@ -29,6 +28,7 @@ from rorqual.layers.dsa import (
     mean_indexer_loss,
     selected_mask,
 )
+from rorqual.layers.rope import RopeConfig
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, MoEConfig, MTPConfig
 
