@@ -36,9 +36,18 @@ from rorqual.train.step import Diverged, TrainStep
 # Options of a model that neither its weights' shapes nor what they compute once trained depend on.
 # The tokenizer sets the last two.
 TRAINING_ONLY = (
-    *("init_std", "moe.balance.", "moe.router.noise", "moba.full_from", "mtp.weight"),
-    *("dsa.dense", "dsa.warmup", "dsa.weight", "csa.warmup", "csa.weight"),
-    *("engram.pad_id", "engram.eos_id"),
+    "init_std",
+    "moe.balance.",
+    "moe.router.noise",
+    "moba.full_from",
+    "mtp.weight",
+    "dsa.dense",
+    "dsa.warmup",
+    "dsa.weight",
+    "csa.warmup",
+    "csa.weight",
+    "engram.pad_id",
+    "engram.eos_id",
 )
 
 
