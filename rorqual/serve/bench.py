@@ -418,7 +418,7 @@ def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
 async def _measure(
     server: Server, load: Load, progress: Callable[[int], None]
 ) -> tuple[list[Outcome], float]:
-    """Sends the requests when they are due, and returns what `measure` does."""
+    """Sends the requests when they are due; what `measure` returns."""
     outcomes: list[Outcome] = []
     tasks: list[asyncio.Task] = []
     done = 0
