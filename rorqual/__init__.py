@@ -91,6 +91,10 @@ class _Registration(importlib.abc.MetaPathFinder):
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Finds transformers' Auto classes with a loader that registers our models afterwards.
+
+        It returns None for every other module, and leaves sys.meta_path once that one is loaded.
+        """
         if fullname != _AUTO:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

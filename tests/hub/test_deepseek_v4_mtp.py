@@ -313,7 +313,7 @@ def test_dspark_is_read_past_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert loaded.config.mtp is None
     (line,) = capsys.readouterr().err.strip().splitlines()
     size = 3 * 64 + 64 * 192 + 32 * 64 + 800
-    assert line.endswith(f"read past: DSpark draft, 3 layers, {size:,} parameters")
+    assert line.endswith(f"skipped: DSpark draft, 3 layers, {size:,} parameters")
     ids = torch.randint(4096, (1, 30))
     torch.testing.assert_close(loaded(ids), model(ids))
     assert main(["params", str(tmp_path), "--json"]) == 0
