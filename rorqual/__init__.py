@@ -79,7 +79,8 @@ def _register() -> None:
     try:
         importlib.import_module("rorqual.hub.auto")
     except Exception as error:
-        warnings.warn(f"rorqual's models are not registered: {error}", stacklevel=2)
+        message = f"rorqual's models are not registered: {error}; import rorqual.hub.auto registers"
+        warnings.warn(f"{message} them once that is mended", stacklevel=2)
 
 
 class _Registration(importlib.abc.MetaPathFinder):

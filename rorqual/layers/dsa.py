@@ -306,7 +306,7 @@ class IndexerSelection(NamedTuple):
     top_k: int  # keys that a query may select
     # The number of keys that each query sees, if `mask` only says that these are the first ones.
     ends: Int[Tensor, "B T"] | None = None
-    # Of equal keys those are selected that torch.topk returns for a row of so many columns, those
+    # Of equal keys those are selected that torch.topk returns for scores of so many columns, those
     # that a query may not see among them; None: the latest.
     ties: int | None = None
     # With `ties`: the first column of each query's document, and the one after its last. torch.topk
