@@ -3,6 +3,7 @@
 Run as a script, this file is two ranks, of which one cannot write.
 """
 
+import os
 import resource
 import shutil
 import sys
@@ -15,17 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pytest import MonkeyPatch
 
 from rorqual import checkpoint, distributed, ranks
 from rorqual.data.needle_config import NeedleConfig
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, ModelConfig
 from rorqual.sharded_rows import RowExchange, ShardedTable
-from rorqual.tables import Table
+from rorqual.tables import Table, TableError
 from rorqual.train import engine
 from rorqual.train.config import TrainConfig
-from rorqual.train.step import Diverged
-from rorqual.train.trainer import train
+from rorqual.train.step import Diverged, TrainStep
+from rorqual.train.trainer import Stopped, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import fork_ranks, run_script
@@ -91,8 +93,34 @@ def check_kinds() -> None:
             raise ValueError(f"of rank {ranks.rank()}")
 
     assert str(error_of(fail_both)) == "of rank 0"
+    check_ends()
     with ranks.together():
         pass
+
+
+def check_ends() -> None:
+    """A rank that is interrupted interrupts the other; one that exits fails it, and exits itself."""
+
+    def end(error: BaseException, rank: int) -> None:
+        with ranks.together():
+            if ranks.rank() == rank:
+                raise error
+
+    for rank in (0, 1):
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 7") as interrupted:
+            end(Stopped("stopped at step 7"), rank)
+        assert (type(interrupted.value) is Stopped) == (ranks.rank() == rank)
+        kind = SystemExit if ranks.rank() == rank else RuntimeError
+        with pytest.raises(kind) as raised:
+            end(SystemExit(3), rank)
+        if kind is SystemExit:
+            assert raised.value.code == 3
+        else:
+            assert str(raised.value) == "a rank has exited: SystemExit(3)"
+            assert raised.value.__notes__ == [f"raised on rank {rank}"]
+
+    with pytest.raises(KeyboardInterrupt), ranks.together():
+        raise KeyboardInterrupt if ranks.rank() == 0 else ValueError("of rank 1")
 
 
 def check_rows(folder: Path) -> None:
@@ -246,11 +274,46 @@ def check_training(folder: Path) -> None:
     assert [step for step, _ in checkpoint.steps(folder / "run" / "checkpoints")] == [2]
 
 
+def check_training_on_a_disk(folder: Path) -> None:
+    """Records of one rank are cut short between two steps: both stop in the next one."""
+    needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=2)
+    config = TrainConfig(
+        model=replace(CONFIG, vocab_size=needles.vocab_size),
+        needles=needles,
+        placement="disk",
+        folder=str(folder / "run"),
+        steps=60,
+        batch_size=2,
+        seq_len=24,
+        save_every=2,
+    )
+    records = folder / "run" / "learning" / "0" / "rank1-of-2" / "records"
+    result = TrainStep.__call__
+    made = []
+
+    def cutting(self, batch, step):
+        if step == 4 and ranks.rank() == 1:
+            os.truncate(records, 100)
+        made.append(step)
+        return result(self, batch, step)
+
+    with MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", cutting)
+        error = error_of(lambda: train(config))
+    assert isinstance(error, TableError) and str(records) in str(error)
+    assert made == [1, 2, 3, 4]
+    ranks.barrier()
+    # No rank begins with records that one of them cannot open.
+    error = error_of(lambda: train(config))
+    assert isinstance(error, TableError) and "bytes of records" in str(error)
+
+
 def everything(folder: Path) -> None:
-    for check in (check_rows, check_state, check_rollback, check_training):
+    checks = (check_rows, check_state, check_rollback, check_training, check_training_on_a_disk)
+    for check in checks:
         (folder / check.__name__).mkdir(exist_ok=True)
     check_kinds()
-    for check in (check_rows, check_state, check_rollback, check_training):
+    for check in checks:
         check(folder / check.__name__)
         ranks.barrier()
 
@@ -281,4 +344,4 @@ def test_one_process_is_rank_0_of_1():
 
 
 if __name__ == "__main__":
-    fork_ranks(2, lambda: everything(Path(sys.argv[1])), 60)
+    fork_ranks(2, lambda: everything(Path(sys.argv[1])), 300)

@@ -442,7 +442,9 @@ class CheckpointCallback(CheckpointerCallback):
             with distributed.together():
                 if distributed.rank() == 0:
                     saved = [step for step, _ in checkpoint.steps(self.save_folder)]
-                    gone = self.train_step.optimizer.forget_former_ranks(saved)
+                    # Older ones, which somebody has put there, are of steps without a mark.
+                    newest = saved[-(self.max_checkpoints or 0) :]
+                    gone = self.train_step.optimizer.forget_former_ranks(newest)
             self._former_ranks = bool(distributed.total(torch.tensor(int(not gone))))
 
     def _trim_checkpoints(self) -> None:

@@ -421,8 +421,11 @@ class Optimizer:
             if name in self.tables_on_disk:
                 continue
             keys = [f"{name}.{key}" for key in ("exp_avg", "exp_avg_sq", "updates")]
-            tensors = {name: self.parameters[name].detach()}
-            snapshot = RowSnapshot(tensors | {key: self.state[key] for key in keys})
+            tensors = {name: self.parameters[name].detach(), **{k: self.state[k] for k in keys}}
+            table = self.row_tables[name]
+            # The last ranks may have rows without an id, which nobody changes or reads.
+            count = table.count if isinstance(table, ShardedTable) else table.rows
+            snapshot = RowSnapshot({key: tensor[:count] for key, tensor in tensors.items()})
             self.snapshots[name] = snapshot
             pieces |= {each: partial(snapshot.rows, each) for each in (name, *keys)}
         return pieces
@@ -440,7 +443,9 @@ class Optimizer:
     def failed_write(self) -> Exception | None:
         """Waits for the rows that the last step writes to the disk; returns the error of a write.
 
-        It is of this rank. The next update would raise it, on this rank alone.
+        It is of this rank. The next update would raise it, on this rank alone. After this step's
+        forward pass there is nothing to wait for: its rows were read behind that write, by the same
+        thread.
         """
         try:
             for table in self.tables_on_disk.values():
