@@ -10,8 +10,9 @@ rank owns. A gradient is the mean over ranks, as FSDP's are.
 
 Exchanges run in order on one background thread, by a process group that nothing else uses, so that
 every rank makes the same ones in the same order, while the model computes. An error of one rank,
-such as a read that fails, is sent along with what is exchanged anyway, and raised on all. Conditional
-Memory via Scalable Lookup, section 2.5, arXiv:2601.07372, shards tables so.
+such as a read that fails, is sent along with what is exchanged anyway, and raised on all.
+
+Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372, shards tables so.
 """
 
 import os

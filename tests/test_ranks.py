@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from pytest import MonkeyPatch
 
 from rorqual import checkpoint, distributed, ranks
 from rorqual.data.needle_config import NeedleConfig
@@ -99,7 +98,7 @@ def check_kinds() -> None:
 
 
 def check_ends() -> None:
-    """A rank that is interrupted interrupts the other; one that exits fails it, and exits itself."""
+    """An interrupted rank interrupts the other; one that exits makes the other fail."""
 
     def end(error: BaseException, rank: int) -> None:
         with ranks.together():
@@ -297,7 +296,7 @@ def check_training_on_a_disk(folder: Path) -> None:
         made.append(step)
         return result(self, batch, step)
 
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "__call__", cutting)
         error = error_of(lambda: train(config))
     assert isinstance(error, TableError) and str(records) in str(error)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -201,7 +200,7 @@ def out_of_memory(rank: int) -> Iterator[None]:
     def fail(*arguments: object, **options: object) -> None:
         raise MemoryError("no memory for sums")
 
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         if distributed.rank() == rank:
             patch.setattr("rorqual.sharded_rows.F.embedding_bag", fail)
         yield

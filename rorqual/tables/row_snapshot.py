@@ -64,6 +64,7 @@ class _Unread:
         self.copies: list[tuple[Tensor, Tensor]] = []  # ids, which rise, and their rows
 
     def copy(self, ids: Int[Tensor, " K"]) -> None:
+        """Copies rows that are about to change, but for those that are read."""
         ids = ids[int(torch.searchsorted(ids, self.first)) :]
         if len(ids):
             self.copies.append((ids, self.tensor.index_select(0, ids)))
