@@ -202,6 +202,10 @@ LAYOUTS = {
     "context_fsdp": DistributedConfig(context=2),
     "context_experts": DistributedConfig(context=2, expert=2, activation_checkpointing="block"),
 }
+# All at once, on eight ranks.
+EVERYTHING = DistributedConfig(
+    replicate=2, context=2, expert=2, activation_checkpointing="selective"
+)
 DENSE = replace(
     CONFIG,
     dsa=None,
@@ -231,6 +235,9 @@ def spread_batch(step: int, parts: int, number: int) -> dict[str, torch.Tensor]:
     labels = ids[:, 1:].clone()
     for row in range(ROWS):
         labels[row, : 3 * row] = -100
+    if step % 3 == 0:
+        # The rank that has it has nothing to learn, and takes part in what the others do.
+        labels[ROWS - 1] = -100
     starts = torch.rand(ROWS, TOKENS, generator=generator) < 0.15
     batch = {"ids": ids[:, :-1], "labels": labels, "document_ids": starts.long().cumsum(1)}
     return {name: value.chunk(parts)[number] for name, value in batch.items()}
@@ -350,6 +357,13 @@ def one_of_four(folder: Path) -> None:
         losses, gradients = twenty_steps(GROUPED if name == "context_fsdp" else DENSE, layout)
         if distributed.rank() == 0:
             torch.save((losses, gradients), folder / f"{name}.pt")
+
+
+def one_of_eight(folder: Path) -> None:
+    """Runs one of eight processes, whose layout has all axes."""
+    losses, gradients = twenty_steps(DENSE, EVERYTHING)
+    if distributed.rank() == 0:
+        torch.save((losses, gradients), folder / "everything.pt")
 
 
 def build_models(folder: Path) -> None:
@@ -482,6 +496,7 @@ def exchange(folder: Path) -> None:
 PHASES = {
     "two": (2, one_of_two),
     "four": (4, one_of_four),
+    "eight": (8, one_of_eight),
     "build": (4, build_models),
     "resume": (4, resume),
 }
@@ -517,21 +532,37 @@ def test_four_ranks_resume_to_the_bit_and_read_what_one_process_wrote(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_steps_of_four_ranks_are_those_of_one(layouts):
-    """Compares losses and, after 20 steps, gradients: with uneven loads, an expert without any."""
+    """Compares losses and, after 20 steps, gradients.
+
+    Loads are uneven: an expert has no tokens, and a rank has no labels in every third step.
+    """
     alone = {}
     for name, layout in LAYOUTS.items():
         model = GROUPED if name == "context_fsdp" else DENSE
         size = ROWS // layout.data_rank(0, 4)[1]
         if (model, size) not in alone:
             alone[model, size] = twenty_steps(model, None, size)
-        expected, gradients = alone[model, size]
-        assert not gradients["blocks.1.ffn.experts.down"][3].any()
-        losses, ours = torch.load(layouts / f"{name}.pt")
-        assert losses == pytest.approx(expected, abs=1e-5), name
-        assert ours.keys() == gradients.keys()
-        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-        for key, gradient in gradients.items():
-            assert (ours[key] - gradient).norm() <= 1e-5 * norm, (name, key)
+        assert_same_steps(layouts / f"{name}.pt", *alone[model, size])
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_eight_ranks_with_all_axes_are_those_of_one(tmp_path):
+    run_script(__file__, tmp_path, "eight")
+    size = ROWS // EVERYTHING.data_rank(0, 8)[1]
+    assert_same_steps(tmp_path / "everything.pt", *twenty_steps(DENSE, None, size))
+
+
+def assert_same_steps(
+    path: Path, expected: list[float], gradients: dict[str, torch.Tensor]
+) -> None:
+    """AssertionError unless losses, and gradients after them, are those of one process."""
+    assert not gradients["blocks.1.ffn.experts.down"][3].any()
+    losses, ours = torch.load(path)
+    assert losses == pytest.approx(expected, abs=1e-5), path
+    assert ours.keys() == gradients.keys()
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    for key, gradient in gradients.items():
+        assert (ours[key] - gradient).norm() <= 1e-5 * norm, (path, key)
 
 
 @pytest.mark.slow

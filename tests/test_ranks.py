@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from rorqual import checkpoint, distributed, ranks
 from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import NeedleStream
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, ModelConfig
 from rorqual.sharded_rows import RowExchange, ShardedTable
@@ -247,10 +248,10 @@ def check_rollback(folder: Path) -> None:
     assert isinstance(error, checkpoint.Damaged) and str(folder) in str(error)
 
 
-def check_training(folder: Path) -> None:
-    """A checkpoint that is written beside training fails on one rank: both stop in one step."""
+def config_of(folder: Path) -> TrainConfig:
+    """Returns the config of a run in FOLDER/run."""
     needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=2)
-    config = TrainConfig(
+    return TrainConfig(
         model=replace(CONFIG, vocab_size=needles.vocab_size),
         needles=needles,
         folder=str(folder / "run"),
@@ -259,6 +260,11 @@ def check_training(folder: Path) -> None:
         seq_len=24,
         save_every=2,
     )
+
+
+def check_training(folder: Path) -> None:
+    """A checkpoint that is written beside training fails on one rank: both stop in one step."""
+    config = config_of(folder)
     complete = checkpoint.StateWrite.complete
 
     def failing(self, values) -> None:
@@ -273,19 +279,27 @@ def check_training(folder: Path) -> None:
     assert [step for step, _ in checkpoint.steps(folder / "run" / "checkpoints")] == [2]
 
 
+def check_data(folder: Path) -> None:
+    """A batch of one rank cannot be read: both stop before the step."""
+    following = NeedleStream.__next__
+    read = []
+
+    def failing(self):
+        read.append(0)
+        if len(read) == 3 and ranks.rank() == 1:
+            raise OSError(5, "Input/output error", "a/file")
+        return following(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NeedleStream, "__next__", failing)
+        error = error_of(lambda: train(config_of(folder)))
+    assert isinstance(error, OSError) and error.filename == "a/file"
+    assert len(read) == 3
+
+
 def check_training_on_a_disk(folder: Path) -> None:
     """Records of one rank are cut short between two steps: both stop in the next one."""
-    needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=2)
-    config = TrainConfig(
-        model=replace(CONFIG, vocab_size=needles.vocab_size),
-        needles=needles,
-        placement="disk",
-        folder=str(folder / "run"),
-        steps=60,
-        batch_size=2,
-        seq_len=24,
-        save_every=2,
-    )
+    config = replace(config_of(folder), placement="disk")
     records = folder / "run" / "learning" / "0" / "rank1-of-2" / "records"
     result = TrainStep.__call__
     made = []
@@ -308,7 +322,10 @@ def check_training_on_a_disk(folder: Path) -> None:
 
 
 def everything(folder: Path) -> None:
-    checks = (check_rows, check_state, check_rollback, check_training, check_training_on_a_disk)
+    checks = (
+        *(check_rows, check_state, check_rollback),
+        *(check_training, check_data, check_training_on_a_disk),
+    )
     for check in checks:
         (folder / check.__name__).mkdir(exist_ok=True)
     check_kinds()

@@ -144,7 +144,10 @@ class Loader(DataLoaderBase):
         self._epoch = epoch or 1
 
     def _iter_batches(self) -> Iterable[dict[str, Any]]:
-        for batch in self.stream:
+        """Yields batches; an error of one rank, whose file cannot be read, is raised on all."""
+        while True:
+            with distributed.together():
+                batch = next(self.stream)
             yield {**batch, "input_ids": batch["ids"]}
 
     def get_mock_batch(self) -> dict[str, Any]:
@@ -164,8 +167,9 @@ class Loader(DataLoaderBase):
 
     def skip(self, count: int) -> None:
         """Leaves out the next batches."""
-        for _ in range(count):
-            next(self.stream)
+        with distributed.together():
+            for _ in range(count):
+                next(self.stream)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict(), "batches_processed": self.batches_processed}

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def has_sharded_rows(tensor: Tensor) -> bool:
-    """Returns whether a matrix is sharded by rows alone, or by rows within each of several replicas."""
+    """Returns whether a matrix is sharded by rows alone, in one replica or in each of several."""
     if not isinstance(tensor, DTensor) or tensor.dim() != 2:
         return False
     *replicas, rows = tensor.placements
