@@ -39,7 +39,9 @@ DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
 }
-_PIECE = 16 << 20  # bytes of a tensor that are read, or written by pieces, at a time
+# Bytes of a tensor that are read, or written by pieces, at a time. Larger ones are no faster, and the
+# allocator keeps several of them.
+_PIECE = 4 << 20
 
 
 class Layout:

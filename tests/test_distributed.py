@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -816,6 +817,27 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
     torch.testing.assert_close(loss.total, expected.total)
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_a_module_that_another_thread_makes_meanwhile_has_its_values():
+    """Only those of the model that is built are without memory at first."""
+    others = []
+
+    def make() -> LanguageModel:
+        thread = threading.Thread(target=lambda: others.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        return LanguageModel(CONFIG, seed=None)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layout = DistributedConfig(rows="replicate")
+        mesh = distributed.make_mesh(layout, "cpu")
+        model = distributed.build(make, mesh, layout, torch.device("cpu"), seed=2)
+        assert_same_weights(model, LanguageModel(CONFIG, seed=2))
+    finally:
+        dist.destroy_process_group()
+    assert not others[0].weight.is_meta
 
 
 def test_alone_nothing_is_exchanged():

@@ -187,7 +187,7 @@ def _turned(name: str, update: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*b
 
 
 def _has_whole_matrices(tensor: DTensor) -> bool:
-    """Whether this rank's part of a stack consists of whole matrices."""
+    """Returns whether this rank's part of a stack consists of whole matrices."""
     return tensor.dim() > 2 and all(
         placement.is_replicate() or getattr(placement, "dim", None) == 0
         for placement in tensor.placements
