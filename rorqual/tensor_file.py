@@ -39,8 +39,7 @@ DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
 }
-# Bytes of a tensor that are read, or written by pieces, at a time. Larger ones are no faster, and the
-# allocator keeps several of them.
+# Bytes of a tensor that are read, or written by pieces, at a time: the allocator keeps several.
 _PIECE = 4 << 20
 
 
