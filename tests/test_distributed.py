@@ -358,6 +358,10 @@ def one_of_four(folder: Path) -> None:
         losses, gradients = twenty_steps(GROUPED if name == "context_fsdp" else DENSE, layout)
         if distributed.rank() == 0:
             torch.save((losses, gradients), folder / f"{name}.pt")
+    model, optimizer, norms = steps("V3.2 and more", "muon", spread_as(LAYOUTS["hsdp"]))
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    state |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
+    checkpoint.save_state(folder / "muon", state, {"norms": norms})
 
 
 def one_of_eight(folder: Path) -> None:
@@ -574,21 +578,34 @@ def test_two_ranks_make_the_steps_of_one(folder, name):
     One process reads the checkpoint of two.
     """
     model, optimizer, norms = steps(*CASES[name][:2])
-    expected = {f"model.{key}": value for key, value in model.state_dict().items()}
-    expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
-    for written in (name, f"{name}_again"):
-        item = {key: torch.zeros_like(value) for key, value in expected.items()}
-        values = checkpoint.load_state(folder / written, item)
-        for key, value in expected.items():
-            if ROUNDING not in key:
-                torch.testing.assert_close(
-                    item[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-                )
-        assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
+    assert_saved_steps(folder / name, model, optimizer, norms)
+    assert_saved_steps(folder / f"{name}_again", model, optimizer, norms)
     whole = checkpoint.load_model(folder / f"{name}_model").state_dict()
     for key, value in model.state_dict().items():
         if ROUNDING not in key:
             torch.testing.assert_close(whole[key], value, rtol=1e-3, atol=2e-5)
+
+
+def assert_saved_steps(
+    path: Path, model: LanguageModel, optimizer: Optimizer, norms: list[float]
+) -> None:
+    """AssertionError unless a checkpoint of several ranks has the state of this process."""
+    expected = {f"model.{key}": value for key, value in model.state_dict().items()}
+    expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
+    item = {key: torch.zeros_like(value) for key, value in expected.items()}
+    values = checkpoint.load_state(path, item)
+    for key, value in expected.items():
+        if ROUNDING not in key:
+            torch.testing.assert_close(
+                item[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_muon_of_two_replicas_makes_the_steps_of_one_process(layouts):
+    """Four ranks share the matrices of two replicas, of which each rank has half of the rows."""
+    assert_saved_steps(layouts / "muon", *steps("V3.2 and more", "muon"))
 
 
 @pytest.mark.slow
