@@ -98,11 +98,13 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
             _errors_of_all(error, group)
         raise error
     errors = _errors_of_all(error, group)
-    number = next((number for number, each in enumerate(errors) if each is not None), None)
-    if number is None:
+    number, first = next(
+        ((number, each) for number, each in enumerate(errors) if each is not None), (0, None)
+    )
+    if first is None:
         return
-    first = error if number == rank(group) else errors[number]
-    assert first is not None
+    # This rank's own error has its traceback.
+    first = error if error is not None and number == rank(group) else first
     first.add_note(f"raised on rank {number}")
     if first is error:
         raise first

@@ -70,7 +70,11 @@ def map_whole(
         for rank in range(ranks.count)
     ]
     expected = [
-        [tuple(rows.shape) for rows, owner in zip(local, owners, strict=True) if owner == rank]
+        [
+            (rows.shape[0], rows.shape[1])
+            for rows, owner in zip(local, owners, strict=True)
+            if owner == rank
+        ]
         for rank in range(ranks.count)
     ]
     returned: list[Iterator[Tensor]] = [
@@ -117,7 +121,7 @@ def _owners(matrices: Sequence[DTensor], ranks: int) -> list[int]:
 
 def _exchange(
     sent: Sequence[Sequence[Tensor]],
-    expected: Sequence[Sequence[tuple[int, ...]]],
+    expected: Sequence[Sequence[tuple[int, int]]],
     like: Tensor,
     group: dist.ProcessGroup,
 ) -> list[list[Tensor]]:
