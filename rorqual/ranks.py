@@ -103,11 +103,11 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
     )
     if first is None:
         return
-    # This rank's own error has its traceback.
-    first = error if error is not None and number == rank(group) else first
+    if error is not None and number == rank(group):
+        # It has its traceback, which the copy that was sent lacks.
+        error.add_note(f"raised on rank {number}")
+        raise error
     first.add_note(f"raised on rank {number}")
-    if first is error:
-        raise first
     raise first from error
 
 

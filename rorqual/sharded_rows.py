@@ -113,13 +113,13 @@ class RowExchange:
             error = raised
             entries = like.new_zeros(sum(sent), *like.shape)
         failed = like.new_full((1, *like.shape), error is not None)
-        pieces = [piece for part in entries.split(list(sent)) for piece in (part, failed)]
+        pieces = [piece for rows in entries.split(list(sent)) for piece in (rows, failed)]
         counts = [count + 1 for count in received]
         arrived = self.all_to_all(torch.cat(pieces), [count + 1 for count in sent], counts)
-        parts = arrived.split(counts)
-        if torch.cat([part[-1:] for part in parts]).any():
+        by_rank = arrived.split(counts)
+        if torch.cat([rows[-1:] for rows in by_rank]).any():
             raise_together(error, self.group)
-        return torch.cat([part[:-1] for part in parts])
+        return torch.cat([rows[:-1] for rows in by_rank])
 
     def mesh(self, device: torch.device) -> DeviceMesh:
         """Returns the ranks as the mesh of DTensors on such devices."""

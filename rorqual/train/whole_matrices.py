@@ -134,6 +134,6 @@ def _exchange(
     arrived = like.new_empty(sum(in_sizes))
     dist.all_to_all_single(arrived, out, in_sizes, out_sizes, group=group)
     return [
-        [piece.view(shape) for piece, shape in zip(part.split(counts), shapes, strict=True)]
-        for part, counts, shapes in zip(arrived.split(in_sizes), numels, expected, strict=True)
+        [piece.view(shape) for piece, shape in zip(numbers.split(counts), shapes, strict=True)]
+        for numbers, counts, shapes in zip(arrived.split(in_sizes), numels, expected, strict=True)
     ]
