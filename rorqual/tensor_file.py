@@ -39,7 +39,8 @@ DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
 }
-_PIECE = 16 << 20  # bytes of a tensor that are read, or written by pieces, at a time
+# Bytes of a tensor that are read, or written by pieces, at a time: the allocator keeps several.
+_PIECE = 4 << 20
 
 
 class Layout:
