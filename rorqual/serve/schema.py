@@ -385,6 +385,8 @@ class CompletionRequest(Generation):
         list[str | list[int]], PlainValidator(_prompts("prompt")), WithJsonSchema(_PROMPT)
     ]
     echo: Flag | None = None  # the prompt stands before the text
+    # Whether the text of a special token in a prompt is the token.
+    parse_special: Flag | None = None
     logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -551,20 +553,15 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class ChatRequest(Generation):
-    """The body of /v1/chat/completions: messages that are answered."""
+class Templated(BaseModel):
+    """The fields of a request that go into the chat template beside the messages."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
-    logprobs: Flag | None = None
-    top_logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: Flag | None = None
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # Whether the text of a special token in a message, or in a prompt, is the token.
+    parse_special: Flag | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -573,6 +570,33 @@ class ChatRequest(Generation):
             name = "chat_template_kwargs"
             raise refuse(name, f"{name}: got {', '.join(wrong)}, expected words of the template")
         return value
+
+    def tool_dicts(self) -> list[dict[str, Any]]:
+        """Returns the tools as chat templates expect them."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    def template_options(self) -> dict[str, Any]:
+        """Returns the options of the chat template besides the messages."""
+        options: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        options["continue_final_message"] = bool(self.continue_final_message)
+        options["add_generation_prompt"] = not self.continue_final_message
+        if self.add_generation_prompt is not None:
+            options["add_generation_prompt"] = self.add_generation_prompt
+        if self.tools:
+            options["tools"] = self.tool_dicts()
+        return options
+
+
+class ChatRequest(Templated, Generation):
+    """The body of /v1/chat/completions: messages that are answered."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Flag | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -613,21 +637,6 @@ class ChatRequest(Generation):
         choice = self.tool_choice
         return choice.function.name if isinstance(choice, NamedTool) else None
 
-    def tool_dicts(self) -> list[dict[str, Any]]:
-        """Returns the tools as chat templates expect them."""
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
-
-    def template_options(self) -> dict[str, Any]:
-        """Returns the options of the chat template besides the messages."""
-        options: dict[str, Any] = dict(self.chat_template_kwargs or {})
-        options["continue_final_message"] = bool(self.continue_final_message)
-        options["add_generation_prompt"] = not self.continue_final_message
-        if self.add_generation_prompt is not None:
-            options["add_generation_prompt"] = self.add_generation_prompt
-        if self.tools:
-            options["tools"] = self.tool_dicts()
-        return options
-
     def parameters(self) -> Sampling:
         """Returns the parameters of sampling."""
         return self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None)
@@ -650,13 +659,12 @@ class EmbeddingRequest(Input):
         return self
 
 
-class TokenizeRequest(Input):
+class TokenizeRequest(Templated, Input):
     """The body of /tokenize: a text, or the messages of a chat."""
 
     prompt: Text | None = None
     messages: list[Message] | None = None
     add_special_tokens: Flag | None = None  # begin as a document does; true if it is left out
-    add_generation_prompt: Flag | None = None
     return_token_strs: Flag | None = None
 
     @model_validator(mode="after")

@@ -281,18 +281,17 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         """Returns the ids of a text, or of messages by the chat template.
 
         A text that is a special token and nothing else has that token's id, so that clients can ask
-        for it. Within a longer text, and in prompts and messages, it is text.
+        for it. Within a longer text, and in prompts and messages, it is text, unless parse_special
+        is true.
         """
         service.check(request)
         if request.messages:
-            prompt = request.add_generation_prompt is not False
-            messages = [message.filled() for message in request.messages]
-            ids = await service.chat_ids(messages, {"add_generation_prompt": prompt})
+            ids = await service.chat_ids(request.messages, request)
         else:
             text = request.prompt or ""
             special = service.special_tokens.get(text)
             if special is None:
-                ids = await service.text_ids(text)
+                ids = await service.text_ids(text, bool(request.parse_special))
             else:
                 ids = [tokenizer.begin_id, special]
             if request.add_special_tokens is False:
