@@ -66,13 +66,17 @@ class Prefixes:
         """Bytes of memory of all caches; it may be read from any thread."""
         return sum(cache.allocated_bytes for cache, _ in list(self._kept.values()))
 
-    def start(self, ids: Sequence[int]) -> tuple[Cache, int]:
-        """Returns a new cache for these ids, and how many of them it holds, never all of them."""
+    def start(self, ids: Sequence[int], *, find: bool = True) -> tuple[Cache, int]:
+        """Returns a new cache for these ids, and how many of them it holds, never all of them.
+
+        With `find` False it holds none: all of them will be read.
+        """
         cache = self._model.new_cache(1, capacity=len(ids) + SPARE)
         if self.keeps and self._model.config.delta is None:
             cache.reserve_slack(len(ids))
         # The last id is always read: its logits are wanted.
-        for count, key in reversed(list(enumerate(keys_of(ids[:-1]), start=1))):
+        keys = keys_of(ids[:-1]) if find else []
+        for count, key in reversed(list(enumerate(keys, start=1))):
             if key in self._by_key:
                 number = self._by_key[key]
                 self._kept.move_to_end(number)
