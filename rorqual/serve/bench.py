@@ -75,6 +75,7 @@ class Load:
     seed: int = 0
     timeout: float = 600.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    texts: bool = False  # whether the outcomes have the texts of the answers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,6 +92,7 @@ class Outcome:
     message: str = ""
     prompt_tokens: int = 0
     output_tokens: int | None = None  # None: the server did not count them
+    texts: list[str] | None = None  # of a completion, a piece each; None: not wanted
 
     @property
     def tokens(self) -> int:
@@ -360,6 +362,8 @@ async def _listen(answer: httpx.Response, to: Outcome) -> None:
             if choices:
                 finished = choices[0].get("finish_reason") is not None
                 # A token without a text, at the end, is a piece where there was none before.
+                if to.texts is not None:
+                    to.texts.append(choices[0].get("text") or "")
                 if _text(choices[0]) or (finished and not to.pieces):
                     to.pieces.append(time.perf_counter())
                 ended |= finished
@@ -443,7 +447,8 @@ async def _measure(
             for prompt in load.prompts:
                 await asyncio.sleep(max(due - time.perf_counter(), 0.0))
                 await gate.acquire()
-                outcomes.append(Outcome(due=due if paced else time.perf_counter()))
+                moment = due if paced else time.perf_counter()
+                outcomes.append(Outcome(due=moment, texts=[] if load.texts else None))
                 tasks.append(asyncio.create_task(one(prompt, outcomes[-1])))
                 due += draw.expovariate(load.rate) if paced else 0.0
             await asyncio.gather(*tasks)
