@@ -55,6 +55,24 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "json_schema": (None,),
     "chat_template": (None,),
     "detokenize": (None, True),
+    "echo": (None, False),
+    "add_special_tokens": (None, False),
+    "documents": (None, []),
+    "early_stopping": (None, False),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "logits_processors": (None, []),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "return_hidden_states": (None, False),
+    "timings_per_token": (None, False),
+    "n_probs": (None, 0),
+    "samplers": (None, []),
+    "tfs_z": (None, 1),
+    "top_a": (None, 0),
+    "mirostat": (None, 0),
+    "dry_multiplier": (None, 0),
+    "xtc_probability": (None, 0),
 }
 # OpenAI and other servers accept these fields; they would not change an answer of this server.
 IGNORED = frozenset(
@@ -74,6 +92,10 @@ IGNORED = frozenset(
         "cache_prompt",
         "cache_salt",
         "keep_alive",
+        "id_slot",
+        "include_reasoning",
+        "separate_reasoning",
+        "stream_reasoning",
     }
 )
 MAXIMUM = 64  # continuations that one request may ask for
@@ -144,7 +166,8 @@ class Input(BaseModel):
                     raise refuse(name, message, "unsupported_parameter")
             elif name in IGNORED:
                 ignored.append(name)
-            else:
+            # Clients send null for what they do not ask for.
+            elif one is not None:
                 name = name[:LONGEST_VALUE]
                 similar = difflib.get_close_matches(name, list(cls.model_fields), 1)
                 hint = f", did you mean {similar[0]}?" if similar else ""
@@ -200,13 +223,11 @@ class ResponseFormat(BaseModel):
 
 def _stop(value: Any) -> list[str]:
     words = [value] if isinstance(value, str) else [] if value is None else value
-    good = isinstance(words, list) and all(isinstance(word, str) and word for word in words)
+    good = isinstance(words, list) and all(isinstance(word, str) for word in words)
     if not good or len(words) > 16:
-        raise refuse(
-            "stop",
-            f"stop: got {short(value)}, expected a text or at most 16 texts, none of them empty",
-        )
-    return words
+        raise refuse("stop", f"stop: got {short(value)}, expected a text or at most 16 texts")
+    # Clients with an empty field for it send an empty text.
+    return [word for word in words if word]
 
 
 _TEXT = {"type": "string"}
@@ -297,12 +318,8 @@ class Generation(Input):
         WithJsonSchema(
             {
                 "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {
-                        "type": "array",
-                        "maxItems": 16,
-                        "items": {"type": "string", "minLength": 1},
-                    },
+                    {"type": "string"},
+                    {"type": "array", "maxItems": 16, "items": {"type": "string"}},
                     {"type": "null"},
                 ]
             }
@@ -387,6 +404,7 @@ class CompletionRequest(Generation):
     echo: Flag | None = None  # the prompt stands before the text
     # Whether the text of a special token in a prompt is the token.
     parse_special: Flag | None = None
+    add_special_tokens: Flag | None = None  # begin as a document does; true if it is left out
     logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")

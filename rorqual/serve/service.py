@@ -248,6 +248,8 @@ class Service:
             texts = [await self.chat_ids(request.messages, request)]
         else:
             texts = [await self._ids(prompt, special) for prompt in request.prompt]
+            if request.add_special_tokens is False:
+                texts = [_without_begin(*one) for one in zip(request.prompt, texts, strict=True)]
         texts = last_tokens(texts, request.truncate_prompt_tokens)
         return [ids for ids in texts for _ in range(request.copies)]
 
@@ -255,12 +257,22 @@ class Service:
         """Returns the ids of messages by the chat template."""
         fill = partial(
             self.run.chat,
-            [message.filled() for message in messages],
+            [self._filled(message) for message in messages],
             context=self.context,
             options=request.template_options(),
             parse_special=bool(request.parse_special),
         )
         return await self.in_thread(self._chats, fill)
+
+    def _filled(self, message: Message) -> dict[str, Any]:
+        """Returns a message as the chat template expects it.
+
+        Templates from before there were developers know them as the system.
+        """
+        filled = message.filled()
+        if message.role == "developer" and "developer" not in self.template:
+            filled["role"] = "system"
+        return filled
 
     async def _ids(self, prompt: str | list[int], parse_special: bool = False) -> list[int]:
         """Returns the ids of a prompt; ids are taken as they are."""
@@ -443,6 +455,16 @@ def _split(
     if isinstance(request, ChatRequest) and request.parallel_tool_calls is False:
         calls = calls[: max(1 - before, 0)]
     return content, calls
+
+
+def _without_begin(prompt: str | list[int], ids: list[int]) -> list[int]:
+    """Returns the ids of a text without the one that begins a document; refuses an empty text."""
+    if not isinstance(prompt, str):
+        return ids
+    if len(ids) < 2:
+        name = "add_special_tokens"
+        raise Refusal(f"{name}: got false beside an empty prompt, expected a text", param=name)
+    return ids[1:]
 
 
 def _ends(request: Request, token: Token) -> bool:
