@@ -24,19 +24,21 @@ from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, MLA
 from rorqual.layers.balance import losses
-from rorqual.layers.basics import CentredRMSNorm, RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
+from rorqual.layers.cross_entropy import chunked_cross_entropy
 from rorqual.layers.csa import CSA, HCA, SharedKV
 from rorqual.layers.csa2 import CSA2
 from rorqual.layers.delta_net import DeltaNet
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
+from rorqual.layers.feed_forward import SwiGLU
 from rorqual.layers.gated_residual import GatedReduction, GatedResidual
 from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
 from rorqual.layers.moba import MoBA
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP, ahead
+from rorqual.layers.norm import CentredRMSNorm, RMSNorm
 from rorqual.layers.nsa import NSA
 from rorqual.layers.qsa import QSA
 from rorqual.layers.router import Routing

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from rorqual.layers.basics import rope_factor, rope_frequencies, rope_tables, rotate
 from rorqual.layers.cache import Past
+from rorqual.layers.rope import rope_factor, rope_frequencies, rope_tables, rotate
 from rorqual.model_config import RopeConfig
 
 # Fields of Context that have a value for each new token, or are None.

@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Bundle, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.dsa import (
@@ -48,7 +47,10 @@ from rorqual.layers.dsa import (
     choose_within,
     index_scores,
 )
+from rorqual.layers.norm import RMSNorm
+from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import Blocks
+from rorqual.layers.top_k import largest
 from rorqual.model_config import CSAConfig as CSAConfig
 
 QUERIES = 64  # processed at a time: their window keys and scores stay in a core's cache

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Recent
 from rorqual.layers.cache_formats import rounded
 from rorqual.layers.context import Context
@@ -46,7 +45,10 @@ from rorqual.layers.csa import (
     window_mask,
 )
 from rorqual.layers.dsa import IndexerLoss, Ties, choices_open, choose_within
+from rorqual.layers.norm import RMSNorm
+from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import Blocks
+from rorqual.layers.top_k import largest
 from rorqual.model_config import CSA2Config as CSA2Config
 from rorqual.model_config import CSAConfig
 

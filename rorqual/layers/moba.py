@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.norm import as_float32
 from rorqual.layers.sparse import (
     Blocks,
     Selection,
-    as_float32,
     attend_selected,
     best_blocks,
     by_tiles,

@@ -34,11 +34,11 @@ from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.norm import as_float32
 from rorqual.layers.sparse import (
     SMALL_BATCH,
     Blocks,
     Selection,
-    as_float32,
     attend_selected,
     best_blocks,
     by_tiles,

@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, GQACache
-from rorqual.layers.basics import CentredRMSNorm, RMSNorm, rope_tables, rotate
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
+from rorqual.layers.norm import CentredRMSNorm, RMSNorm, as_float32
+from rorqual.layers.rope import rope_tables, rotate
 from rorqual.layers.sparse import (
     Blocks,
     Selection,
-    as_float32,
     attend_selected,
     full_attention,
     most_blocks,

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
-from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended, Lengths, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.norm import as_float32
 from rorqual.layers.tiles import TILE, flex_tiles, loop_tiles
+from rorqual.layers.top_k import largest
 
 QUERIES = 512  # processed at a time, so that no mask is T x T
 SMALL_BATCH = 16  # up to so many new tokens after a cache read their selected keys in place
@@ -422,8 +423,3 @@ def masked_attention(
             )
         )
     return torch.cat(out, dim=2)
-
-
-def as_float32(x: Tensor) -> Tensor:
-    """Converts x to float32; float64 stays float64."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -21,7 +21,6 @@ from torch import Tensor
 from rorqual import kernels
 from rorqual.layers import delta_net, sparse, tiles
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.csa import CSAConfig
 from rorqual.layers.csa2 import CSA2Config
 from rorqual.layers.delta_net import DeltaNetConfig
@@ -29,6 +28,7 @@ from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.layers.qsa import QSAConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig
 from rorqual.model import LanguageModel, ModelConfig
 
 VOCAB_SIZE = 40

@@ -14,10 +14,10 @@ from jaxtyping import TypeCheckError
 
 from rorqual.layers import moba, sparse, tiles
 from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig, switch
+from rorqual.layers.rope import RopeConfig
 
 ROPE = RopeConfig(base=50.0)
 CHOICES = pytest.mark.parametrize("choice", ["token", "tile"])

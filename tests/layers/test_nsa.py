@@ -17,9 +17,9 @@ from rorqual import kernels
 from rorqual.kernels import nsa as kernel
 from rorqual.layers import sparse, tiles
 from rorqual.layers.attention import GQAConfig
-from rorqual.layers.basics import RopeConfig, rope_tables, rotate
 from rorqual.layers.context import context
 from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_small_batch, importance_of
+from rorqual.layers.rope import RopeConfig, rope_tables, rotate
 from rorqual.layers.sparse import best_blocks
 
 ROPE = RopeConfig(base=50.0)

@@ -16,13 +16,13 @@ from torch import nn
 
 from rorqual.kernels import step as kernel
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.cache import Cache
 from rorqual.layers.csa import CSAConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import ROUTER_SCORES
