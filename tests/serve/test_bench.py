@@ -10,6 +10,7 @@ import socketserver
 import statistics
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -344,7 +345,8 @@ def test_an_interrupt_returns_what_was_measured(fake, monkeypatch, slow) -> None
     """However many requests are there, it takes no longer."""
     done = []
     event = Interrupted(lambda: len(done) == 2)
-    monkeypatch.setattr(bench.threading, "Event", lambda: event)
+    namespace = SimpleNamespace(Event=lambda: event, Thread=threading.Thread)
+    monkeypatch.setattr(bench, "threading", namespace)
     # The rest of what two hundred connections need to close is not waited for.
     monkeypatch.setattr(bench, "END_SECONDS", 1.0 if slow == 2 else 0.0)
     server = Server(fake.url)
@@ -360,7 +362,8 @@ def test_an_interrupt_returns_what_was_measured(fake, monkeypatch, slow) -> None
 
 def test_an_interrupt_before_the_first_request_is_answered_has_nothing(fake, monkeypatch) -> None:
     event = Interrupted(lambda: True)
-    monkeypatch.setattr(bench.threading, "Event", lambda: event)
+    namespace = SimpleNamespace(Event=lambda: event, Thread=threading.Thread)
+    monkeypatch.setattr(bench, "threading", namespace)
     with pytest.raises(KeyboardInterrupt):
         measure(Server(fake.url), load("slow"))
 
