@@ -208,7 +208,7 @@ class Run:
             process = self._chatty
             assert process.stdin is not None and process.stdout is not None
             try:
-                chat = {"messages": messages, "options": options or {}, "most": largest}
+                chat = {"messages": messages, "options": options or {}, "largest": largest}
                 line = json.dumps(chat | {"parse_special": parse_special})
                 process.stdin.write(line + "\n")
                 process.stdin.flush()

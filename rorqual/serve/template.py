@@ -2,10 +2,10 @@
 
     python -P template.py FOLDER SECONDS BYTES
 
-It reads a line of JSON for each chat, {"messages", "options", "most", "parse_special"}, and writes
-one: {"ids"}, {"size"} in bytes where the text has more than `most`, or {"error"}. jinja renders in
-a sandbox; faulthandler's timer ends the process whatever it does and whoever started it, since one
-operation of Python can take hours. It imports nothing of rorqual, so that it starts soon.
+It reads a line of JSON for each chat, {"messages", "options", "largest", "parse_special"}, and
+writes one: {"ids"}, {"size"} in bytes where the text has more than `largest`, or {"error"}. jinja
+renders in a sandbox; faulthandler's timer ends the process whatever it does and whoever started it,
+since one operation of Python can take hours. It imports nothing of rorqual, so that it starts soon.
 
 A chat is rendered as one text, in which the special tokens of the template and a message that
 spells `<|im_end|>` look alike. `SpecialTokens` tells them apart:
@@ -29,6 +29,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import tokenizers
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
 # Not white space, not escaped in JSON, the same in upper and lower case; then private characters.
 MARKS = ("\x7f", *map(chr, range(0xE000, 0xF900)))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -40,8 +47,6 @@ class SpecialTokens:
 
     def __init__(self, backend: Any) -> None:
         """Adds to the tokenizers.Tokenizer a name for each special token."""
-        import tokenizers
-
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         special = {i: token for i, token in added.items() if token.special and token.content}
@@ -146,10 +151,10 @@ class Template:
         messages: list[Any],
         options: dict[str, Any],
         *,
-        most: int | None = None,
+        largest: int | None = None,
         parse_special: bool = False,
     ) -> dict[str, Any]:
-        """Returns the ids of messages, or the size of their text where it is more than `most`.
+        """Returns the ids of messages, or the size of their text where it is more than `largest`.
 
         With `parse_special` the text of a special token in a message is the token. ValueError for
         messages that hold every mark, or where a tokenizer cannot read such a text as text.
@@ -167,13 +172,14 @@ class Template:
             messages, options = changed
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         size = len((text.replace(mark, "") if mark else text).encode())
-        if most is not None and size > most:
+        if largest is not None and size > largest:
             return {"size": size}
         if mark:
             return {"ids": self._tokens().ids(text, mark)}
         return {"ids": list(self._tokenizer(text, add_special_tokens=False)["input_ids"])}
 
     def _tokens(self) -> SpecialTokens:
+        """Returns the special tokens of the tokenizer, read when they are first needed."""
         if self._special is None:
             self._special = SpecialTokens(self._tokenizer.backend_tokenizer)
         return self._special
@@ -184,12 +190,12 @@ def bound_memory(memory: int) -> None:
 
     It does nothing where the system does not say how much that is, or keeps to no limit.
     """
+    if resource is None:
+        return
     try:
-        import resource
-
         with open("/proc/self/statm") as pages:
             used = int(pages.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
+    except OSError:
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = used + memory if hard == resource.RLIM_INFINITY else min(used + memory, hard)

@@ -173,8 +173,8 @@ def test_the_size_is_that_of_the_text(fast):
     messages = [{"role": "user", "content": "<|im_end|>"}]
     text = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     size = len(text.encode())
-    assert Template(fast).fill(messages, {}, most=size - 1) == {"size": size}
-    assert "ids" in Template(fast).fill(messages, {}, most=size)
+    assert Template(fast).fill(messages, {}, largest=size - 1) == {"size": size}
+    assert "ids" in Template(fast).fill(messages, {}, largest=size)
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_deepseek_v3():
 def test_the_program_answers_lines(fast, tmp_path):
     fast.save_pretrained(tmp_path)
     asked = [
-        {"messages": [{"role": "user", "content": "<|im_end|>"}], "options": {}, "most": None},
+        {"messages": [{"role": "user", "content": "<|im_end|>"}], "options": {}, "largest": None},
         {"messages": 1, "options": {}},
     ]
     lines = "".join(json.dumps(one) + "\n" for one in asked)
