@@ -101,6 +101,10 @@ def test_what_asks_for_nothing_is_accepted():
     }
     request = completion(**fields)
     assert request.ignored == ("user",)
+    # What a client has no value for is null, whatever its name; an empty text never stops.
+    request = completion(lora_request=None, bad_words=[], mirostat=0, stop="")
+    assert (request.ignored, request.stop) == ((), [])
+    assert completion(stop=["", "a"]).stop == ["a"]
 
 
 BAD = [
@@ -132,7 +136,8 @@ BAD = [
     ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens: got 0"),
     ({"prompt": "x", "n": 65}, "n", "n: got 65"),
     ({"prompt": ["x"] * 40, "n": 2}, "n", "n: got 2 for each of 40"),
-    ({"prompt": "x", "stop": [""]}, "stop", "stop: got"),
+    ({"prompt": "x", "stop": [1]}, "stop", "stop: got"),
+    ({"prompt": "x", "return_token_ids": True}, "return_token_ids", "which this server does not"),
     ({"prompt": "x", "stop": ["a"] * 17}, "stop", "stop: got"),
     ({"prompt": "x", "stream": 1}, "stream", "stream: got 1"),
     ({"prompt": "x", "logprobs": 21}, "logprobs", "logprobs: got 21"),
