@@ -99,7 +99,7 @@ class Visible(NamedTuple):
 def visible_entries(ctx: Context, ratio: int) -> Visible:
     """Returns the entries that the new tokens see, in blocks of this ratio."""
     if ctx.key_positions is None:
-        # Where all sequences have the same length, one row serves the batch.
+        # Where all sequences have the same length, one serves the batch.
         columns = ctx.columns if ctx.starts is not None else ctx.columns[:1]
         end = (columns + 1) // ratio
         return Visible(torch.zeros_like(end), end)
@@ -173,8 +173,9 @@ def cached(
         done = cache.count(ctx.past)
         buffer[:, done : done + new.shape[1]] = values
     else:
-        rows, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
-        buffer[rows, places.numbers.expand(len(new), -1)[rows, columns]] = values[rows, columns]
+        sequences, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
+        numbers = places.numbers.expand(len(new), -1)[sequences, columns]
+        buffer[sequences, numbers] = values[sequences, columns]
     return buffer[:, :total]
 
 

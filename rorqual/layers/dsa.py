@@ -100,7 +100,7 @@ class Indexer(nn.Module):
             self.weights_proj(hidden.detach()).float()
             * (self.config.heads * self.config.dim) ** -0.5
         )
-        # With one document a row the columns of the queries say which keys they see.
+        # With one document a sequence the columns of the queries say which keys they see.
         ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
@@ -134,10 +134,10 @@ class Ties:
         return self.noted is not None and bool(self.noted.any())
 
     def note(self, tied: Bool[Tensor, "B T"]) -> None:
-        rows = tied.any(-1)
-        if self.noted is not None and len(self.noted) == len(rows):
-            rows = rows | self.noted
-        self.noted = rows
+        sequences = tied.any(-1)
+        if self.noted is not None and len(self.noted) == len(sequences):
+            sequences = sequences | self.noted
+        self.noted = sequences
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.noted is not None:
@@ -147,11 +147,11 @@ class Ties:
         if self.noted is None and other.noted is None:
             return
         both = zip((self, other), lengths, strict=True)
-        rows = [
+        noted = [
             [False] * len(of) if each.noted is None else each.noted.tolist() for each, of in both
         ]
         device = next(each.noted.device for each in (self, other) if each.noted is not None)
-        self.noted = torch.tensor(rows[0] + rows[1], device=device)
+        self.noted = torch.tensor(noted[0] + noted[1], device=device)
 
     def load(self, other: "Ties", length: int) -> None:
         self.noted = other.noted
@@ -252,7 +252,7 @@ class DSA(MLA):
             inputs = query, latent, late.query, late.key, late.weights
             # The kernel scores and selects by itself.
             compiled = late.small_batch and late.indices is None
-            # It does not know where the valid tokens of each row end.
+            # It does not know where the valid tokens of each sequence end.
             compiled &= late.spans is None or late.query.shape[1] == 1
             if compiled and attend_best.choose(*inputs) is not None:
                 tied = None
@@ -459,15 +459,15 @@ class IndexerSelection(NamedTuple):
                 chunk = slice(column - run.start, column - run.start + at_once)
                 some = query[:, column : min(column + at_once, run.stop)]
                 real = None if selected[1] is None else selected[1][:, chunk, None, None]
-                rows = []
+                outs_of_sequences = []
                 # Gathering from a view of the cache, all sequences at once, would copy it whole.
-                for row, index in enumerate(selected[0][:, chunk]):
-                    keys = latent[row].index_select(0, index.flatten())
+                for sequence, index in enumerate(selected[0][:, chunk]):
+                    keys = latent[sequence].index_select(0, index.flatten())
                     keys = keys.unflatten(0, index.shape)  # [T, K, R]
-                    mask = None if real is None else real[row]
-                    queries = some[row].unsqueeze(1)
-                    rows.append(attend_shared(queries, keys, scale, mask).squeeze(1))
-                outs.append(torch.stack(rows))
+                    mask = None if real is None else real[sequence]
+                    queries = some[sequence].unsqueeze(1)
+                    outs_of_sequences.append(attend_shared(queries, keys, scale, mask).squeeze(1))
+                outs.append(torch.stack(outs_of_sequences))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
     def kl_loss(
@@ -559,15 +559,17 @@ def attend_best(
     else:
         index = scores.topk(top_k, dim=-1).indices
         tied.copy_(choices_open(scores, index))
-        for row, token in tied.nonzero().tolist():
-            columns = scores[row, token, : int(ends.expand(len(scores), -1)[row].max())]
-            index[row, token] = columns.topk(top_k).indices
+        for sequence, token in tied.nonzero().tolist():
+            columns = scores[sequence, token, : int(ends.expand(len(scores), -1)[sequence].max())]
+            index[sequence, token] = columns.topk(top_k).indices
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
-    rows = []
-    for row, places in enumerate(index):
-        keys = latent[row].index_select(0, places.flatten()).unflatten(0, places.shape)
-        rows.append(attend_shared(query[row].unsqueeze(1), keys, scale, real[row]).squeeze(1))
-    return torch.stack(rows)
+    outs = []
+    for sequence, places in enumerate(index):
+        keys = latent[sequence].index_select(0, places.flatten()).unflatten(0, places.shape)
+        outs.append(
+            attend_shared(query[sequence].unsqueeze(1), keys, scale, real[sequence]).squeeze(1)
+        )
+    return torch.stack(outs)
 
 
 def choices_open(
@@ -592,17 +594,19 @@ def choose_within(
     # A compiler cannot trace a loop over what is tied.
     if torch.compiler.is_compiling():
         return
-    rows, queries = choices_open(scores, index).nonzero(as_tuple=True)
-    if not len(rows):
+    sequences, queries = choices_open(scores, index).nonzero(as_tuple=True)
+    if not len(sequences):
         return
-    alike = torch.cat([rows[:, None], spans.expand(len(scores), -1, -1)[rows, queries]], dim=1)
+    alike = torch.cat(
+        [sequences[:, None], spans.expand(len(scores), -1, -1)[sequences, queries]], dim=1
+    )
     alike, group = alike.unique(dim=0, return_inverse=True)
-    for number, (row, first, stop) in enumerate(alike.tolist()):
+    for number, (sequence, first, stop) in enumerate(alike.tolist()):
         # Padding may see more than its document has.
         if stop - first > index.shape[-1]:
             tied = queries[group == number]
-            columns = scores[row, tied, first:stop]
-            index[row, tied] = first + columns.topk(index.shape[-1], dim=-1).indices
+            columns = scores[sequence, tied, first:stop]
+            index[sequence, tied] = first + columns.topk(index.shape[-1], dim=-1).indices
 
 
 def index_scores(

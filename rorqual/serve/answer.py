@@ -50,8 +50,8 @@ class Answer:
         kind = _ChatChoice if self.chat else _CompletionChoice
         prompts = getattr(request, "prompt", [None])
         self.choices = [
-            kind(request, row, handle, tokenizer, prompts[row // request.copies])
-            for row, handle in enumerate(handles)
+            kind(request, index, handle, tokenizer, prompts[index // request.copies])
+            for index, handle in enumerate(handles)
         ]
         self._head: JsonDict = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -73,9 +73,9 @@ class Answer:
                 one = {"index": choice.index, "delta": delta, "logprobs": None}
                 yield self.chunk([one | {"finish_reason": None}])
 
-    def piece(self, row: int, piece: Piece) -> JsonDict:
-        """Returns the chunk of one piece of one choice."""
-        return self.chunk([self.choices[row].piece(piece)])
+    def piece(self, index: int, piece: Piece) -> JsonDict:
+        """Returns the chunk of one piece of choice `index`."""
+        return self.chunk([self.choices[index].piece(piece)])
 
     def chunk(self, choices: list[JsonDict]) -> JsonDict:
         """Returns a chunk of choices, with the counts of tokens where they are asked for."""

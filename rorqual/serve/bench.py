@@ -218,13 +218,13 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             prompts.append({"prompt": line})
             continue
         try:
-            row = json.loads(line)
+            entry = json.loads(line)
         except ValueError:
-            row = None
+            entry = None
         used = {
-            name: row[name]
+            name: entry[name]
             for name in ("prompt", "messages")
-            if isinstance(row, dict) and name in row
+            if isinstance(entry, dict) and name in entry
         }
         if len(used) != 1:
             raise ValueError(

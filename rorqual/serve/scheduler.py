@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rorqual.layers.cache import Cache
 from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
-from rorqual.serve.sampling import SamplerRow, Sampling, TokenLogprobs
+from rorqual.serve.sampling import Sampling, SequenceSampler, TokenLogprobs
 from rorqual.serve.trace import MemoryRead
 
 SHORT = 8 * PAGE  # tokens; shorter prompts are read together, and not kept for later prompts
@@ -72,7 +72,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling
-    sampler: SamplerRow
+    sampler: SequenceSampler
     watch: Watch = NOTHING
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -511,11 +511,11 @@ async def _events(
     """
     merged: asyncio.Queue = asyncio.Queue()
 
-    async def pump(row: int, handle: Handle) -> None:
+    async def pump(index: int, handle: Handle) -> None:
         try:
             async with aclosing(service.pieces(request, handle)) as pieces:
                 async for piece in pieces:
-                    merged.put_nowait(answer.piece(row, piece))
+                    merged.put_nowait(answer.piece(index, piece))
         except Failure as error:
             merged.put_nowait(problem(error.status, str(error)))
         except Exception as error:
@@ -524,7 +524,7 @@ async def _events(
         finally:
             merged.put_nowait(None)
 
-    pumps = [asyncio.create_task(pump(row, handle)) for row, handle in enumerate(handles)]
+    pumps = [asyncio.create_task(pump(index, handle)) for index, handle in enumerate(handles)]
     try:
         for chunk in answer.opening():
             yield _event(chunk)

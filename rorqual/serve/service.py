@@ -299,7 +299,7 @@ class Service:
             experts=bool(request.return_routed_experts), memory=bool(request.return_memory)
         )
         try:
-            for row, prompt in enumerate(prompts):
+            for index, prompt in enumerate(prompts):
                 left = self.context - len(prompt)
                 new_tokens = request.new_tokens
                 wanted = min(DEFAULT_NEW_TOKENS, max(left, 1)) if new_tokens is None else new_tokens
@@ -312,7 +312,7 @@ class Service:
                         prompt,
                         max_new_tokens=wanted,
                         sampling=sampling,
-                        row=row,
+                        index=index,
                         watch=watch,
                         matcher=matcher.copy() if matcher is not None else None,
                     )

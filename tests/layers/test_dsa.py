@@ -255,7 +255,7 @@ def best_case(batch, time, heads, width, length, ours, narrow, top_k, ties=False
 
 
 @pytest.mark.parametrize("lengths", [[50, 43], [4, 49], [11, 12]], ids=str)
-def test_the_kernel_reads_each_row_to_its_end(lengths, references, poisoned):
+def test_the_kernel_reads_each_sequence_to_its_end(lengths, references, poisoned):
     """Some rows have fewer keys than may be selected. NaN follows the tokens of a row."""
     arguments = best_case(2, 3, 3, 7, 50, 3, 5, 11)
     ends = torch.tensor(lengths)[:, None] - 2 + torch.arange(3)
@@ -300,7 +300,7 @@ def test_few_queries_copy_few_latents_at_a_time(monkeypatch, references):
     assert sizes and max(sizes) <= 600
 
 
-def test_the_kernel_takes_no_rows():
+def test_the_kernel_takes_an_empty_batch():
     assert kernel.attend_best(*best_case(0, 2, 4, 20, 90, 4, 8, 30)).shape == (0, 2, 4, 20)
 
 

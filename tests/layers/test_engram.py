@@ -159,7 +159,7 @@ def test_in_chunks_of_any_size_as_at_once(data: st.DataObject) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_forgotten_tokens_and_reordered_rows_leave_no_trace(data: st.DataObject) -> None:
+def test_forgotten_tokens_and_reordered_sequences_leave_no_trace(data: st.DataObject) -> None:
     torch.manual_seed(0)
     rig = Rig(**data.draw(VARIANTS))
     ids = torch.randint(40, (3, 60))

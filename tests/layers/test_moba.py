@@ -242,7 +242,7 @@ def test_a_layer_is_full_while_it_is_given_to_be():
 
 
 @CHOICES
-def test_rows_of_any_length_may_be_switched(choice):
+def test_sequences_of_any_length_may_be_switched(choice):
     """A cache holds what sparse attention needs while attention is full, and the other way round.
 
     Keys do not depend on attention in one layer, so that each call is as if it had never been

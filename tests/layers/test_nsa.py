@@ -511,7 +511,7 @@ def test_blocks_are_selected_by_what_no_sum_shows(references):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_the_kernel_takes_no_rows_and_fewer_blocks_than_may_be_selected(batch, references):
+def test_the_kernel_takes_an_empty_batch_and_fewer_blocks_than_may_be_selected(batch, references):
     arguments = list(small_batch(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
     torch.testing.assert_close(
         kernel.attend_small_batch(*arguments), attend_small_batch(*arguments), atol=5e-6, rtol=0
