@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ import random_qwen4_exp  # noqa: F401 (it chooses the functions that run on a CP
 
 from rorqual.data.tokenizer import train
 from rorqual.hub.attach import Everything, attach, find_blocks, load_memory
-from rorqual.layers.context import Span
+from rorqual.layers.context import Context, Span
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
@@ -696,17 +697,19 @@ def test_caches_are_given_back_as_they_were(llama, tokenizer):
 
 @torch.no_grad()
 def test_memory_keeps_nothing_of_a_call_alive(llama, tokenizer):
-    memory = attach(llama, tokenizer, (0,), **SMALL)
-    for _ in range(3):
-        llama(prompt())
-    assert memory._now is None
-    gc.collect()
-    llama(prompt())
-    assert len(memory._caches) == 1
+    def contexts() -> int:
+        gc.collect()
+        return sum(isinstance(each, Context) for each in gc.get_objects())
+
+    attach(llama, tokenizer, (0,), **SMALL)
+    before = contexts()
+    cache = weakref.ref(llama(prompt()).past_key_values)
+    assert contexts() == before
+    assert cache() is None
     llama.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llama(prompt())
-    assert memory._now is None
+    assert contexts() == before
 
 
 @torch.no_grad()

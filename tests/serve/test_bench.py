@@ -1,11 +1,11 @@
 """Tests the measurement of servers: closed forms of scripted times, servers that misbehave."""
 
-import asyncio
 import contextlib
 import json
 import math
 import random
 import re
+import signal
 import socket
 import socketserver
 import statistics
@@ -327,19 +327,12 @@ def test_what_waits_for_others_says_how_long(fake) -> None:
 
 
 def test_an_interrupt_returns_what_was_measured(fake) -> None:
-    """asyncio.run cancels its main task on ctrl-C; the same is done here."""
-
-    async def interrupted():
-        server = Server(fake.url)
-        names = load("good", "good", *["slow"] * 3, "good", concurrency=2)
-        task = asyncio.create_task(bench._measure(server, names, lambda done: None))
-        await asyncio.sleep(1.0)
-        task.cancel()
-        return await task
-
-    outcomes, seconds = asyncio.run(interrupted())
+    names = load("good", "good", *["late"] * 3, "good", concurrency=2)
+    ctrl_c = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    outcomes, seconds = measure(
+        Server(fake.url), names, lambda done: ctrl_c.start() if done == 2 else None
+    )
     assert [each.failure for each in outcomes] == [None, None, "unfinished", "unfinished"]
-    assert 0.5 < seconds < 1.9
     assert summarise(outcomes, seconds)["unfinished"] == 2
 
 
