@@ -118,7 +118,7 @@ class Indexer(nn.Module):
 
 
 class Ties:
-    """Records whether torch.topk had to choose among keys of equal score.
+    """Records whether torch.topk had to choose among keys of score 0 (`choices_open`).
 
     Which it takes depends on the number of columns. So a model that selects as transformers' models
     do may select other keys for the cached tokens when there are more tokens; it then computes them
@@ -544,9 +544,9 @@ def attend_best(
 
     `index_query` are the indexer's queries, and `key` and `weights` its keys and head weights.
     Without `ends` the tokens are the last of all sequences. Of equal scores the latest are taken,
-    or with `tied` those that torch.topk returns; it becomes True where it had to choose. This says
-    what the kernel computes; where no kernel runs, IndexerSelection.attend_gathered computes it in
-    bounded memory.
+    or with `tied` those that torch.topk returns where it has to choose among scores of 0; `tied`
+    becomes True there. This says what the kernel computes; where no kernel runs,
+    IndexerSelection.attend_gathered computes it in bounded memory.
     """
     scores = index_scores(index_query, key, weights)
     if ends is None:
@@ -554,10 +554,8 @@ def attend_best(
         ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
     visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
     scores = scores.masked_fill(~visible, -torch.inf)
-    if tied is None:
-        index = largest(scores, top_k)
-    else:
-        index = scores.topk(top_k, dim=-1).indices
+    index = largest(scores, top_k)
+    if tied is not None:
         tied.copy_(choices_open(scores, index))
         for sequence, token in tied.nonzero().tolist():
             columns = scores[sequence, token, : int(ends.expand(len(scores), -1)[sequence].max())]
@@ -575,18 +573,20 @@ def attend_best(
 def choices_open(
     scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
 ) -> Bool[Tensor, "B T"]:
-    """Returns whether a key that is not selected has the score of one that is.
+    """Returns whether a key that is not selected has the score 0, as one that is selected has.
 
-    Keys that a query may not see, of score -inf, do not count.
+    A key that no head's product is above 0 for has that score, whatever computes it. Other scores
+    are equal by rounding alone (in float32 one query in 20,000, of 8,192 keys): another shape of
+    the same product parts them, so that no choice among them could be repeated.
     """
-    lowest = scores.gather(-1, index).amin(-1, keepdim=True)
-    return ((scores >= lowest).sum(-1) > index.shape[-1]) & (lowest[..., 0] > -torch.inf)
+    lowest = scores.gather(-1, index).amin(-1)
+    return (lowest == 0) & ((scores >= 0).sum(-1) > index.shape[-1])
 
 
 def choose_within(
     spans: Int[Tensor, "#B T 2"], scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
 ) -> None:
-    """Selects again, in `index`, where equal scores decide: by topk of a span's columns alone.
+    """Selects again, in `index`, where scores of 0 decide: by topk of a span's columns alone.
 
     A span is the first column of the query's document and the one after its last. So neither
     padding nor other documents change which of equal scores are selected.

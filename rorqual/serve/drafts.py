@@ -39,6 +39,7 @@ class AcceptanceStats:
 
     @property
     def acceptance(self) -> float:
+        """The share of the drafts that were accepted; 0 before any draft."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
 

@@ -132,6 +132,7 @@ class Engine:
 
     @property
     def max_batch_size(self) -> int:
+        """How many requests run at once; 1 where the rotary frequencies depend on the length."""
         return self._scheduler.max_batch_size
 
     @property
@@ -203,6 +204,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
+        """The number of requests in the queue; it may be read from any thread."""
         return self._scheduler.waiting
 
     def stats(self) -> Stats:
@@ -228,6 +230,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
+        """Whether no request runs or waits, so that a step would do nothing."""
         return not self.running and not self.waiting
 
     def run(self, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:

@@ -137,6 +137,7 @@ class TextStream:
         return rest + pending
 
     def _release(self, fresh: str) -> str:
+        """Returns new text up to a stop string, less an end that may become one."""
         text = self._held + fresh
         places = [position for word in self.stop if (position := text.find(word)) >= 0]
         if places:

@@ -80,7 +80,7 @@ class Runner:
             self._decoder.wait_until_built()
 
     def drop(self) -> None:
-        """Forgets all requests."""
+        """Drops the caches of all requests, those that were just read included."""
         self.cache = None
         self.requests = []
         self._joining = []
@@ -128,7 +128,7 @@ class Runner:
     def _keep(
         self, batch: list[Request], cache: Cache | None, requests: set[Request]
     ) -> tuple[list[Request], Cache | None]:
-        """Selects the sequences of a cache whose requests are among `requests`."""
+        """Selects the sequences of a cache whose requests are among `requests`; None for none."""
         staying = [slot for slot, request in enumerate(batch) if request in requests]
         if not staying or cache is None:
             return [], None

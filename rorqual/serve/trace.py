@@ -37,7 +37,7 @@ class Trace:
     gates: dict[int, Tensor] = field(default_factory=dict)  # [B, T, S]
 
     def keep_last(self, starts: Sequence[int], time: int) -> None:
-        """Keeps `time` tokens of each sequence from `starts` on, where the model read more.
+        """Drops the tokens that the model read before `starts`: `time` of each sequence are left.
 
         It reads all tokens again where the new ones change what it computes for the others.
         """

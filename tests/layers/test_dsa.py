@@ -327,6 +327,38 @@ def test_the_kernel_leaves_ties_to_topk_where_that_is_asked(case, references):
     assert torch.equal(*reported) and reported[0].any()
 
 
+def test_only_scores_of_0_leave_a_choice_open():
+    # The second and the third key have equal scores, and one of them is selected.
+    scores = torch.tensor([[[3.0, 1.0, 1.0, -2.0], [3.0, 0.0, 0.0, -2.0], [3.0, -0.0, 0.0, -2.0]]])
+    index = scores.topk(2).indices
+    assert dsa.choices_open(scores, index).tolist() == [[False, True, True]]
+    # Both are selected, neither is, and neither may be seen.
+    others = torch.tensor([[[3.0, 0.0, 0.0, -2.0], [3.0, 2.0, 0.0, 0.0], [3.0, *[-torch.inf] * 3]]])
+    index = torch.tensor([[[0, 1, 2], [0, 1, 1], [0, 1, 2]]])
+    assert dsa.choices_open(others, index).tolist() == [[False, False, False]]
+
+
+@pytest.mark.parametrize("score, again", [(0.0, True), (0.5, False)])
+def test_a_cached_call_computes_nothing_again_for_scores_that_rounding_made_equal(
+    score, again, references, monkeypatch
+):
+    def scores_of(query, key, weights):
+        # The first two keys have one score, the others a lower one.
+        scores = torch.full((len(query), query.shape[1], key.shape[1]), -1.0)
+        scores[..., :2] = score
+        return scores
+
+    monkeypatch.setattr(dsa, "index_scores", scores_of)
+    config = DSAConfig(heads=2, dim=8, top_k=1, ties="topk")
+    model = LanguageModel(
+        ModelConfig(vocab_size=40, dim=16, layers=2, dense_width=16, mla=LATENT, dsa=config), seed=1
+    ).eval()
+    cache = model.new_cache(1, 8)
+    with torch.no_grad():
+        model.hidden(torch.arange(5)[None], cache=cache)
+    assert cache.tied is again
+
+
 @pytest.mark.parametrize("top_k", [2, 5, 9])
 @pytest.mark.parametrize("runs", [512, 4])
 def test_ties_are_topks_where_that_is_asked(top_k, runs, monkeypatch):
