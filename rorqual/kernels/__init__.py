@@ -341,7 +341,7 @@ def available() -> dict[str, dict[str, bool | str]]:
 
 @functools.cache
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
+    """Returns whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
