@@ -943,21 +943,21 @@ def test_the_body_of_an_attached_model_is_refused_too(llama, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("how", "reason"),
     [
-        "no_format",
-        "no_config",
-        "no_json",
-        "fewer_rows",
-        "no_table",
-        "integers",
-        "other_shape",
-        "odd_field",
-        "huge",
+        ("no_format", "got format None, expected 'rorqual-memory-1'"),
+        ("no_config", "no memory that Memory.save wrote: .*config"),
+        ("no_json", "no memory that Memory.save wrote: JSONDecodeError"),
+        ("fewer_rows", "fewer than the 388 rows"),
+        ("no_table", "tables.0.weight"),
+        ("integers", "no memory that Memory.save wrote"),
+        ("other_shape", "loading state_dict"),
+        ("odd_field", "got surprise, expected fields of EngramConfig"),
+        ("huge", "fewer than the 4000000000000000 rows"),
     ],
 )
 def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
-    llama, tokenizer, tmp_path, how
+    llama, tokenizer, tmp_path, how, reason
 ):
     path = tmp_path / "memory.safetensors"
     ids = prompt()
@@ -991,7 +991,7 @@ def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
         about["config"]["rows_per_head"] = [10**15, 10**15]
     header["memory"] = "{" if how == "no_json" else json.dumps(about)
     save_file(tensors, path, header)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=reason):
         load_memory(llama, tokenizer, path)
     assert not hasattr(llama, "rorqual_memory") and all(p.requires_grad for p in llama.parameters())
     assert torch.equal(llama(ids).logits, before)
