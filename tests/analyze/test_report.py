@@ -216,8 +216,8 @@ def test_expert_load_begins_each_text_as_a_document(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     plain = Tokenizer.load(run)
-    begin = plain.backend.id_to_token(plain.end_id + 5)
-    Tokenizer(plain.backend, plain.settings | {"bos_token": begin}).save(run)
+    begin_token = plain.backend.id_to_token(plain.end_id + 5)
+    Tokenizer(plain.backend, plain.settings | {"bos_token": begin_token}).save(run)
     taken = read_run(run, texts=["", ""]).load.by_token.sum((0, 1))
     assert taken.nonzero().flatten().tolist() == [plain.end_id + 5]
 
