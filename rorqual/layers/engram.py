@@ -230,9 +230,10 @@ class Engram(nn.Module):
             gated, normed = weigh(gates, value, conv_norm, lookup_mask, conv_eps)
         else:
             # One fused operation: every stream has its own gate, which no hook waits for.
-            norms = (norm_weight(x, offset) for x in (self.gate.query_norm, self.gate.key_norm))
+            query_norm = norm_weight(self.gate.query_norm, offset)
+            norms = (query_norm, norm_weight(self.gate.key_norm, offset), conv_norm)
             constants = (self.config.sign, self.config.eps, conv_eps)
-            gated, normed = fuse(hidden, key, value, *norms, conv_norm, lookup_mask, *constants)
+            gated, normed = fuse(hidden, key, value, *norms, lookup_mask, *constants)
         return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
