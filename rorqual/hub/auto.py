@@ -162,7 +162,7 @@ class RorqualCache(HubCache):
 
     @property
     def is_croppable(self) -> bool:
-        """True: the last tokens can be removed."""
+        """True: the last tokens can be removed, as many as `Cache.crop` allows."""
         return True
 
     @property

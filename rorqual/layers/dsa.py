@@ -315,7 +315,7 @@ class IndexerSelection(NamedTuple):
     # The columns of the selected keys, those that a query may not see among them; None: the keys of
     # largest score.
     indices: Int[Tensor, "B T K"] | None = None
-    cached_ties: "Ties | None" = None  # where queries are noted whose selection `ties` decided
+    cached_ties: "Ties | None" = None  # records the sequences where `ties` decided
 
     @property
     def selects(self) -> bool:
@@ -343,7 +343,7 @@ class IndexerSelection(NamedTuple):
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
         """Returns the keys that the queries may see, selected or not."""
-        end = self.key.shape[1] - self.query.shape[1] + run.stop
+        end = self.end(run)
         count = run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]
@@ -360,8 +360,8 @@ class IndexerSelection(NamedTuple):
         """Returns the selected keys of each query, and which of them it may see (None: all).
 
         Returns None if every key is selected. `scores` are those of index_scores, if they are
-        already known. What a query may not see may be at any column, at one below `end` unless
-        `every_column` is True.
+        computed already. Selected keys that a query may not see are clamped to columns below `end`
+        unless `every_column` is True.
         """
         end = self.end(run)
         count = run.stop - run.start

@@ -303,7 +303,7 @@ def _begun(
 ) -> Int[Tensor, "B T J E"]:
     """Returns the blocks that a token's tile has begun since its first query.
 
-    The index is -1 where it has begun fewer than it may.
+    It is -1 where the tile has begun fewer than a whole tile spans.
     """
     aligned = block % TILE == 0 or TILE % block == 0
     back = torch.arange(
