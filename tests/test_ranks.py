@@ -202,7 +202,7 @@ def check_state(folder: Path) -> None:
 
         def write_model(rank: int = rank) -> None:
             with cannot_write(rank):
-                checkpoint._write_together(folder / "model.safetensors", state)
+                checkpoint.write_together(folder / "model.safetensors", state)
 
         error = error_of(write_model)
         assert isinstance(error, OSError)
@@ -214,7 +214,7 @@ def check_state(folder: Path) -> None:
         # A folder is where the file should be, which only the rank that names it learns.
         if ranks.rank() == 0:
             (folder / "model.safetensors" / "within").mkdir(parents=True)
-        checkpoint._write_together(folder / "model.safetensors", state)
+        checkpoint.write_together(folder / "model.safetensors", state)
 
     assert "model.safetensors" in str(error_of(unnamed))
     ranks.barrier()
@@ -222,7 +222,7 @@ def check_state(folder: Path) -> None:
         shutil.rmtree(folder / "model.safetensors")
     ranks.barrier()
     checkpoint.save_state(folder / "step1", state, {})
-    checkpoint._write_together(folder / "model.safetensors", state)
+    checkpoint.write_together(folder / "model.safetensors", state)
     assert checkpoint.latest(folder, shared=True) == folder / "step1"
 
 
@@ -239,7 +239,7 @@ def check_rollback(folder: Path) -> None:
         path = next(newest.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-4] + bytes(4))
     ranks.barrier()
-    where = engine._roll_back(config, 4, [], Diverged("no finite loss"))
+    where = engine.roll_back(config, 4, [], Diverged("no finite loss"))
     assert where.checkpoint == 1
     assert not (folder / "checkpoints" / "step3").exists()
     ranks.barrier()
@@ -248,7 +248,7 @@ def check_rollback(folder: Path) -> None:
     ranks.barrier()
 
     def roll_back() -> None:
-        engine._roll_back(config, 4, [], Diverged("no finite loss"))
+        engine.roll_back(config, 4, [], Diverged("no finite loss"))
 
     error = error_of(roll_back)
     assert isinstance(error, checkpoint.Damaged) and str(folder) in str(error)

@@ -218,22 +218,12 @@ def application(
         service.run.close()
         service.worker.stop()
 
-    handlers: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
-        HTTPException: _no_route,
-        RequestValidationError: _invalid,
-        Refusal: _refused,
-        Failure: _failed,
-        ValueError: _wrong,
-        RecursionError: _too_deep,
-        ClientDisconnect: _hung_up,
-        Exception: _broken,
-    }
     app = FastAPI(
         title="rorqual",
         version="1",
         description=f"Serves {service.name}. Requests and answers are OpenAI's, with more fields.",
         lifespan=lifespan,
-        exception_handlers=handlers,
+        exception_handlers=ERROR_HANDLERS,
         redoc_url=None,
         responses={
             status: {"model": ProblemAnswer, "description": what}
@@ -660,6 +650,19 @@ async def _invalid(_: Http, error: RequestValidationError) -> Response:
     if wrong["type"] in ("content", "part"):
         got = ""
     return _error(400, f"{param or 'body'}: {got}{message}", param=param or None)
+
+
+# What answers each kind of error.
+ERROR_HANDLERS: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
+    HTTPException: _no_route,
+    RequestValidationError: _invalid,
+    Refusal: _refused,
+    Failure: _failed,
+    ValueError: _wrong,
+    RecursionError: _too_deep,
+    ClientDisconnect: _hung_up,
+    Exception: _broken,
+}
 
 
 def _path(where: Sequence[Any]) -> str:

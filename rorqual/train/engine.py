@@ -733,7 +733,7 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
                 raise
             trainer._join_bookkeeping_ops()
             saving.finish_writes()
-            rollbacks = [*rollbacks, _roll_back(config, trainer.global_step, rollbacks, error)]
+            rollbacks = [*rollbacks, roll_back(config, trainer.global_step, rollbacks, error)]
             with distributed.together():
                 if distributed.rank() == 0:
                     run_folder.write_rollbacks(Path(config.folder), rollbacks)
@@ -764,7 +764,7 @@ def _last_sound(folder: Path) -> int:
     return -1
 
 
-def _roll_back(
+def roll_back(
     config: TrainConfig, step: int, before: Sequence[Rollback], error: Diverged
 ) -> Rollback:
     """Returns where a run that diverged goes back to.

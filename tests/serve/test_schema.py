@@ -8,13 +8,12 @@ for module in ("fastapi", "llguidance", "prometheus_client"):
     pytest.importorskip(module, reason="the extra [serve] is not installed")
 
 from fastapi import FastAPI  # noqa: E402 (after the extra is known to be there)
-from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from rorqual.serve.body import Refusal, loads  # noqa: E402
+from rorqual.serve.body import loads  # noqa: E402
 from rorqual.serve.sampling import Sampling  # noqa: E402
 from rorqual.serve.schema import ChatRequest, CompletionRequest  # noqa: E402
-from rorqual.serve.server import _invalid, _refused, _wrong  # noqa: E402
+from rorqual.serve.server import ERROR_HANDLERS  # noqa: E402
 
 USER = {"role": "user", "content": "hi"}
 
@@ -26,8 +25,7 @@ def completion(**fields):
 @pytest.fixture(scope="module")
 def client():
     """An app that reads requests and answers with what it understood."""
-    handlers = {RequestValidationError: _invalid, Refusal: _refused, ValueError: _wrong}
-    app = FastAPI(exception_handlers=handlers)
+    app = FastAPI(exception_handlers=ERROR_HANDLERS)
 
     @app.post("/completion")
     def _(request: CompletionRequest) -> str:
