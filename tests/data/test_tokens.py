@@ -122,7 +122,7 @@ def test_a_stop_halfway_leaves_nothing(
         tokenise(open_corpus(limit=50), small, tmp_path, progress=stop)
     assert list(tmp_path.iterdir()) == []
     text: list[int] = []
-    monkeypatch.setattr(tokens, "BATCH_BYTES", 500)
+    monkeypatch.setattr(tokens, "BATCH_LETTERS", 500)
     result = tokenise(open_corpus(limit=50), small, tmp_path, progress=text.append)
     assert text == sorted(text)
     assert len(text) > 3
@@ -212,7 +212,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
     tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many small batches, so that processes finish in another order than they begin."""
-    monkeypatch.setattr(tokens, "BATCH_BYTES", 300)
+    monkeypatch.setattr(tokens, "BATCH_LETTERS", 300)
     notes = [f"text {i} " * (1 + i % 17) for i in range(200)]
     chats = [
         json.dumps({"messages": [{"role": "user", "content": note}, reply]})
