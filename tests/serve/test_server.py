@@ -593,9 +593,9 @@ def test_a_text_is_measured_before_it_is_tokenised(chat_client, monkeypatch):
     tokenised = []
     encode = generate.Tokenizer.encode_batch
 
-    def spied(self, texts):
+    def spied(self, texts, **options):
         tokenised.extend(texts)
-        return encode(self, texts)
+        return encode(self, texts, **options)
 
     monkeypatch.setattr(generate.Tokenizer, "encode_batch", spied)
     for prompt in ("whale" * 2**20, ["A", "A" * 1000]):
