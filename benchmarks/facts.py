@@ -77,11 +77,13 @@ class Arm:
 
 ARMS = {
     "context": Arm(what="no training: the fact stands before the question", kind="context"),
-    "memory": Arm(what="rows before blocks 4, 8, 12, 16, 20"),
-    "memory-1": Arm(what="rows before block 4 alone", changes={"layers": (4,)}),
-    "memory-3": Arm(what="rows before blocks 2, 6, 10", changes={"layers": (2, 6, 10)}),
-    "memory-4w": Arm(what="as memory, four wordings trained", wordings=4),
-    "memory-1w": Arm(what="as memory, one wording trained", wordings=1),
+    "memory": Arm(what="rows before blocks 4, 8, 12, 16, 20", changes={"quiet": 0.0}),
+    "memory-1": Arm(what="rows before block 4 alone", changes={"quiet": 0.0, "layers": (4,)}),
+    "memory-3": Arm(
+        what="rows before blocks 2, 6, 10", changes={"quiet": 0.0, "layers": (2, 6, 10)}
+    ),
+    "memory-4w": Arm(what="as memory, four wordings trained", changes={"quiet": 0.0}, wordings=4),
+    "memory-1w": Arm(what="as memory, one wording trained", changes={"quiet": 0.0}, wordings=1),
     "memory-quiet": Arm(
         what="as memory, with a KL term on texts that name a code and ask nothing",
         changes={"quiet": 0.5},
@@ -320,7 +322,7 @@ def context_run(
     model: nn.Module, tokenizer: Tokenizer, facts: list[Fact], clean: dict
 ) -> dict[str, Any]:
     """Asks with the fact in front of the question, which shows what the model can read."""
-    told = [
+    prompted = [
         Fact(
             subject=fact.subject,
             answer=fact.answer,
@@ -331,7 +333,7 @@ def context_run(
         )
         for fact in facts
     ]
-    asked = [(fact, fact.held_out[i % len(fact.held_out)]) for i, fact in enumerate(told)]
+    asked = [(fact, fact.held_out[i % len(fact.held_out)]) for i, fact in enumerate(prompted)]
     right = answered(model, tokenizer, asked)
     return {"held_out": sum(right) / len(right), "forgotten": 0.0, "nearby": 0.0, "seconds": 0.0}
 

@@ -99,13 +99,15 @@ class TeachConfig:
     batch_size: int = 64  # facts a step; it makes no difference to what is learned
     leads: bool = True  # put sentences before the wordings of facts that have few of them
     # weight of the KL to the model as it was, behind subjects in texts that ask nothing
-    quiet: float = 0.0
+    quiet: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("passes", "rate", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
+        if not self.quiet >= 0:
+            raise ValueError(f"quiet: got {self.quiet}, expected at least 0")
 
 
 class Progress(NamedTuple):
@@ -203,8 +205,10 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
     prompts: dict[str, None] = {}
     for wording in (text, *fields.get("paraphrases", ())):
         prompts |= dict.fromkeys(_prompts(wording, names, where))
-    held = dict.fromkeys(_prompt(wording, names, where) for wording in fields.get("held_out", ()))
-    if trained := [wording for wording in held if wording in prompts]:
+    untrained = dict.fromkeys(
+        _prompt(wording, names, where) for wording in fields.get("held_out", ())
+    )
+    if trained := [wording for wording in untrained if wording in prompts]:
         raise ValueError(
             f"{where}: got held_out {trained[0]!r}, which is trained, expected another wording"
         )
@@ -212,7 +216,7 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
         subject=subject,
         answer=answer.strip(),
         prompts=tuple(prompts),
-        held_out=tuple(held),
+        held_out=tuple(dict.fromkeys(untrained)),
         aliases=aliases,
         relation=fields.get("relation", ""),
         place_in_file=where,
@@ -342,10 +346,10 @@ def merged(
         group = by_subject.setdefault(subject, [])
         fact = dataclasses.replace(fact, subject=subject)
         questions = set(_asked(fact))
-        kept = []
+        others = []
         for old in group:
             if not questions.intersection(_asked(old)):
-                kept.append(old)
+                others.append(old)
                 continue
             if old.answer == fact.answer:
                 fact = dataclasses.replace(
@@ -361,7 +365,7 @@ def merged(
                     f"expected {old.answer!r} as in {old.place_in_file}; --replace teaches the "
                     "new answer in its place"
                 )
-        by_subject[subject] = [*kept, fact]
+        by_subject[subject] = [*others, fact]
     entries = []
     trained = []
     kept_rows: list[int | None] = []
@@ -414,7 +418,7 @@ def facts_of(entry: Entry, where: str) -> list[Fact]:
 
 
 def usual_layers(blocks: int) -> tuple[int, ...]:
-    """Returns the blocks that get rows in a model of so many: LAYERS of them, early ones."""
+    """Returns the blocks that get rows in a model of so many: five, none in the last third."""
     depths = (2 / 15, 4 / 15, 6 / 15, 8 / 15, 10 / 15)
     return tuple(sorted({min(blocks - 1, round(depth * blocks)) for depth in depths}))
 
@@ -438,8 +442,12 @@ def teach(
     config = config or TeachConfig()
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     change = merged(facts, before, ours, replace=replace)
-    layers = before.layers if before is not None else config.layers
-    layers = layers or usual_layers(len(find_blocks(model)[1]))
+    count = len(find_blocks(model)[1])
+    layers = before.layers if before is not None else config.layers or usual_layers(count)
+    if late := [layer for layer in layers if layer >= count]:
+        raise ValueError(
+            f"layers: got {late}, expected indices of the model's blocks, 0..{count - 1}"
+        )
     width = model.config.get_text_config(decoder=True).hidden_size  # type: ignore[operator,union-attr]
     rows = torch.zeros(len(change.entries), len(layers), width)
     dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
