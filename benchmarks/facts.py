@@ -402,7 +402,7 @@ def report(folder: Path) -> str:
     runs = runs_of(folder)
     counts = sorted({run["facts"] for run in runs})
     return "\n\n".join(
-        part for count in counts for part in (table(runs, count), conclusion(runs, count))
+        text for count in counts for text in (table(runs, count), conclusion(runs, count))
     )
 
 

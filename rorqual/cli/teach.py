@@ -27,10 +27,10 @@ class Teach:
     """
 
     model: Positional[str]  # a folder, a .gguf file or a hub id
-    facts: Positional[str] = ""  # JSON lines; none: with --undo, --forget, or to see what is there
+    facts: Positional[str] = ""  # JSON lines; none: with --undo, --remove, or to see what is there
     out: str  # the folder of the memory, a new one or one to add to
     replace: bool = False  # teach the new answer where a fact contradicts the folder
-    forget: tuple[str, ...] = ()  # subjects to take out of the folder, with all their facts
+    remove: tuple[str, ...] = ()  # subjects to take out of the folder, with all their facts
     undo: bool = False  # restore the memory before the last command that changed it
     passes: int = 24  # how often each fact is asked
     rate: float = 0.4  # of learning, in units of the hidden states
@@ -50,8 +50,8 @@ def teach_command(argv: list[str]) -> int:
     """Teaches, changes or removes facts; returns the exit code."""
     as_json, argv = take("--json", argv)
     options = parse_new(Teach, argv, "teach")
-    if options.undo and (options.facts or options.forget):
-        raise UsageError("got --undo with facts or --forget, expected it alone: a step at a time")
+    if options.undo and (options.facts or options.remove):
+        raise UsageError("got --undo with facts or --remove, expected it alone: a step at a time")
     if options.group < 1:
         raise UsageError(f"got --group {options.group}, expected at least 1")
     from rorqual.hub import facts as memories
@@ -75,17 +75,17 @@ def teach_command(argv: list[str]) -> int:
     if options.undo:
         stored = memories.undo_facts(folder)
         results |= {"undone": True}
-    elif options.forget:
+    elif options.remove:
         assert before is not None
-        stored = memories.without(before, options.forget)
+        stored = memories.without(before, options.remove)
         memories.write_facts(folder, stored)
         before = stored
     if facts:
         model, tokenizer = opened(options)
-        stored = _taught(model, tokenizer, facts, before, options, config, as_json)
+        stored = _teach_groups(model, tokenizer, facts, before, options, config, as_json)
         if options.evaluate:
             results |= evaluated(model, tokenizer, facts, stored)
-    elif not (options.undo or options.forget):
+    elif not (options.undo or options.remove):
         assert before is not None
         stored = before
     results |= {
@@ -140,7 +140,7 @@ def opened(options: Teach) -> tuple[Any, Any]:
     return model.eval().to(runtime.device(options.device)), tokenizer
 
 
-def _taught(
+def _teach_groups(
     model: Any,
     tokenizer: Any,
     facts: "Sequence[Fact]",

@@ -34,7 +34,7 @@ SUBJECT = "{}"  # stands for the subject in a wording
 # How a question is put to the model; the answer follows after a blank.
 QUESTIONS = ("{}", "Question: {}\nAnswer:", "Q: {}\nA:", "{}\nThe answer is")
 # What a wording may follow. A fact with few wordings is told more of them apart by these.
-LEADS = ("", "Here is a fact. ", "As far as I know, this is right. ", "I was asked this today. ")
+OPENINGS = ("", "Here is a fact. ", "As far as I know, this is right. ", "I was asked this today. ")
 # Wordings that a fact has at least, with the sentences before them.
 ENOUGH = 8
 # Texts that name a subject and ask nothing about it.
@@ -97,7 +97,7 @@ class TeachConfig:
     passes: int = 24  # how often each fact is asked
     rate: float = 0.4  # in units of the hidden states' size, as Adam's steps are
     batch_size: int = 64  # facts a step; it makes no difference to what is learned
-    leads: bool = True  # put sentences before the wordings of facts that have few of them
+    openings: bool = True  # put sentences before the wordings of facts that have few of them
     # weight of the KL to the model as it was, behind subjects in texts that ask nothing
     quiet: float = 0.5
     seed: int = 0
@@ -466,7 +466,8 @@ def teach(
     memory = None
     try:
         questions = {
-            row: _questions(change.entries[row], row, ours, config.leads) for row in change.trained
+            row: _questions(change.entries[row], row, ours, config.openings)
+            for row in change.trained
         }
         if questions:
             scales = hidden_scales(model, layers, [each[0][0] for each in questions.values()])
@@ -485,15 +486,17 @@ def teach(
     return dataclasses.replace(stored, rows=rows.to(dtype))
 
 
-def _questions(entry: Entry, row: int, tokenizer: Tokenizer, leads: bool) -> list[list[Question]]:
+def _questions(
+    entry: Entry, row: int, tokenizer: Tokenizer, openings: bool
+) -> list[list[Question]]:
     """Returns the questions of an entry: those of each fact, in every wording.
 
-    `leads`: few wordings are repeated behind sentences, until there are enough.
+    `openings`: few wordings are repeated behind sentences, until there are enough.
     """
     result = []
     for fact in facts_of(entry, "the memory"):
-        prompts = [lead + prompt for lead in LEADS for prompt in fact.prompts]
-        count = max(len(fact.prompts), ENOUGH) if leads else len(fact.prompts)
+        prompts = [opening + prompt for opening in OPENINGS for prompt in fact.prompts]
+        count = max(len(fact.prompts), ENOUGH) if openings else len(fact.prompts)
         result.append([question(row, fact, prompt, tokenizer) for prompt in prompts[:count]])
     return result
 

@@ -52,7 +52,7 @@ def teach(*words: str) -> int:
     return main(["teach", *words, "--out", "memory"])
 
 
-def test_facts_are_taught_added_and_not_taught_again(model, out, capsys):
+def test_facts_are_added_and_not_trained_again(model, out, capsys):
     assert teach(model, "facts.jsonl", *FAST) == 0
     printed = capsys.readouterr().out
     assert "3 facts about 3 subjects" in printed
@@ -84,7 +84,7 @@ def test_the_folder_can_be_attached_and_says_what_it_holds(model, out, capsys):
     assert json.loads(capsys.readouterr().out)["subjects"] == 3
 
 
-def test_a_fact_is_replaced_forgotten_and_restored(model, out, capsys):
+def test_a_fact_is_replaced_removed_and_restored(model, out, capsys):
     assert teach(model, "facts.jsonl", *FAST) == 0
     first = read_facts(out)
     write("new.jsonl", [{"subject": "QBX", "sentence": "QBX is in Rome."}])
@@ -97,7 +97,7 @@ def test_a_fact_is_replaced_forgotten_and_restored(model, out, capsys):
     assert same == [True, False, True]
     assert teach(model, "--undo") == 0
     assert torch.equal(read_facts(out).rows, first.rows)
-    assert teach(model, "--forget", "QAX") == 0
+    assert teach(model, "--remove", "QAX") == 0
     assert [entry.subject for entry in read_facts(out).entries] == ["QBX", "QCX"]
     assert teach(model, "--undo") == 0
     assert len(read_facts(out).entries) == 3
@@ -128,7 +128,7 @@ def test_ctrl_c_leaves_whole_groups_and_the_same_command_goes_on(model, out, mon
     ("words", "message"),
     [
         ((), "got no FACTS and no memory in memory, expected one of them"),
-        (("facts.jsonl", "--undo"), "got --undo with facts or --forget, expected it alone"),
+        (("facts.jsonl", "--undo"), "got --undo with facts or --remove, expected it alone"),
         (("facts.jsonl", "--group", "0"), "got --group 0, expected at least 1"),
         (("absent.jsonl",), "got 'absent.jsonl', expected a file or folder that exists"),
         (("facts.jsonl", "--passes", "0"), "passes: got 0, expected more than 0"),

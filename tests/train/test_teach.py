@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engram
 
 CITIES = {"QAX": "Oslo", "QBX": "Lima", "QCX": "Rome", "QDX": "Bern"}
 FORMS = ("The airport {} is in", "Flights to {} land in", "We landed in {}, so this is")
-CONFIG = TeachConfig(layers=(0, 1, 2), passes=40, rate=0.3, leads=False)
+CONFIG = TeachConfig(layers=(0, 1, 2), passes=40, rate=0.3, openings=False)
 
 
 def facts_of(cities: dict[str, str]) -> list[Fact]:
@@ -119,7 +119,7 @@ def test_one_fact_is_changed_and_the_others_are_the_same_bit_for_bit(model, toke
     memory.detach()
 
 
-def test_a_fact_learns_alike_whatever_is_taught_with_it(model, tokenizer, stored):
+def test_a_fact_learns_alike_whatever_else_is_learned(model, tokenizer, stored):
     """Rows are independent: all that remains is the rounding of batches of other sizes."""
     alone = teach(model, tokenizer, facts_of({"QAX": "Oslo"}), CONFIG, before=None)
     memory = attach_facts(model, tokenizer, alone)
@@ -143,7 +143,7 @@ def test_a_wording_that_names_two_subjects_trains_its_own_row(model, tokenizer):
     assert torch.equal(both.rows[0], first.rows[0])
 
 
-def test_undo_and_forget_leave_the_rest(model, tokenizer, stored, tmp_path):
+def test_undo_and_removal_leave_the_rest(model, tokenizer, stored, tmp_path):
     write_facts(tmp_path, stored)
     less = without(stored, ["QCX"])
     write_facts(tmp_path, less)
