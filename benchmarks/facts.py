@@ -398,6 +398,44 @@ def conclusion(runs: Sequence[dict[str, Any]], count: int) -> str:
     return "; ".join(sentences) + "."
 
 
+# docs/log.md, "Retrofit: 500 facts, memory against LoRA": (what, held out, forgotten).
+EARLIER = (
+    ("hashed n-grams (Engram), 500", 0.538, 0.191),
+    ("LoRA 3e-3, 500", 0.970, 4.063),
+    ("LoRA 1e-3, 500", 0.436, 2.640),
+)
+
+
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws what is answered over what is forgotten, a point an arm and number of facts."""
+    from matplotlib.figure import Figure
+
+    from rorqual.analyze.figures import COLOURS, style
+
+    points = list(EARLIER)
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for each in runs:
+        groups.setdefault((each["arm"], each["facts"]), []).append(each)
+    for (arm, count), group in groups.items():
+        held_out = sum(each["held_out"] for each in group) / len(group)
+        forgotten = sum(each["forgotten"] for each in group) / len(group)
+        points.append((f"{arm}, {count}", held_out, forgotten))
+    with style():
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between([-0.05, GOAL["forgotten"]], GOAL["held_out"], 1.02, alpha=0.15, lw=0)
+        for index, (name, held_out, forgotten) in enumerate(points):
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot(forgotten, held_out, "o", color=colour)
+            side = "right" if forgotten > 3 else "left"
+            shift = (-6, -3) if side == "right" else (6, -3)
+            text = {"textcoords": "offset points", "xytext": shift, "ha": side}
+            axes.annotate(name, (forgotten, held_out), color=colour, **text)
+        axes.set(xlabel="forgotten on other text, nats a token", ylabel="held-out answers exact")
+        axes.set(xlim=(-0.05, 4.4), ylim=(0, 1.05))
+        figure.savefig(path, metadata={"Date": None})
+
+
 def report(folder: Path) -> str:
     runs = runs_of(folder)
     counts = sorted({run["facts"] for run in runs})
@@ -450,6 +488,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(USUAL), choices=list(ARMS))
     parser.add_argument("--folder", type=Path, default=RESULTS, help="of the JSON files")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "facts", help="of memories")
+    parser.add_argument("--figure", type=Path, help="where to draw all runs: .svg or .png")
     parser.add_argument("--print", action="store_true", help="run nothing")
     options = parser.parse_args()
     if options.model:
@@ -457,6 +496,8 @@ def main() -> None:
     elif not options.print:
         parser.error("got no model, expected one, or --print")
     print(report(options.folder))
+    if options.figure:
+        draw(runs_of(options.folder), options.figure)
 
 
 if __name__ == "__main__":

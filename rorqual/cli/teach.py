@@ -158,6 +158,7 @@ def _teach_groups(
     console = Console(stderr=True, quiet=as_json)
     groups = _groups(facts, options.group)
     stored = before
+    first_change = True
     for number, group in enumerate(groups, 1):
         name = f"group {number} of {len(groups)}, " if len(groups) > 1 else ""
         stored_before = stored
@@ -170,9 +171,10 @@ def _teach_groups(
             replace=options.replace,
             on_pass=_progress(console, name),
         )
-        if stored_before is None or stored is not stored_before:
+        if stored is not stored_before:
             # What undo restores is the memory before this command, not before its last group.
-            memories.write_facts(Path(options.out), stored, undo=number == 1)
+            memories.write_facts(Path(options.out), stored, undo=first_change)
+            first_change = False
     assert stored is not None
     return stored
 

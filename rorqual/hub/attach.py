@@ -566,7 +566,7 @@ def attach(
         settings,
         ours,
         _vocab_size_of(model, ours),
-        _width_of(model),
+        width_of(model),
         streams_of(model),
         seed=seed,
     )
@@ -584,7 +584,7 @@ def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
     if Path(path).is_dir():
         return attach_facts(model, tokenizer, read_facts(path), str(path))
     config, width, tensors = _read(path)
-    if width != (model_width := _width_of(model)):
+    if width != (model_width := width_of(model)):
         raise ValueError(
             f"{path}: made for a model of width {width}, got one of width {model_width}"
         )
@@ -612,7 +612,7 @@ def attach_facts(
     """
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     _check_hidden(model, *find_blocks(model))
-    width = _width_of(model)
+    width = width_of(model)
     if stored.width != width:
         raise ValueError(
             f"{name}: made for a model of width {stored.width}, got one of width {width}"
@@ -707,7 +707,7 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
 
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     shape = None
-    width = _width_of(model)
+    width = width_of(model)
     streams = streams_of(model)
     try:
         # A host in training mode draws random numbers for its dropout.
@@ -742,7 +742,7 @@ def _adapters(host: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(host, "peft_config", ()))
 
 
-def _width_of(model: Any) -> int:
+def width_of(model: Any) -> int:
     """Returns the width of the hidden states, which in some models is not that of the embedding."""
     return model.config.get_text_config(decoder=True).hidden_size
 

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.hub.attach import FactMemory, attach_facts, find_blocks
+from rorqual.hub.attach import FactMemory, attach_facts, find_blocks, width_of
 from rorqual.hub.facts import Entry, Stored, spellings, tokenizer_sha256
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
@@ -442,22 +442,28 @@ def teach(
     config = config or TeachConfig()
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     change = merged(facts, before, ours, replace=replace)
+    width = width_of(model)
+    digest = tokenizer_sha256(ours)
+    if before is not None:
+        _check_same(before, width, digest, config)
+        if not change.trained:
+            return before
     count = len(find_blocks(model)[1])
     layers = before.layers if before is not None else config.layers or usual_layers(count)
     if late := [layer for layer in layers if layer >= count]:
         raise ValueError(
             f"layers: got {late}, expected indices of the model's blocks, 0..{count - 1}"
         )
-    width = model.config.get_text_config(decoder=True).hidden_size  # type: ignore[operator,union-attr]
     rows = torch.zeros(len(change.entries), len(layers), width)
     dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
+    dtype = dtype if before is None else before.rows.dtype
     for number, row in enumerate(change.kept_rows):
         if row is not None and before is not None:
             rows[number] = before.rows[row].float()
     stored = Stored(
         layers=tuple(layers),
         width=width,
-        tokenizer=tokenizer_sha256(ours),
+        tokenizer=digest,
         entries=change.entries,
         rows=rows,
     )
@@ -470,7 +476,7 @@ def teach(
             for row in change.trained
         }
         if questions:
-            scales = hidden_scales(model, layers, [each[0][0] for each in questions.values()])
+            scales = hidden_scales(model, layers, [facts[0][0] for facts in questions.values()])
             memory = attach_facts(model, ours, stored, scales=scales)
             memory.float()
             memory.set_rows(range(len(rows)), rows)
@@ -484,6 +490,20 @@ def teach(
             memory.detach()
         model.train(was_training)
     return dataclasses.replace(stored, rows=rows.to(dtype))
+
+
+def _check_same(before: Stored, width: int, digest: str, config: TeachConfig) -> None:
+    """Raises a ValueError where a memory is of another model, or has other layers."""
+    if before.width != width or before.tokenizer != digest:
+        raise ValueError(
+            f"memory: got a memory of another model (width {before.width}, here {width}) or "
+            "tokenizer, expected one that was taught to this model"
+        )
+    if config.layers and config.layers != before.layers:
+        raise ValueError(
+            f"layers: got {list(config.layers)}, expected {list(before.layers)}, which the memory "
+            "has, or none"
+        )
 
 
 def _questions(
@@ -524,12 +544,12 @@ def question(row: int, fact: Fact, prompt: str, tokenizer: Tokenizer) -> Questio
 
 @torch.no_grad()
 def hidden_scales(
-    model: nn.Module, layers: Sequence[int], questions: Sequence[Sequence[Question]] | Any
+    model: nn.Module, layers: Sequence[int], questions: Sequence[Question]
 ) -> list[float]:
-    """Returns the size of the hidden states before these blocks: the median over prompts' ends.
+    """Returns the size of the hidden states before these blocks.
 
-    It is the root of the mean square of a token's hidden state. A rate in these units serves every
-    model and depth.
+    It is the root of the mean square of the hidden state at a prompt's end, the median of 16
+    prompts. A rate in these units serves every model and depth.
     """
     _, blocks = find_blocks(model)
     sizes: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -543,9 +563,8 @@ def hidden_scales(
         hooks.append(blocks[layer].register_forward_pre_hook(keep, with_kwargs=True))
     device = next(model.parameters()).device
     try:
-        for each in list(questions)[:16]:
-            first = each if isinstance(each, Question) else each[0]
-            model(input_ids=torch.tensor([first.prompt], device=device), use_cache=False)
+        for each in questions[:16]:
+            model(input_ids=torch.tensor([each.prompt], device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -574,15 +593,15 @@ def _train(
         for batch in _batches(questions, done, config, draw):
             # Dense gradients, of which the optimizer takes the rows that are not 0.
             optimizer.zero_grad()
-            each = answer_losses(model, batch, end_id, memory)
-            each.sum().backward()
+            of_batch = answer_losses(model, batch, end_id, memory)
+            of_batch.sum().backward()
             if config.quiet and done % 2:
-                text = draw.randrange(len(QUIET))
-                quiet_batch = [quiet[question.row][text] for question in batch]
+                text = done // 2 % len(QUIET)
+                quiet_batch = [quiet[each.row][text] for each in batch]
                 divergences = _quiet_losses(model, quiet_batch, end_id, memory)
                 (config.quiet * divergences.sum()).backward()
             optimizer.step(factor)
-            losses += each.detach().tolist()
+            losses += of_batch.detach().tolist()
         on_pass(Progress(done + 1, config.passes, sum(losses) / len(losses)))
 
 
@@ -594,8 +613,9 @@ def _batches(
 ) -> Iterator[list[Question]]:
     """Yields each fact once, in the wording that is its turn.
 
-    Facts with as many wordings take the same one in a batch, so that what precedes their subjects
-    is computed once. Every fact has had all its wordings equally often, within one.
+    Facts with as many wordings have the same turn, so that what precedes their subjects is computed
+    once. The turn depends on the pass alone: what a fact learns does not depend on its company.
+    Every wording has its turn equally often, in an order that is drawn anew each round.
     """
     groups: dict[int, list[list[Question]]] = {}
     for facts in questions.values():
@@ -603,11 +623,10 @@ def _batches(
             groups.setdefault(len(wordings), []).append(wordings)
     batches = []
     for count, group in groups.items():
+        turns = random.Random(f"{config.seed} {count} {done // count}").sample(range(count), count)
+        turn = turns[done % count]
         order = draw.sample(group, len(group))
         for start in range(0, len(order), config.batch_size):
-            # The turns of a count are in an order of their own in each round of them.
-            turns = random.Random(f"{config.seed} {start} {done // count}")
-            turn = turns.sample(range(count), count)[done % count]
             batches.append([each[turn] for each in order[start : start + config.batch_size]])
     yield from draw.sample(batches, len(batches))
 
