@@ -100,6 +100,7 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 
 
 def _of_word(character: str) -> bool:
+    """Returns whether a character is a letter or digit of a script that separates its words."""
     return unicodedata.category(character) in _OF_WORDS
 
 

@@ -151,6 +151,7 @@ EXAMPLE = '{"subject": "LAX", "question": "Which city has LAX?", "answer": "Los 
 
 
 def _read_line(line: str, where: str) -> Fact:
+    """Reads a fact of one line, which `where` names in errors."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -775,7 +776,7 @@ def answered(
 
 
 def _ends(tokenizer: Tokenizer, answer: str, token: int) -> bool:
-    """Whether the answer is over with this token behind it."""
+    """Returns whether the answer is over with this token behind it."""
     if token == tokenizer.end_id:
         return True
     text = _END.split((answer + tokenizer.decode([token])).strip())[0].strip()
