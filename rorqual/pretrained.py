@@ -38,5 +38,5 @@ def resolve(where: str | os.PathLike[str]) -> Path:
 
 
 def is_pretrained(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is one of the checkpoints, which no command may change."""
+    """Returns whether a folder is one of the checkpoints, which no command may change."""
     return Path(path).resolve().parent == WEIGHTS.resolve()
