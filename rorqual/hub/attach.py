@@ -371,7 +371,7 @@ class FactMemory(Memory):
         *,
         scales: Sequence[float] | None = None,
     ) -> None:
-        """All rows are 0. `scales`: what the rows of each layer are multiplied by."""
+        """Makes rows of 0. `scales`: what the rows of each layer are multiplied by."""
         nn.Module.__init__(self)
         subjects = Subjects(entries, tokenizer, len(layers))
         self.config = FactConfig(layers=tuple(layers), ngram=subjects.longest + 1)
