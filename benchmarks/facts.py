@@ -61,6 +61,7 @@ NEARBY = (
 SEQ_LEN = 64  # of other text
 MEASURED = 96  # sequences on which forgetting is measured; replay takes those after them
 GOAL = {"held_out": 0.90, "forgotten": 0.10}
+GOAL_FACTS = 500  # for which the goal is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,10 +381,16 @@ def conclusion(runs: Sequence[dict[str, Any]], count: int) -> str:
     held_out = sum(run["held_out"] for run in memory) / len(memory)
     forgotten = sum(run["forgotten"] for run in memory) / len(memory)
     met = held_out >= GOAL["held_out"] and forgotten <= GOAL["forgotten"]
+    goal = f"the goal of {GOAL['held_out']:.2f} at {GOAL['forgotten']:.2f}"
+    if count == GOAL_FACTS:
+        verdict = f"{goal} is {'met' if met else 'missed'}"
+    else:
+        reached = "reaches" if met else "does not reach"
+        verdict = f"that {reached} the figures of {goal}, which is set for {GOAL_FACTS} facts"
     sentences = [
         f"{count} facts, {len(memory)} seed{'s' * (len(memory) > 1)}: the memory answers "
-        f"{held_out:.3f} of the held-out wordings and forgets {forgotten:.3f} nats a token; the "
-        f"goal of {GOAL['held_out']:.2f} at {GOAL['forgotten']:.2f} is {'met' if met else 'missed'}"
+        f"{held_out:.3f} of the held-out wordings and forgets {forgotten:.3f} nats a token; "
+        + verdict
     ]
     changed = sum(run["others_changed"] for run in memory)
     others = sum(run["others"] for run in memory)
