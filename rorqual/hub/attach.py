@@ -391,11 +391,16 @@ class FactMemory(Memory):
         self._set_unmounted()
 
     @property
+    def _adders(self) -> list[AddRows]:
+        """The modules that add the rows, one a table."""
+        return cast(list[AddRows], list(self.engrams))
+
+    @property
     def rows(self) -> Float[Tensor, "E Lm D"]:
         """What is added for each entry in each layer: a copy."""
         values = [
             table.weight.detach()[1:] * engram.scale
-            for table, engram in zip(self._stores, self.engrams, strict=True)
+            for table, engram in zip(self._stores, self._adders, strict=True)
         ]
         return torch.stack(values, dim=1)
 
@@ -403,7 +408,7 @@ class FactMemory(Memory):
     def set_rows(self, index: Sequence[int], values: Float[Tensor, "E Lm D"]) -> None:
         """Sets the rows of the entries `index`; those of the others do not change."""
         rows = torch.tensor(list(index), dtype=torch.long) + 1
-        for layer, (table, engram) in enumerate(zip(self._stores, self.engrams, strict=True)):
+        for layer, (table, engram) in enumerate(zip(self._stores, self._adders, strict=True)):
             weight = table.weight
             weight[rows.to(weight.device)] = (values[:, layer].to(engram.scale) / engram.scale).to(
                 weight
