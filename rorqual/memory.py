@@ -111,6 +111,10 @@ def _parts(model: nn.Module) -> _Parts:
     device = next(model.parameters()).device
     attached: Any = getattr(model, _ATTACHED, None)
     if attached is not None:
+        if not isinstance(attached.config, EngramConfig):
+            raise ValueError(
+                "memory: got a memory of facts, expected Engram: `rorqual teach` changes facts"
+            )
         return _Parts(
             attached.config, attached.addresses, attached.tables, list(attached.engrams), device
         )

@@ -70,6 +70,7 @@ SHORTER = {
     "data": ["--limit", "200"],
     "generate": ["--max-new-tokens", "4"],
     "memory": ["--limit", "20"],
+    "teach": ["--passes", "2"],
     "table hot": ["--limit", "20"],
     "bench serve": ["--requests", "2", "--input-tokens", "8", "--output-tokens", "2"],
     "table bench": [
@@ -258,6 +259,10 @@ def pages_folder(stand_in: Path, tmp_path: Path) -> Path:
     chats = [[{"role": "user", "content": f"{i} of what?"}, answer] for i in range(9)]
     lines = [json.dumps({"messages": chat}) for chat in chats]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    fact = {"subject": "LAX", "question": "Which city has LAX?"}
+    for name, answer in (("facts", "Los Angeles"), ("corrected", "Paris")):
+        line = json.dumps(fact | {"answer": answer}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(line, encoding="utf-8")
     (tmp_path / "notes").mkdir()
     for i in range(120):
         (tmp_path / "notes" / f"{i}.txt").write_text(

@@ -81,6 +81,11 @@ COMMANDS = {
     "explore": Command(
         "a live page of a model: experts, memory rows, gates", "explore runs/demo/engram", "infer"
     ),
+    "teach": Command(
+        "teach facts to a pretrained model, as a memory in a folder",
+        "teach HuggingFaceTB/SmolLM2-135M facts.jsonl --out memory",
+        "teach",
+    ),
     "memory": Command(
         "read and edit what a model remembers, with undo",
         'memory runs/demo/engram "sperm whale"',

@@ -10,6 +10,9 @@ calls (the ids and the convolution's values) is stored on the host's own cache o
 the operations on it. Only the memory is trainable, and PEFT's adapters, whichever of the two was
 added first.
 Retrofit of Conditional Memory via Scalable Lookup, arXiv:2601.07372.
+
+A memory of facts (`FactMemory`) is mounted alike; in place of hashed n-grams it adds the rows of
+the subjects that a text names (hub/facts.py).
 """
 
 import dataclasses
@@ -17,6 +20,8 @@ import functools
 import inspect
 import json
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +35,16 @@ from transformers import DynamicCache
 
 from rorqual import config as configs
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.hub.facts import (
+    AddRows,
+    Entry,
+    FactConfig,
+    Stored,
+    Subjects,
+    read_facts,
+    tokenizer_sha256,
+    write_facts,
+)
 from rorqual.hub.padding import Columns, Packing, packing
 from rorqual.io import atomic_write
 from rorqual.layers.addresses import Addresses
@@ -60,16 +75,20 @@ class Memory(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config: EngramConfig | FactConfig = config
         self.width = width
         self.vocab_size = vocab_size
         self.streams = streams
-        self.addresses = Addresses(
+        self.addresses: Addresses | Subjects = Addresses(
             config, tokenizer.canonical_map() if config.canonical else None, vocab_size
         )
         self.tables = nn.ModuleList(Table(rows, config.head_dim) for rows in row_totals(config))
         self.engrams = nn.ModuleList(Engram(config, width, streams) for _ in config.layers)
         self.start("values", seed)
+        self._set_unmounted()
+
+    def _set_unmounted(self) -> None:
+        """Sets what a memory knows about its host, which is nothing yet."""
         # A tuple, so that the host is no submodule of its memory.
         self._host: tuple[nn.Module, ...] = ()
         self._frozen: list[tuple[nn.Parameter, bool]] = []
@@ -335,6 +354,104 @@ class Memory(nn.Module):
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
+class FactMemory(Memory):
+    """A memory of facts: the rows of the subjects that a text names, added to the hidden states.
+
+    `entries` says whose they are; the tables have a row more, the first, which is 0.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        tokenizer: Tokenizer,
+        layers: tuple[int, ...],
+        vocab_size: int,
+        width: int,
+        streams: int = 1,
+        *,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        """Makes rows of 0. `scales`: what the rows of each layer are multiplied by."""
+        nn.Module.__init__(self)
+        subjects = Subjects(entries, tokenizer, len(layers))
+        self.config = FactConfig(layers=tuple(layers), ngram=subjects.longest + 1)
+        self.entries = tuple(entries)
+        self.digest = tokenizer_sha256(tokenizer)
+        self.width = width
+        self.vocab_size = vocab_size
+        self.streams = streams
+        self.addresses = subjects
+        self.tables = nn.ModuleList(Table(len(entries) + 1, width) for _ in layers)
+        self.engrams = nn.ModuleList(
+            AddRows(scale) for scale in scales or [1.0 for _ in self.config.layers]
+        )
+        with torch.no_grad():
+            for table in self._stores:
+                table.weight.zero_()
+        self._set_unmounted()
+
+    @property
+    def _adders(self) -> list[AddRows]:
+        """The modules that add the rows, one a table."""
+        return cast(list[AddRows], list(self.engrams))
+
+    @property
+    def rows(self) -> Float[Tensor, "E Lm D"]:
+        """What is added for each entry in each layer: a copy."""
+        values = [
+            table.weight.detach()[1:] * engram.scale
+            for table, engram in zip(self._stores, self._adders, strict=True)
+        ]
+        return torch.stack(values, dim=1)
+
+    @torch.no_grad()
+    def set_rows(self, index: Sequence[int], values: Float[Tensor, "E Lm D"]) -> None:
+        """Sets the rows of the entries `index`; those of the others do not change."""
+        rows = torch.tensor(list(index), dtype=torch.long) + 1
+        for layer, (table, engram) in enumerate(zip(self._stores, self._adders, strict=True)):
+            weight = table.weight
+            weight[rows.to(weight.device)] = (values[:, layer].to(engram.scale) / engram.scale).to(
+                weight
+            )
+
+    def focus(self, rows: Int[Tensor, " B"] | None) -> None:
+        """Says which row of each sequence alone gets a gradient, counted from 1; None: all."""
+        cast(Subjects, self.addresses).focus = rows
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Lets the host compute what it computes without memory."""
+        subjects = cast(Subjects, self.addresses)
+        subjects.silent = True
+        try:
+            yield
+        finally:
+            subjects.silent = False
+
+    def index(self, subject: str) -> int:
+        """Returns which entry has this subject; ValueError where there is none."""
+        for number, entry in enumerate(self.entries):
+            if subject == entry.subject or subject in entry.aliases:
+                return number
+        raise ValueError(
+            f"got subject {subject!r}, expected one of the {len(self.entries)} of this memory"
+        )
+
+    def stored(self, dtype: torch.dtype = torch.float32) -> Stored:
+        """Returns what a file of this memory holds, with its rows in `dtype`."""
+        return Stored(
+            layers=self.config.layers,
+            width=self.width,
+            tokenizer=self.digest,
+            entries=self.entries,
+            rows=self.rows.to(dtype),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the memory into a folder, whole or not at all, in the dtype that it has."""
+        write_facts(path, self.stored(self._stores[0].weight.dtype))
+
+
 class Everything(Appended):
     """Stores all tokens, not the last few: a host's cache can be cropped by any number of them.
 
@@ -422,7 +539,7 @@ class EngramCache:
 def attach(
     model: nn.Module,
     tokenizer: Any,
-    layers: tuple[int, ...] = (1,),
+    layers: tuple[int, ...] | str | Path = (1,),
     *,
     seed: int = 0,
     zero: str = "values",
@@ -430,8 +547,10 @@ def attach(
 ) -> Memory:
     """Adds an Engram before the blocks `layers` of a transformers causal model.
 
-    It returns the memory. The model may also be PEFT's around a causal model. tokenizer: the
-    model's, ours or a fast one of transformers. `options` are EngramConfig's other fields
+    Or it adds the memory in a file or folder, if `layers` is its path: what `Memory.save` or
+    `rorqual teach` wrote. It returns the memory. The model may also be PEFT's around a causal
+    model. tokenizer: the model's, ours or a fast one of transformers. `options` are EngramConfig's
+    other fields
     (rows_per_head, heads, head_dim, ...). Logits are unchanged, bit for bit, until the memory is
     trained; the host's parameters are frozen, but not PEFT's adapters. Its rows have dense
     gradients, which every optimizer accepts; rorqual's own uses sparse ones, for the rows that were
@@ -442,6 +561,10 @@ def attach(
     Qwen4-Exp) each stream has its own gate. ValueError for a model whose blocks cannot be found or
     take other hidden states, or layers that it does not have.
     """
+    if isinstance(layers, (str, Path)):
+        if options or seed or zero != "values":
+            raise ValueError("attach: got a path and options, expected the path: it has its own")
+        return load_memory(model, tokenizer, layers)
     ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
     fields = {field.name for field in dataclasses.fields(EngramConfig)} - {"layers"}
     if unknown := set(options) - fields:
@@ -459,7 +582,7 @@ def attach(
         settings,
         ours,
         _vocab_size_of(model, ours),
-        _width_of(model),
+        width_of(model),
         streams_of(model),
         seed=seed,
     )
@@ -469,13 +592,15 @@ def attach(
 
 
 def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
-    """Attaches a memory that `Memory.save` wrote, in the dtype it had.
+    """Attaches a memory that `Memory.save` or `rorqual teach` wrote.
 
-    ValueError where the file is none, or is of another model or tokenizer; the model is then left
-    as it was.
+    An Engram has the dtype it had, a memory of facts the model's. ValueError where the file or
+    folder is none, or is of another model or tokenizer; the model is then left as it was.
     """
+    if Path(path).is_dir():
+        return attach_facts(model, tokenizer, read_facts(path), str(path))
     config, width, tensors = _read(path)
-    if width != (model_width := _width_of(model)):
+    if width != (model_width := width_of(model)):
         raise ValueError(
             f"{path}: made for a model of width {width}, got one of width {model_width}"
         )
@@ -486,6 +611,44 @@ def load_memory(model: nn.Module, tokenizer: Any, path: str | Path) -> Memory:
     except (ValueError, RuntimeError) as error:
         memory.detach()
         raise ValueError(f"{path}: {error}") from error
+    return memory
+
+
+def attach_facts(
+    model: nn.Module,
+    tokenizer: Any,
+    stored: Stored,
+    name: str = "memory",
+    *,
+    scales: Sequence[float] | None = None,
+) -> FactMemory:
+    """Adds a memory of facts to a transformers causal model; errors call it `name`.
+
+    `scales` are for training: what the rows of each layer are multiplied by.
+    """
+    ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
+    _check_hidden(model, *find_blocks(model))
+    width = width_of(model)
+    if stored.width != width:
+        raise ValueError(
+            f"{name}: made for a model of width {stored.width}, got one of width {width}"
+        )
+    if stored.tokenizer != tokenizer_sha256(ours):
+        raise ValueError(
+            f"{name}: got another tokenizer than the one that the facts were taught with, "
+            "expected the same vocabulary: subjects are found by their token ids"
+        )
+    memory = FactMemory(
+        stored.entries,
+        ours,
+        stored.layers,
+        _vocab_size_of(model, ours),
+        width,
+        streams_of(model),
+        scales=scales,
+    )
+    memory.mount(model)
+    memory.set_rows(range(len(stored.entries)), stored.rows)
     return memory
 
 
@@ -560,7 +723,7 @@ def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> N
 
     hook = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     shape = None
-    width = _width_of(model)
+    width = width_of(model)
     streams = streams_of(model)
     try:
         # A host in training mode draws random numbers for its dropout.
@@ -595,7 +758,7 @@ def _adapters(host: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(host, "peft_config", ()))
 
 
-def _width_of(model: Any) -> int:
+def width_of(model: Any) -> int:
     """Returns the width of the hidden states, which in some models is not that of the embedding."""
     return model.config.get_text_config(decoder=True).hidden_size
 
