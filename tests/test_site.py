@@ -70,13 +70,22 @@ def outline(file: str) -> tuple[int, int, int]:
     [
         page
         for section in site.sections()
-        if section.titles["en"] == "Guides"
+        if section.titles["en"] in ("Guides", "Architecture", "Contributing")
         for page in section.pages
+        if not page.english
     ],
     ids=lambda page: page.name,
 )
 def test_a_chinese_guide_has_the_sections_and_tables_of_the_english_one(page: "site.Page") -> None:
     assert outline(page.source("zh")) == outline(page.file)
+
+
+def test_the_chinese_tree_of_files_is_the_english_one() -> None:
+    english, chinese = (
+        re.findall(r"^ *([\w./]+)", (ROOT / file).read_text("utf-8").split("```")[1], re.MULTILINE)
+        for file in ("docs/architecture.md", "docs/zh/architecture.md")
+    )
+    assert english == chinese
 
 
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
