@@ -425,7 +425,8 @@ def stage(language: str, links: Links) -> None:
         write(folder / name, text)
     shutil.copytree(SETTINGS / "overrides", WORK / language / "overrides")
     shutil.copy(SETTINGS / "extra.css", folder)
-    config = yaml.safe_dump(configuration(language), allow_unicode=True, sort_keys=False)
+    options = configuration(language, links.repo_url)
+    config = yaml.safe_dump(options, allow_unicode=True, sort_keys=False)
     write(WORK / language / "mkdocs.yml", config)
 
 
@@ -467,8 +468,11 @@ def navigation(language: str) -> list[dict[str, Any]]:
     return result
 
 
-def configuration(language: str) -> dict[str, Any]:
-    """Returns the builder's configuration of a language."""
+def configuration(language: str, repo_url: str) -> dict[str, Any]:
+    """Returns the builder's configuration of a language.
+
+    Where the repository has an address, the header of each page leads to it.
+    """
     (other,) = LANGUAGES.keys() - {language}
     palette = [
         {
@@ -485,6 +489,7 @@ def configuration(language: str) -> dict[str, Any]:
         "site_name": "rorqual",
         "site_description": DESCRIPTION[language],
         "site_dir": "out",
+        **({"repo_url": repo_url, "repo_name": "rorqual"} if repo_url else {}),
         "use_directory_urls": False,
         "theme": {
             "variant": "modern",
