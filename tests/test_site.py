@@ -70,7 +70,7 @@ def outline(file: str) -> tuple[int, int, int]:
     [
         page
         for section in site.sections()
-        if section.titles["en"] in ("Guides", "Architecture", "Contributing")
+        if section.titles["en"] in ("Guides", "Results", "Architecture", "Contributing")
         for page in section.pages
         if not page.english
     ],
