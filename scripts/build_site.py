@@ -45,7 +45,9 @@ DESCRIPTION = {
     "zh": "稀疏语言模型：一篇论文一个文件，可训练、可研究、可部署。",
 }
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>[^)\s]+)(?P<after>\))")
-FENCE = re.compile(r"^\s*(```|~~~)")
+# A line that begins with a code span is none.
+FENCE = re.compile(r"^\s*(```[^`]*$|~~~)")
+ITEM = re.compile(r"^ *(?:[-*]|\d+\.) ")
 HAN = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 WRAPPED = re.compile(rf"(?<={HAN})\n *(?={HAN})")
 FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -256,6 +258,33 @@ def html_name(name: str) -> str:
     return name.removesuffix(".md") + ".html"
 
 
+# Lists
+
+
+def with_lists(text: str) -> str:
+    """Writes lists as the builder reads them, so that they show as on GitHub.
+
+    It wants a blank line before a list that follows a paragraph, and four spaces before what
+    belongs to an item, where GitHub takes two.
+    """
+    lines: list[str] = []
+    fenced = in_list = False
+    for line in text.splitlines():
+        fenced ^= bool(FENCE.match(line))
+        blank_before = not lines or not lines[-1].strip()
+        item = ITEM.match(line)
+        if not fenced and line.strip():
+            if item and not in_list and not blank_before:
+                lines.append("")
+            if not item and blank_before and not line.startswith(" "):
+                in_list = False
+            in_list |= bool(item)
+            if in_list and (indent := re.match(r"( {2}| {4})(?! )", line)):
+                line = indent[0] + line
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 # Formulas
 
 
@@ -410,7 +439,7 @@ def stage(language: str, links: Links) -> None:
                 (folder / page.name).with_name(picture).write_bytes(content)
             text = with_formulas(links.rewrite(text, file, language, page.name))
             # Between Chinese characters a browser would show the end of a line as a space.
-            text = WRAPPED.sub("", text)
+            text = WRAPPED.sub("", with_lists(text))
             if language == "zh" and page.english:
                 title, _, rest = text.partition("\n")
                 text = f"{title}\n\n{NO_CHINESE}{rest}"

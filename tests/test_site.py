@@ -193,6 +193,9 @@ def test_a_link_into_nothing_is_refused_and_code_is_left_alone() -> None:
         links().rewrite("[a](none.md)\n", "docs/index.md", "en", "index.md")
     code = "```\n[a](none.md)\n```\n"
     assert links().rewrite(code, "docs/index.md", "en", "index.md") == code
+    span = "```` ```math ```` begins a line\n[a](none.md)\n"
+    with pytest.raises(ValueError, match=r"none\.md"):
+        links().rewrite(span, "docs/index.md", "en", "index.md")
 
 
 def test_a_notebook_is_a_page_with_its_outputs(
@@ -225,6 +228,17 @@ def test_a_notebook_is_a_page_with_its_outputs(
 def test_chinese_lines_join_without_a_space() -> None:
     text = "一行，\n  两行\n\n- 三\n- 四 a\n五\n"
     assert site.WRAPPED.sub("", text) == "一行，两行\n\n- 三\n- 四 a\n五\n"
+
+
+def test_lists_are_written_as_the_builder_reads_them() -> None:
+    """As GitHub shows them: without a blank line before, and with two spaces inside."""
+    text = "A paragraph:\n- one\n  more\n  - inner\n\n  a paragraph\n- two\n\nText\n  on.\n"
+    expected = (
+        "A paragraph:\n\n- one\n    more\n    - inner\n\n    a paragraph\n- two\n\nText\n  on.\n"
+    )
+    assert site.with_lists(text) == expected
+    code = "```\nx:\n- one\n  more\n```\n"
+    assert site.with_lists(code) == code
 
 
 def test_formulas_become_mathml() -> None:
