@@ -268,17 +268,21 @@ def with_lists(text: str) -> str:
     belongs to an item, where GitHub takes two.
     """
     lines: list[str] = []
-    fenced = in_list = False
+    # Whether the last line is in code, in a list, in a paragraph that is not an item's first.
+    fenced = in_list = in_paragraph = False
     for line in text.splitlines():
         fenced ^= bool(FENCE.match(line))
         blank_before = not lines or not lines[-1].strip()
         item = ITEM.match(line)
         if not fenced and line.strip():
-            if item and not in_list and not blank_before:
+            if item and not blank_before and (in_paragraph or not in_list):
                 lines.append("")
-            if not item and blank_before and not line.startswith(" "):
-                in_list = False
-            in_list |= bool(item)
+            if not item and blank_before:
+                in_list &= line.startswith(" ")
+                in_paragraph = in_list
+            if item:
+                in_list = True
+                in_paragraph = False
             if in_list and (indent := re.match(r"( {2}| {4})(?! )", line)):
                 line = indent[0] + line
         lines.append(line)

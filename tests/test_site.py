@@ -234,7 +234,7 @@ def test_lists_are_written_as_the_builder_reads_them() -> None:
     """As GitHub shows them: without a blank line before, and with two spaces inside."""
     text = "A paragraph:\n- one\n  more\n  - inner\n\n  a paragraph\n- two\n\nText\n  on.\n"
     expected = (
-        "A paragraph:\n\n- one\n    more\n    - inner\n\n    a paragraph\n- two\n\nText\n  on.\n"
+        "A paragraph:\n\n- one\n    more\n    - inner\n\n    a paragraph\n\n- two\n\nText\n  on.\n"
     )
     assert site.with_lists(text) == expected
     code = "```\nx:\n- one\n  more\n```\n"
