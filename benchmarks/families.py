@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 from rorqual.hub import checkpoints  # noqa: E402
 from rorqual.hub.families import family_for  # noqa: E402
-from rorqual.layers import basics, context  # noqa: E402
+from rorqual.layers import context, rope  # noqa: E402
 from tests.hub.doubles import Doubles, gradients  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -194,14 +194,14 @@ def write_expected(
 @contextmanager
 def frequencies_in_float32() -> Iterator[None]:
     """Lets ours round rotary frequencies to float32, as the oracles' buffers are."""
-    exact = basics.rope_frequencies
+    exact = rope.rope_frequencies
 
     def rounded(*arguments: Any) -> Tensor:
         with torch._C.DisableTorchFunction():
             return exact(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(basics, "rope_frequencies", rounded)
+        patch.setattr(rope, "rope_frequencies", rounded)
         patch.setattr(context, "rope_frequencies", rounded)
         yield
 

@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RMSNorm, RopeConfig, SwiGLU
 from rorqual.layers.context import context
+from rorqual.layers.feed_forward import SwiGLU
 from rorqual.layers.hyper import Connection, HyperConfig, Residual, Streams, expand
+from rorqual.layers.norm import RMSNorm
+from rorqual.layers.rope import RopeConfig
 
 
 class Block(nn.Module):

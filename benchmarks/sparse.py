@@ -37,12 +37,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import Appended, BlockCache, Past, Recent
 from rorqual.layers.context import Context, context
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.rope import RopeConfig
 from rorqual.layers.sparse import Blocks
 from rorqual.layers.tiles import TILE, Choice
 

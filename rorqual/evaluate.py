@@ -23,7 +23,7 @@ from rorqual.data import chats
 from rorqual.data.corpus import open_corpus
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.auto import RorqualForCausalLM, fast_tokenizer
-from rorqual.layers.basics import chunked_cross_entropy
+from rorqual.layers.cross_entropy import chunked_cross_entropy
 from rorqual.model import IGNORED, LanguageModel
 
 SPLITS = ("validation", "train", "all")

@@ -24,19 +24,21 @@ from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, MLA
 from rorqual.layers.balance import losses
-from rorqual.layers.basics import CentredRMSNorm, RMSNorm, SwiGLU, chunked_cross_entropy
 from rorqual.layers.cache import Appended, BlockCache, Cache, DraftCache, Past
 from rorqual.layers.context import Context, context
+from rorqual.layers.cross_entropy import chunked_cross_entropy
 from rorqual.layers.csa import CSA, HCA, SharedKV
 from rorqual.layers.csa2 import CSA2
 from rorqual.layers.delta_net import DeltaNet
 from rorqual.layers.dsa import DSA, IndexerLoss, mean_indexer_loss
 from rorqual.layers.engram import Addresses, Engram
+from rorqual.layers.feed_forward import SwiGLU
 from rorqual.layers.gated_residual import GatedReduction, GatedResidual
 from rorqual.layers.hyper import Connection, Residual, StreamReduction, Streams, expand
 from rorqual.layers.moba import MoBA
 from rorqual.layers.moe import MoE
 from rorqual.layers.mtp import MTP, ahead
+from rorqual.layers.norm import CentredRMSNorm, RMSNorm
 from rorqual.layers.nsa import NSA
 from rorqual.layers.qsa import QSA
 from rorqual.layers.router import Routing
@@ -271,7 +273,7 @@ class LanguageModel(nn.Module):
         the end of the last block. If `indexer_warmup` is given, the indexers of DSA and CSA are
         trained; while it is True every key is attended to. document_ids [B, T] numbers packed
         documents, which never see each other; lengths [B] is the number of valid tokens of each
-        row, which padding follows.
+        sequence, which padding follows.
         """
         if cache is not None and cache.length and self.cache_is_outdated(cache, ids, lengths):
             return self._hidden_again(ids, document_ids, lengths, cache, last, for_mtp)
@@ -366,17 +368,17 @@ class LanguageModel(nn.Module):
         time = ids.shape[1]
         counts = [time] * len(ids) if lengths is None else [int(n) for n in lengths]
         stored = cache.ids.buffer[:, cache.ids.before :]
-        documents_of_rows = None
+        stored_documents = None
         if cache.past.named or document_ids is not None:
             buffer = cache.past.document_ids.buffer
-            documents_of_rows = torch.zeros_like(stored) if buffer is None else buffer
+            stored_documents = torch.zeros_like(stored) if buffer is None else buffer
         everything = []
         documents_of_all = []
-        for row, length in enumerate(past):
-            everything.append(torch.cat([stored[row, :length], ids[row]]))
-            if documents_of_rows is not None:
-                before = documents_of_rows[row, :length]
-                new = before[-1:].expand(time) if document_ids is None else document_ids[row]
+        for sequence, length in enumerate(past):
+            everything.append(torch.cat([stored[sequence, :length], ids[sequence]]))
+            if stored_documents is not None:
+                before = stored_documents[sequence, :length]
+                new = before[-1:].expand(time) if document_ids is None else document_ids[sequence]
                 documents_of_all.append(torch.cat([before, new]))
         padded = nn.utils.rnn.pad_sequence
         for state in (*cache.states(), cache.past):
@@ -393,16 +395,16 @@ class LanguageModel(nn.Module):
         columns = torch.tensor(past, device=ids.device)[:, None] + torch.arange(
             time, device=ids.device
         )
-        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        sequences = torch.arange(len(ids), device=ids.device)[:, None]
         if last:
             return hidden, auxes
         routings = (
-            None if aux.routing is None else aux.routing.select(rows, columns) for aux in auxes
+            None if aux.routing is None else aux.routing.select(sequences, columns) for aux in auxes
         )
         auxes = [
             aux._replace(routing=routing) for aux, routing in zip(auxes, routings, strict=True)
         ]
-        return hidden[rows, columns], auxes
+        return hidden[sequences, columns], auxes
 
     def reduce_streams(self, x: Streams) -> Float[Tensor, "B T D"]:
         """Reduces the residual streams of the last block to one hidden state."""

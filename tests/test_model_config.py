@@ -15,7 +15,7 @@ from rorqual.model_config import EngramConfig, GQAConfig, ModelConfig, head_prim
 
 LAYERS = {
     "model": ("ModelConfig",),
-    "layers.basics": ("RopeConfig", "YarnConfig", "longest_context"),
+    "layers.rope": ("RopeConfig", "YarnConfig", "longest_context"),
     "layers.attention": ("MLAConfig", "GQAConfig"),
     "layers.nsa": ("NSAConfig",),
     "layers.moba": ("MoBAConfig",),

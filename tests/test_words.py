@@ -57,14 +57,24 @@ WORDS_IN = {
     ),
     "rows length": ("rorqual/train/config.py", "batch_size, seq_len"),
 }
+# The same as parts of a longer name.
+PARTS_IN = {
+    "row rows": (
+        "rorqual/serve/* rorqual/layers/cache.py",
+        "sequence, request or slot; rows are those of a table",
+    ),
+}
 # (word, files): why it may stand there
 ALLOWED = {
+    ("rows", "rorqual/serve/answer.py"): "rows of a table that a token has read",
+    ("rows", "rorqual/serve/schema.py"): "rows of a table that a token has read",
+    ("rows", "rorqual/serve/trace.py"): "rows of a table that a token has read",
     ("given", "tests/*"): "hypothesis names its decorator so",
     ("arrow", "rorqual/data/files.py"): "pyarrow is imported under its own name",
     ("arrow", "tests/data/test_files.py"): "pyarrow is imported under its own name",
     ("floor", "rorqual/experiments/budget.py"): "math.floor",
-    ("floor", "rorqual/layers/basics.py"): "math.floor",
-    ("floor", "tests/layers/test_basics.py"): "math.floor",
+    ("floor", "rorqual/layers/rope.py"): "math.floor",
+    ("floor", "tests/layers/test_rope.py"): "math.floor",
     ("floor", "rorqual/kernels/*"): "numpy.floor, and the smallest value of a denominator",
     ("recall", "rorqual/layers/dsa.py"): "of the indexer: the share of probability that it selects",
     ("recall", "rorqual/train/step.py"): "of the indexer",
@@ -136,25 +146,30 @@ def by_word(table: dict[str, str]) -> dict[str, str]:
     return {word: instead for words, instead in table.items() for word in words.split()}
 
 
+def in_file(table: dict[str, tuple[str, str]], path: str) -> dict[str, str]:
+    """Returns the words of a table that this file must not use, with what to write instead."""
+    return {
+        word: instead
+        for listed, (files, instead) in table.items()
+        for word in listed.split()
+        if any(fnmatch.fnmatch(path, pattern) for pattern in files.split())
+    }
+
+
 def allowed(word: str, path: str) -> bool:
     return any(word == w and fnmatch.fnmatch(path, files) for w, files in ALLOWED)
 
 
 def wrong_names(path: str, tree: ast.AST) -> Iterator[str]:
     words = by_word(WORDS)
-    parts = by_word(PARTS)
-    here = {
-        word: instead
-        for listed, (files, instead) in WORDS_IN.items()
-        for word in listed.split()
-        if any(fnmatch.fnmatch(path, pattern) for pattern in files.split())
-    }
+    parts = by_word(PARTS) | in_file(PARTS_IN, path)
+    here = in_file(WORDS_IN, path)
     for identifier, line in {name: line for line, name in identifiers(tree)}.items():
         instead = words.get(identifier) or here.get(identifier)
         if instead is not None and not allowed(identifier, path):
             yield f"{path}:{line}: {identifier}, write {instead}"
         for piece in re.findall(r"[A-Z]?[a-z]+", identifier):
-            if piece.lower() in parts and identifier not in words:
+            if piece.lower() in parts and identifier not in words and not allowed(identifier, path):
                 yield f"{path}:{line}: {identifier}, write {parts[piece.lower()]} for {piece}"
 
 
@@ -192,6 +207,12 @@ def test_every_exception_is_used() -> None:
 def test_a_wrong_name_is_seen(code: str, word: str) -> None:
     (message,) = set(wrong_names("rorqual/x.py", ast.parse(code)))
     assert word in message
+
+
+@pytest.mark.parametrize("code", ["class SamplerRow: pass", "def sample_rows(x): pass", "f(row=1)"])
+def test_a_sequence_is_not_called_a_row_where_batches_are_served(code: str) -> None:
+    assert set(wrong_names("rorqual/serve/sampling.py", ast.parse(code)))
+    assert not set(wrong_names("rorqual/tables/table.py", ast.parse(code)))
 
 
 def test_options_are_called_as_elsewhere() -> None:

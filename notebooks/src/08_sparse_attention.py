@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import rorqual as rq
 from rorqual.data.sources import find
 from rorqual.layers.attention import GQA, GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig
+from rorqual.layers.rope import RopeConfig
 from rorqual.layers.context import context
 from rorqual.layers.csa import CSA, HCA, CSAConfig
 from rorqual.layers.dsa import DSA, DSAConfig

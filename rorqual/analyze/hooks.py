@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import SwiGLU, gated
+from rorqual.layers.feed_forward import SwiGLU, gated
 from rorqual.layers.moe import MoE
 from rorqual.layers.router import Routing
 from rorqual.model import Block, LanguageModel

@@ -125,6 +125,7 @@ def bench_serve(options: Serve, as_json: bool) -> int:
 
 
 def _flags(words: tuple[str, ...]) -> list[str]:
+    """Returns options such as context=512 with the two dashes that `rorqual serve` expects."""
     return [word if word.startswith("-") else f"--{word}" for word in words]
 
 
@@ -159,6 +160,8 @@ def _prompts(options: Serve) -> Callable[[int | None], list[dict[str, Any]]]:
 
 
 def _progress(total: int) -> Any:
+    """Returns what prints the number of requests done; only on a terminal does it print."""
+
     def show(done: int) -> None:
         end = "\n" if done == total else ""
         print(f"\r{done}/{total} requests", end=end, file=sys.stderr, flush=True)
@@ -172,6 +175,7 @@ def _show(
     limits: dict[str, float] | None,
     examples: dict[str, str],
 ) -> None:
+    """Prints the figures as a table; `examples` has a message for each kind of failure."""
     print(
         f"{described['url']}  model {described['model_id']}  rate {described['request_rate']}  "
         f"concurrency {described['max_concurrency'] or 'without limit'}"

@@ -104,18 +104,21 @@ def cluster_command(name: str, model: ModelConfig, argv: list[str], as_json: boo
 
 
 def _devices() -> Sequence[str]:
+    """Returns the names of devices with known figures, and `cpu`."""
     from rorqual.hardware import DEVICES
 
     return (*DEVICES, "cpu")
 
 
 def _roles(footprint: Memory) -> dict[str, dict[str, int]]:
+    """Returns the bytes of each role as JSON values."""
     return {role: one._asdict() for role, one in footprint.roles.items()}
 
 
 def _show(
     name: str, options: ClusterPlan, footprint: Memory, sent: dict[str, int], step: Step
 ) -> None:
+    """Prints what the formulas say: memory of a rank, bytes sent, seconds of a step."""
     tokens = options.layout.tokens * options.layout.micro_batches * options.cluster.devices
     print(
         f"{name} on {options.cluster.devices:,} x {options.device}, {options.layout.expert} expert "
@@ -150,6 +153,7 @@ def _show(
 
 
 def _show_simulated(simulated: dict[str, Any], about: str) -> None:
+    """Prints the seconds of simulated steps beside those of the formulas."""
     print(f"simulated, with {about}")
     rows = []
     for what, result in simulated.items():
@@ -167,6 +171,7 @@ def _show_simulated(simulated: dict[str, Any], about: str) -> None:
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:
+    """Prints pairs in two columns, the first as wide as needed; headings have no value."""
     width = max(len(words) for words, value in rows if value)
     for words, value in rows:
         print(f"{words:{width}}  {value}".rstrip())

@@ -49,6 +49,7 @@ class Generate:
 
 
 def _table_options(options: "Generate | Serve | Chat") -> dict[str, Any]:
+    """Returns the options of `load` that say where Engram's rows are."""
     return {
         "placement": options.placement,
         "folder": options.rows_in,
@@ -564,6 +565,7 @@ def _surgery(run: "Run", editor: "Editor", options: Memory) -> dict[str, Any]:
 
 
 def _layers(run: "Run", options: Memory) -> tuple[int, ...]:
+    """Returns the block that --layer names, or all blocks with Engram."""
     return (
         run.config.engram.layers  # type: ignore[union-attr]
         if options.layer is None
@@ -627,6 +629,7 @@ def _values(ngram: str, value: str, editor: "Editor", layer: int) -> "Tensor":
 
 
 def _about(edit: "Edit") -> dict[str, Any]:
+    """Returns an edit as JSON values."""
     return {"what": edit.what, "layer": edit.layer, "rows": edit.rows.tolist()}
 
 
@@ -688,6 +691,7 @@ def _show(result: dict[str, Any], options: Memory) -> None:
 
 
 def _show_corpus(layer: str, of: dict[str, Any]) -> None:
+    """Prints, for one block, the rows that are read or shared most."""
     all_of = of["collisions"]
     print(
         f"block {layer}: {all_of.ngrams:,} n-grams read {all_of.rows:,} rows, "

@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    """Runs the command that the first word names; 2 for a name that does not exist."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -200,6 +201,7 @@ def _failed(error: Exception, words: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
+    """Returns the line for an error, with the extra to install where a module is missing."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = EXTRAS.get(error.name.partition(".")[0])
         hint = install(extra) if extra else f"pip install {error.name.partition('.')[0]}"

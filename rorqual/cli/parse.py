@@ -173,6 +173,7 @@ def read(
 
 
 def _is_placed(hint: Any) -> bool:
+    """Returns whether a field is given by its place on the command line, without a name."""
     return typing.get_origin(hint) is Annotated and "positional" in hint.__metadata__
 
 
@@ -204,7 +205,10 @@ def _parser(
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises a UsageError where argparse would print one and exit."""
+
     def error(self, message: str) -> NoReturn:
+        """Raises the message of argparse."""
         raise UsageError(message)
 
 
@@ -248,6 +252,7 @@ def _add(group: Any, option: config.Option, flags: list[str], placed: bool) -> N
 
 
 def _metavar(hint: Any) -> str:
+    """Returns what stands for a value in the help: its choices, or the name of its type."""
     if dataclasses.is_dataclass(hint):
         return "default"
     if typing.get_origin(hint) is typing.Literal:
@@ -263,6 +268,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _help(option: config.Option) -> str:
+    """Returns the comment of an option with its default; argparse needs % doubled."""
     default = option.default
     if option.part is not None:
         return f"switches it on or off (it is {'off' if default is None else 'on'})"

@@ -222,6 +222,7 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
 
 
 def _shard_rows(options: Build | Convert, size: int) -> int:
+    """Returns how many rows of `size` bytes a shard has. UsageError where it is none."""
     if options.shard_bytes < size:
         raise UsageError(
             f"got --shard-bytes {options.shard_bytes}, expected at least the {size} bytes of a row"
@@ -270,6 +271,7 @@ def inspect(options: Inspect, as_json: bool) -> int:
 
 
 def _about(path: Path, name: str) -> dict[str, Any]:
+    """Returns what `inspect` says of a table as JSON values, read from the headers of its files."""
     from rorqual.tables.row_file import open_shards
 
     shards = open_shards(path, name)
@@ -433,6 +435,7 @@ def tables_in(path: Path, name: str | None) -> list[tuple[Path, str]]:
 
 
 def _dtype(name: str) -> Any:
+    """Returns torch's dtype of an option; fp8 is e4m3."""
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[name]

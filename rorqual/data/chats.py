@@ -34,7 +34,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @runtime_checkable
 class HasSpecialTokens(Protocol):
-    """What `tokenizer.Tokenizer` has, which is above this file."""
+    """What ChatEncoder needs of a tokenizer, whose class is above this file."""
 
     backend: tokenizers.Tokenizer
     begin_id: int
@@ -75,7 +75,7 @@ def messages_of(document: str) -> list[dict[str, str]]:
 
 
 def is_document(raw: bytes) -> bool:
-    """Whether a text is the document of a chat: a source without columns has other texts."""
+    """Returns whether a text is the document of a chat; a source without columns has any text."""
     try:
         return bool(read(json.loads(raw)))
     except (ValueError, RecursionError):
@@ -97,7 +97,7 @@ class ChatEncoder:
     """Encodes documents of chats, as `apply_chat_template` of TEMPLATE and the tokenizer would."""
 
     def __init__(self, tokenizer: HasSpecialTokens) -> None:
-        """ValueError for a tokenizer that does not read its begin and end in a text."""
+        """Copies the tokenizer. ValueError if it does not read its begin and end in a text."""
         # A copy, in which the text of a special token is the token.
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.encode_special_tokens = False
@@ -151,6 +151,11 @@ class ChatEncoder:
     def _encoded(
         self, encoding: tokenizers.Encoding, messages: int, spans: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[bool]] | None:
+        """Returns the ids between begin and end, and which are targets.
+
+        `spans` are where the targets begin and end in the text. None where there are not exactly
+        the special tokens that the `messages` have: a content then spells one.
+        """
         ids = encoding.ids
         special = [i for i in ids if i in self.special_ids]
         if special != [self.begin_id, *[self.end_id] * messages]:

@@ -294,6 +294,7 @@ def clean(raw: files.Raw, longest: int, skip: files.Skip) -> Iterator[tuple[str,
 
 
 def _decoded(piece: bytes, where: str, skip: files.Skip) -> str | None:
+    """Returns the text of a piece, with "\n" line ends; None, counted by `skip`, if it is none."""
     if b"\0" in piece:
         skip("binary or UTF-16 (a NUL byte)", where)
         return None
@@ -321,4 +322,5 @@ def _span(places: Iterable[float]) -> tuple[float, float]:
 
 
 def _pieces(text: str) -> list[str]:
+    """Returns all pieces of _LETTERS letters, a step of one letter apart; a shorter text whole."""
     return [text[i : i + _LETTERS] for i in range(max(1, len(text) - _LETTERS + 1))]

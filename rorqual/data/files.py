@@ -46,6 +46,7 @@ class Listed:
 
     @property
     def bytes(self) -> int:
+        """The bytes of all files together; one that is gone meanwhile counts nothing."""
         return sum(os.path.getsize(path) for path in self.paths if os.path.isfile(path))
 
     def stamp(self) -> str:
@@ -53,6 +54,7 @@ class Listed:
         return f"whole {digest(self.paths, root=self.root)}"
 
     def read(self, column: str, longest: int, skip: Skip) -> Raw:
+        """Yields the texts of all files in order of name, and counts what the listing left out."""
         for reason, where in self.left:
             skip(reason, where)
         for path in self.paths:
@@ -110,6 +112,7 @@ def _walk(
     left: list[tuple[str, str]] = []
 
     def unreadable(error: OSError) -> None:
+        """Notes a folder that cannot be listed."""
         left.append(("unreadable folder", printable(Path(error.filename))))
 
     for here, folders, names in os.walk(folder, onerror=unreadable):
@@ -129,6 +132,7 @@ def _walk(
 
 
 def _file(path: Path, column: str, longest: int, skip: Skip) -> Raw:
+    """Yields the texts of one file by the reader of its kind, or skips it with the reason."""
     where = printable(path)
     try:
         status = path.stat()
@@ -153,6 +157,7 @@ def cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Raw:
 
 
 def _cut(file: io.BufferedIOBase, where: str, longest: int, skip: Skip) -> Iterator[bytes]:
+    """Yields the pieces of `cut` without their place, reading `longest` bytes at a time."""
     rest = b""
     half = longest // 2
     lost = False
@@ -192,10 +197,12 @@ def _ends(text: bytes, first: int, last: int) -> list[int]:
 
 
 def _text(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
+    """Reads a .txt or .md file, which is one text."""
     return cut(file, where, longest, skip)
 
 
 def _jsonl(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
+    """Reads a .jsonl file, a text a line; a line of more than LONGEST_LINE bytes is left out."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -216,6 +223,7 @@ def _jsonl(file: io.BufferedIOBase, where: str, column: str, longest: int, skip:
 
 
 def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, skip: Skip) -> Raw:
+    """Reads a column of a parquet file, a text a record. ValueError where pyarrow is missing."""
     try:
         import pyarrow as arrow  # optional: it comes with the [hub] extra
         import pyarrow.parquet as parquet
@@ -237,7 +245,7 @@ def _parquet(file: io.BufferedIOBase, where: str, column: str, longest: int, ski
 
 
 def cell(row: Any, column: str, where: str, skip: Skip) -> Raw:
-    """Yields the text of one record."""
+    """Yields the text in a column of one record, a chat as its document; none that is left out."""
     if not isinstance(row, dict):
         skip("no JSON object", f"{where}: {type(row).__name__}")
     elif column not in row:

@@ -51,6 +51,7 @@ def read_mixture(words: Iterable[str]) -> dict[str, Fraction]:
 
 
 def _weight(text: str, word: str) -> Fraction:
+    """Reads a weight such as 0.7 or 7/10 exactly. ValueError unless it is above 0."""
     try:
         weight = Fraction(text)
     except (ValueError, ZeroDivisionError):

@@ -122,6 +122,7 @@ def _places(batch_size: int, many: int, text: int, generator: np.random.Generato
 
 
 def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
+    """Returns ids, labels (shifted), document_ids, depths and tasks, int64 [R, L] each."""
     labels = np.where(rows.answers, rows.ids, IGNORED)[:, 1:]
     depths = np.where(rows.answers, rows.places * DEPTHS // rows.text, -1)[:, 1:]
     arrays = {
@@ -138,6 +139,7 @@ def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
 
 
 def _generator(seed: int, number: int, side: int) -> np.random.Generator:
+    """Returns the generator of draw `number`; those of training and of held-out texts differ."""
     return np.random.Generator(
         np.random.Philox(key=np.array([seed, 2 * number + side], dtype=np.uint64))
     )
@@ -208,6 +210,7 @@ class NeedleStream:
         return {"number": self.number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the batch that `state_dict` named."""
         self.number = int(state["number"])
 
 
@@ -282,6 +285,9 @@ def grade(predicted: Int[Tensor, "B T"], batch: Mapping[str, Tensor]) -> Int[Ten
 
 
 def column(task: str, seq_len: int, side: int | None = None) -> str:
-    """Returns the name of an accuracy in a run's metrics; `piece`: of the text, counted from 0."""
+    """Returns the name of an accuracy in the metrics of a run.
+
+    `side` is a part of the text, counted from 0; None for all of it.
+    """
     name = f"accuracy_{task}_{seq_len}"
     return name if side is None else f"{name}_part_{side}"

@@ -94,6 +94,8 @@ def find(name: str, *, column: str = "text", longest: int = files.LONGEST) -> So
 
 
 def _wordnet() -> Source:
+    """Returns the bundled WordNet, one entry a line; it is decompressed as it is read."""
+
     def read(skip: Skip) -> Raw:
         with bz2.open(WORDNET) as file:
             for line in file:
@@ -109,6 +111,10 @@ def _wordnet() -> Source:
 
 
 def _docstrings(packages: list[str]) -> Source:
+    """Returns the docstrings of installed packages, of all of them if none is named.
+
+    ValueError for a package that is not installed.
+    """
     distributions = {
         d.name: d
         for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name or "")
@@ -200,6 +206,7 @@ def _documented(path: Path, module: str, skip: Skip) -> list[tuple[str, str]]:
 
 
 def _gcide(folder: Path) -> Source:
+    """Returns Debian's GCIDE in this folder. ValueError where it is not installed."""
     index = folder / "gcide.index"
     packed = folder / "gcide.dict.dz"
     if not (index.is_file() and packed.is_file()):
@@ -305,11 +312,13 @@ def _hub_name(name: str) -> tuple[str, str, str]:
 
 
 def _hub(name: str, column: str) -> Source:
+    """Returns a dataset of the hub as a source, streamed from its beginning at every pass."""
     dataset = hub_dataset(name, column)
     builder = dataset.builder
     path = _hub_name(name)[0]
 
     def read(skip: Skip) -> Raw:
+        """Yields the texts; a ValueError names the record after which the connection broke off."""
         number = 0
         try:
             for number, row in enumerate(dataset.rows(), 1):

@@ -49,14 +49,18 @@ class Reader(Protocol):
         """Returns JSON values that `restore` needs to go on with this row."""
         ...
 
-    def restore(self, row: int, state: Any) -> None: ...
+    def restore(self, row: int, state: Any) -> None:
+        """Goes on with this row, whose `state` was saved."""
+        ...
 
 
 @runtime_checkable
 class Readable(Protocol):
     """A text that is not in token files, and is read by a Reader of its own."""
 
-    def reader(self, seq_len: int, seed: int) -> Reader: ...
+    def reader(self, seq_len: int, seed: int) -> Reader:
+        """Returns what reads windows of `seq_len` tokens, in the order that `seed` draws."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +120,7 @@ class TokensReader:
         self._drawn: dict[int, np.ndarray] = {}
 
     def read(self, rows: np.ndarray) -> Arrays:
+        """Returns ids, labels and document ids, int64 [rows, seq_len] each."""
         places = self.placed(rows)[:, None] * self.seq_len
         files, document_ids = self._read(places + np.arange(self.seq_len + 1))
         ids = self.tokens.ids[files].astype(np.int64)
@@ -126,7 +131,7 @@ class TokensReader:
         """Returns nothing: a row's number says all."""
 
     def restore(self, row: int, state: None) -> None:
-        """Does nothing."""
+        """Does nothing, since any row can be read at any time."""
 
     def placed(self, rows: np.ndarray) -> np.ndarray:
         """Returns the numbers of the windows in these rows."""
@@ -156,6 +161,7 @@ class TokensReader:
         return files, document_ids
 
     def _documents(self, epoch: int) -> np.ndarray:
+        """Draws the order of the documents in an epoch."""
         return draw(self.seed, ORDER, epoch, self.tokens.documents)
 
 
@@ -183,6 +189,7 @@ class MixtureReader:
         self.digest = hashlib.blake2b("\n".join(described).encode(), digest_size=16).hexdigest()
 
     def read(self, rows: np.ndarray) -> Arrays:
+        """Returns ids, labels and document ids; those of several texts never share a number."""
         numbers = np.array([self.pattern(int(row)) for row in rows], dtype=np.int64).reshape(-1, 2)
         mixed: list[np.ndarray] = []
         for number, reader in enumerate(self.readers):
@@ -199,12 +206,14 @@ class MixtureReader:
         return ids, labels, document_ids
 
     def state(self, row: int) -> list[Any]:
+        """Returns what the reader of each text needs to go on, in the order of the texts."""
         return [
             reader.state(number)
             for reader, number in zip(self.readers, self._next_rows(row), strict=True)
         ]
 
     def restore(self, row: int, state: list[Any]) -> None:
+        """Moves the reader of each text to its own next row."""
         numbers = self._next_rows(row)
         for reader, number, one in zip(self.readers, numbers, state, strict=True):
             reader.restore(number, one)
@@ -342,6 +351,7 @@ def _labels(
 
 
 def _batch(ids: np.ndarray, labels: np.ndarray, document_ids: np.ndarray) -> Batch:
+    """Returns the arrays as a batch of int64 tensors, copied where they are not contiguous."""
     arrays = {"ids": ids, "labels": labels, "document_ids": document_ids}
     return {
         name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))

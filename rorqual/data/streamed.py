@@ -80,6 +80,7 @@ class StreamedText:
         self.digest = hashlib.blake2b("\n".join(described).encode(), digest_size=16).hexdigest()
 
     def reader(self, seq_len: int, seed: int) -> "StreamedReader":
+        """Returns a reader that begins with the first group of windows."""
         return StreamedReader(self, seq_len, seed)
 
     def _held_out(self) -> Tokens:
@@ -194,6 +195,7 @@ class StreamedReader:
         self._groups: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns ids, labels and document ids, int64 [rows, seq_len] each."""
         arrays = np.empty((3, len(rows), self.seq_len), dtype=np.int64)
         groups = rows // self.windows
         for group in np.unique(groups):
@@ -219,6 +221,7 @@ class StreamedReader:
         return list(self._places[group])
 
     def restore(self, row: int, state: list[Any]) -> None:
+        """Forgets all groups, and goes on where the row's group begins."""
         self._places = {row // self.windows: Position(*state)}
         self._groups = {}
 

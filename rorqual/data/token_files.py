@@ -93,6 +93,7 @@ def open_file(path: Path, vocab_size: int, dtype: str = "auto") -> IdFile:
 
 
 def _mapped(path: Path, dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """Maps the ids behind `offset` bytes. ValueError for a file of none, or of half an id."""
     size = path.stat().st_size - offset
     if size <= 0 or size % dtype.itemsize:
         raise ValueError(
@@ -115,6 +116,7 @@ def _refuse_wider(path: Path, ids: np.ndarray) -> None:
 
 
 def _numpy(path: Path) -> np.ndarray:
+    """Maps a .npy file. ValueError unless it holds integers in one dimension."""
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OverflowError) as error:
@@ -127,6 +129,10 @@ def _numpy(path: Path) -> np.ndarray:
 
 
 def _megatron(path: Path, index: Path) -> IdFile:
+    """Maps the ids of a .bin file, with the bounds of documents from its .idx file.
+
+    ValueError where one of the two is cut, or where they do not fit together.
+    """
     head = len(MAGIC) + _HEADER.size
     with open(index, "rb") as file:
         magic = file.read(len(MAGIC))
@@ -266,6 +272,7 @@ def _hashes(ids: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarr
 def _check_ids(
     piece: np.ndarray, start: int, file: IdFile, tokenizer: Tokenizer, name: str
 ) -> None:
+    """Raises ValueError for an id beyond the vocabulary; the piece begins at id `start`."""
     if piece.min() < 0 or piece.max() >= tokenizer.vocab_size:
         position = int(((piece < 0) | (piece >= tokenizer.vocab_size)).argmax())
         raise ValueError(
@@ -350,6 +357,11 @@ def _write_index(
     name: str,
     limit: int | None,
 ) -> None:
+    """Writes where the documents of both sides begin, how long they are and their bytes.
+
+    Where none would validate the one of the smallest hash does. ValueError for a side without a
+    document.
+    """
     scanned = [scan(file, tokenizer, name) for file in files]
     offsets = np.cumsum([0, *(len(file.ids) for file in files)])
     stays = _first_documents(files, scanned, limit)
@@ -426,6 +438,7 @@ def _opened(path: Path, files: Iterable[IdFile], tokenizer: Tokenizer) -> TokenF
 
 
 def _side(path: Path, side: Side, entry: dict[str, Any], ids: Ids, tokenizer: Tokenizer) -> Tokens:
+    """Maps one side of the index. ValueError where an array is not as long as meta.json says."""
     starts, sizes, first = (
         np.load(path / f"{side}.{what}.npy", mmap_mode="r", allow_pickle=False)
         for what in ("starts", "sizes", "first")

@@ -34,6 +34,7 @@ _BLANK = "\ue000"  # stands for the single space while the others are stripped
 
 
 def _normalizer() -> normalizers.Normalizer:
+    """Returns what makes the key of a text: no accents, lower case, single spaces, stripped."""
     steps = [
         normalizers.NFKC(),
         normalizers.NFD(),
@@ -96,6 +97,11 @@ class Tokenizer:
         backend.no_truncation()
 
     def _special(self, name: str, otherwise: int | None) -> int:
+        """Returns the id of a special token that the settings name.
+
+        Without a name it is `otherwise`, or the first of _ENDS that the vocabulary has. ValueError
+        where there is none, or the named token does not exist.
+        """
         named = self.settings.get(name)
         text = named.get("content") if isinstance(named, Mapping) else named
         if text is None and otherwise is not None:

@@ -109,10 +109,12 @@ class Tokens:
 
     @property
     def documents(self) -> int:
+        """The number of documents."""
         return len(self.sizes)
 
     @property
     def bytes(self) -> int:
+        """UTF-8 bytes of the texts, or of chats' answers, without special tokens."""
         return int(self.sizes.sum())
 
     @property
@@ -186,6 +188,7 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
 
 
 def _is_whole(path: Path) -> bool:
+    """Returns whether a folder can be opened by `open_tokens`."""
     return _opened(path) is not None
 
 
@@ -278,6 +281,7 @@ class Encoder:
     def _documents(
         self, ids: list[list[int]], sizes: list[int], targets: list[list[bool]] | None = None
     ) -> Documents:
+        """Joins the ids of documents, `begin` before each, in the dtype of the files."""
         begin_id = self.tokenizer.begin_id
         flat = np.fromiter(chain.from_iterable([begin_id, *one] for one in ids), dtype=self.dtype)
         lengths = np.array([len(one) + 1 for one in ids], dtype=np.int64)
@@ -304,6 +308,7 @@ def _encoding(tokenizer: Tokenizer, as_chats: bool, processes: int) -> Iterator[
     with ProcessPoolExecutor(processes, context, _start_process, start) as pool:
 
         def encode(batches: Iterable[Sided]) -> Iterator[tuple[Sided, Encoded]]:
+            """Yields batches with what they are encoded to; a few more are encoded meanwhile."""
             ahead: deque[tuple[Sided, Future[Encoded]]] = deque()
             for batch in batches:
                 ahead.append((batch, pool.submit(_encode, batch)))
@@ -321,7 +326,7 @@ def _encoding(tokenizer: Tokenizer, as_chats: bool, processes: int) -> Iterator[
 
 
 class _Process:
-    """What a process that encodes holds from batch to batch."""
+    """Holds the encoder of a process that encodes, from batch to batch."""
 
     encoder: Encoder
 
@@ -335,6 +340,7 @@ def _end_with_parent() -> None:
 
 
 def _start_process(tokenizer: str, settings: dict[str, Any], as_chats: bool) -> None:
+    """Prepares a process that encodes: it builds the Encoder and ends when its parent does."""
     # Ctrl-C goes to all processes of a terminal: the parent ends these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -345,6 +351,7 @@ def _start_process(tokenizer: str, settings: dict[str, Any], as_chats: bool) -> 
 
 
 def _encode(texts: Sided) -> Encoded:
+    """Encodes a batch by this process's encoder; a pool can call functions of modules only."""
     return _Process.encoder(texts)
 
 
@@ -355,6 +362,10 @@ def _write(
     progress: Callable[[int], None] | None,
     processes: int,
 ) -> None:
+    """Encodes a corpus and writes the files of both sides, and meta.json last.
+
+    ValueError where a side gets no document.
+    """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers = {side: _Writer(folder / f"{side}.bin") for side in SIDES}
     done = 0
@@ -423,6 +434,7 @@ def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
 
 
 def _batches(texts: Iterable[tuple[Side, str]]) -> Iterator[list[tuple[Side, str]]]:
+    """Groups texts to batches of at least _BATCH_BYTES letters; the last one may be smaller."""
     batch: list[tuple[Side, str]] = []
     size = 0
     for side, text in texts:
@@ -446,6 +458,7 @@ class _Writer:
         self.sizes: list[np.ndarray] = []
 
     def add(self, documents: Documents) -> None:
+        """Appends ids and targets to the files; lengths and sizes wait for `close`."""
         with open(self.path, "ab") as file:
             file.write(documents.ids.data)
         self.digest.update(documents.ids.data)
@@ -457,6 +470,7 @@ class _Writer:
         self.sizes.append(documents.sizes)
 
     def close(self) -> dict[str, Any]:
+        """Writes starts and sizes, and returns what meta.json says of this side."""
         starts = np.concatenate([np.zeros(1, np.int64), *self.lengths]).cumsum()
         sizes = np.concatenate([np.zeros(0, np.int64), *self.sizes])
         write_array(self.path.with_suffix(".starts.npy"), starts)
@@ -479,6 +493,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def _opened(path: Path) -> TokenFolder | None:
+    """Opens a token folder, or returns None where it is not whole."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         train, validation = (_side(path / f"{side}.bin", meta, side) for side in SIDES)
@@ -490,6 +505,7 @@ def _opened(path: Path) -> TokenFolder | None:
 
 
 def _side(path: Path, meta: dict[str, Any], side: str) -> Tokens:
+    """Maps one side of a folder. ValueError where a file has another length than meta.json says."""
     entry = meta[side]
     ids = np.memmap(path, dtype=np.dtype(meta["dtype"]), mode="r")
     starts = np.load(path.with_suffix(".starts.npy"), mmap_mode="r", allow_pickle=False)

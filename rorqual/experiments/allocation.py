@@ -238,6 +238,7 @@ def _loss(job: Job) -> float:
 
 
 def _training(config: SweepConfig, point: Point, rate: float) -> TrainConfig:
+    """Returns the training of one point at learning rate `rate`, without a seed or a folder yet."""
     return TrainConfig(
         model=point.config,
         data=config.data,
@@ -271,11 +272,12 @@ def at_best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _rank(row: Row) -> tuple[bool, float]:
-    """Sort key: the lowest mean first, and nan, which does not compare, last."""
+    """Returns a key that sorts by the mean loss; nan, which does not compare, comes last."""
     return math.isnan(row.mean), row.mean
 
 
 def _compare(scored: Sequence[Scored]) -> list[Row]:
+    """Returns results that are compared, seed by seed, with the first of them."""
     first = scored[0][2]
     return [
         Row(p, rate, list(flops), *mean_and_error(flops), *difference(flops, first))
@@ -331,25 +333,30 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
 
 
 def _diverged(row: Row, where: str) -> str:
+    """Formats how many runs of a point diverged; `where` names the rate if there are several."""
     gone = sum(not math.isfinite(loss) for loss in row.losses)
     return f"{gone} of {len(row.losses)} runs of {row.point.name}{where} diverged"
 
 
 def _against(one: Row, other: Row) -> str:
+    """Formats the paired difference of two points, with its error, as `compared` does."""
     return compared(one.point.name, other.point.name, one.losses, other.losses)
 
 
 def _at(rows: Sequence[Row], rate: float, one: Row, other: Row) -> str:
+    """Formats the same for the two points at learning rate `rate`."""
     by_point = {row.point.name: row for row in rows if row.rate == rate}
     return _against(by_point[one.point.name], by_point[other.point.name])
 
 
 def _below(one: Row, other: Row) -> bool:
+    """Returns whether the loss of `one` is lower, which must be established."""
     mean, error = difference(one.losses, other.losses)
     return mean < 0 and established(mean, error, len(one.losses))
 
 
 def _is_u(axis: Sequence[Row]) -> bool:
+    """Returns whether an inner point of the axis is lower than both of its ends, established."""
     low = min(axis, key=_rank)
     return (
         low is not axis[0]
@@ -360,6 +367,7 @@ def _is_u(axis: Sequence[Row]) -> bool:
 
 
 def _pays(axis: Sequence[Row]) -> bool:
+    """Returns whether the lowest point is lower than the first one, established."""
     return _below(min(axis, key=_rank), axis[0])
 
 
@@ -444,6 +452,7 @@ def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
 
 
 def _table(rows: Sequence[Row]) -> Table:
+    """Formats the results as a terminal's table; errors that are not known stay empty."""
     table = Table("point", "rate", "loss", "standard error", "difference", "its error", box=None)
     for row in rows:
         columns = (row.error, row.difference, row.difference_error)

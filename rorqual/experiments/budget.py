@@ -213,6 +213,10 @@ def _widths(base: ModelConfig, have: Costs, want: Wanted) -> ModelConfig:
 
 
 def _refusal(moe: MoEConfig, want: Wanted, capacity: float) -> str:
+    """Returns the message for a budget that no number of experts meets.
+
+    `capacity` is the width that it leaves to the experts that are not activated.
+    """
     got = f"got {want.total:.4g} parameters beside {want.activated:.4g} {AXES[want.axis]}"
     if capacity < least_experts(moe) - moe.active + 1:
         return (
@@ -227,9 +231,9 @@ def _refusal(moe: MoEConfig, want: Wanted, capacity: float) -> str:
 
 
 def _numbers(moe: MoEConfig, capacity: float) -> Iterator[int]:
-    """Yields the numbers of experts to try.
+    """Yields the numbers of experts to try, all multiples of `step_of`.
 
-    Their widths lie between half and twice the present one.
+    With them an expert is between half and twice as wide as now.
     """
     step = step_of(moe)
     least = least_experts(moe)
@@ -299,13 +303,14 @@ def scaled(like: ModelConfig, factor: float) -> ModelConfig:
 def _even(value: float) -> int:
     """Rounds a width to a multiple that suits matrix units.
 
-    It is 64 from 1,024 on, 16 from 256 on, 8 below.
+    The step is 64 from 1,024 on, 16 from 256 on, 8 below.
     """
     step = 64 if value >= 1024 else 16 if value >= 256 else 8
     return max(step, step * round(value / step))
 
 
 def _scaled_mla(mla: MLAConfig, factor: float) -> MLAConfig:
+    """Scales the heads and the latent ranks of MLA; the widths of a head stay."""
     rank = None if mla.q_lora_rank is None else _even(mla.q_lora_rank * factor)
     return replace(
         mla,
@@ -316,6 +321,7 @@ def _scaled_mla(mla: MLAConfig, factor: float) -> MLAConfig:
 
 
 def _scaled_csa(like: ModelConfig, layers: int, factor: float) -> CSAConfig:
+    """Scales the heads and ranks of CSA, and gives each block the kind of one as deep in `like`."""
     csa = like.csa
     assert csa is not None
     kinds = tuple(csa.kind(index * like.layers // layers) for index in range(layers))
@@ -329,6 +335,7 @@ def _scaled_csa(like: ModelConfig, layers: int, factor: float) -> CSAConfig:
 
 
 def _scaled_gqa(gqa: GQAConfig, factor: float) -> GQAConfig:
+    """Scales the key-value heads, with as many query heads for each as before."""
     kv_heads = max(1, round(gqa.kv_heads * factor))
     return replace(gqa, heads=kv_heads * (gqa.heads // gqa.kv_heads), kv_heads=kv_heads)
 

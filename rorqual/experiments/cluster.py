@@ -110,6 +110,7 @@ class Simulated(NamedTuple):
 
     @property
     def mean(self) -> float:
+        """The mean seconds of a step."""
         return sum(self.steps) / len(self.steps)
 
 
@@ -248,6 +249,7 @@ class _Clock:
         return [float(p) for p, block in zip(peaks, blocks, strict=True) if block.experts]
 
     def _compute(self, seconds: float | np.ndarray) -> None:
+        """Lets every rank compute for `seconds`, one number or one a rank, with drawn jitter."""
         factors = 1 + self.jitter * self.draw.standard_normal(len(self.now))
         self.now = self.now + seconds * np.maximum(factors, 0.0)
 
@@ -288,6 +290,7 @@ class _Clock:
         return arrival
 
     def _rows_arrive(self, index: int, rows: dict[int, float], arrival: dict[int, float]) -> None:
+        """Waits for the rows of a block's table: requested before, or only now by all ranks."""
         if index in arrival:
             self.now = np.maximum(self.now, arrival[index])
         elif index in rows:

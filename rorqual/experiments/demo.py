@@ -109,6 +109,7 @@ def main(config: DemoConfig, *, console: Console | None = None) -> Result:
 
 
 def _jobs(config: DemoConfig, data: DataConfig, plan: Plan, seed: int) -> dict[str, Job]:
+    """Returns the training of each arm with one seed, each in a folder of its own."""
     jobs = {}
     for arm in (plan.moe, plan.engram):
         name = arm.name if seed == 0 else f"{arm.name}-{seed + 1}"
@@ -210,6 +211,7 @@ def gate_line(gates: Gates) -> Text:
 
 
 def _plan_table(plan: Plan) -> Table:
+    """Formats the sizes of both arms, and how far they differ, for the terminal."""
     table = Table(
         "arm",
         "total parameters",
@@ -234,6 +236,7 @@ def _plan_table(plan: Plan) -> Table:
 
 
 def _score_table(losses: dict[str, list[float]], bits: dict[str, list[float]]) -> Table:
+    """Formats the mean loss and bits of each arm, and the loss of every seed."""
     table = Table("arm", "validation loss, nats a token", "bits a byte", "each seed", box=None)
     for arm, values in losses.items():
         each = ", ".join(f"{value:.4f}" for value in values)
@@ -244,6 +247,7 @@ def _score_table(losses: dict[str, list[float]], bits: dict[str, list[float]]) -
 
 
 def _next(config: DemoConfig, report: Path, seconds: float, console: Console) -> None:
+    """Prints commands that go on from here, with the paths that the demo used."""
     engram = Path(config.folder) / "engram"
     console.print(f"[bold]5. next[/bold] ({seconds:.0f} seconds so far)")
     activate = Path(sys.prefix) / "bin" / "activate"

@@ -104,6 +104,7 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name of its folder and line, such as nsa-engram."""
         return self.kind + "-engram" * self.memory
 
 
@@ -154,6 +155,7 @@ def main(config: NeedleSweep, *, console: Console | None = None) -> Path:
 
 
 def _training(config: NeedleSweep, arm: Arm) -> TrainConfig:
+    """Returns the training of one arm, without a seed or a folder yet."""
     return TrainConfig(
         model=arm.config,
         needles=config.needles,
@@ -201,6 +203,7 @@ def conclusion(config: NeedleSweep, entered: Sequence[Arm], scores: dict[str, li
 
 
 def _table(config: NeedleSweep, scores: dict[str, list[Scores]]) -> Table:
+    """Formats the share of answers found by arm and task, at the trained length, and chance."""
     table = Table(
         "",
         *TASKS,
@@ -228,7 +231,7 @@ def _write(
 ) -> None:
     """Writes needle.csv and the figures.
 
-    The table has one line for every accuracy that was measured; its column `depth` is the part of
+    The table has one line for every accuracy that was measured; its column `part` is the part of
     the text, empty for the whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,6 +265,7 @@ def _write(
 def _draw(
     path: Path, lines: dict[str, list[tuple[float, float, float]]], x: str, log: bool = False
 ) -> None:
+    """Draws lines of (x, accuracy, error) by arm into an SVG file."""
     with figures.style(), atomic_write(path) as beside:
         figures.sweep(lines, x=x, y="share of answers found", log=log).savefig(beside, format="svg")
 
@@ -283,5 +287,6 @@ def _by_depth(seeds: Sequence[Scores], length: int) -> list[tuple[float, float, 
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and standard error as a figure shows them: no error of a single seed."""
     mean, error = mean_and_error(values)
     return mean, 0.0 if math.isnan(error) else error

@@ -57,7 +57,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(losses: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and standard error of own - other, seed by seed."""
+    """Returns mean and standard error of losses - other, seed by seed."""
     return mean_and_error([a - b for a, b in zip(losses, other, strict=True)])
 
 
@@ -71,7 +71,7 @@ def compared(
 ) -> str:
     """Formats a comparison of two arms.
 
-    It has their names, the mean of own - others with its error, and whether it is established.
+    It has their names, the mean of losses - others with its error, and whether it is established.
     """
     mean, error = difference(losses, others)
     figure = f"{mean:+.{digits}f}" if math.isfinite(mean) else "no number"

@@ -141,6 +141,7 @@ def split_budget(
 
 
 def _kept_experts(moe: MoEConfig, rho: float) -> int:
+    """Returns how many experts rho keeps, a number that the groups and devices divide."""
     step = step_of(moe)
     wanted = moe.active + round(rho * (moe.routed - moe.active))
     return min(moe.routed, max(least_experts(moe), step * round(wanted / step)))
@@ -229,10 +230,7 @@ def _solve_rows(
 
 
 def _dense(pure: Arm, context: int) -> Arm:
-    """Returns a dense model of the same FLOPs per token.
-
-    It is the control that shows what sparsity gains.
-    """
+    """Returns the control that shows what sparsity gains, a dense model of the same FLOPs."""
     config = replace(pure.config, moe=None, engram=None)
     step = 2 * 3 * config.dim * config.layers
     narrow = costs(replace(config, dense_width=1), context).flops_per_token
@@ -242,9 +240,9 @@ def _dense(pure: Arm, context: int) -> Arm:
 
 
 def agreement(plan: Plan) -> tuple[float, float]:
-    """Returns how far the memory arm is from the pure one.
+    """Returns how far the memory arm is from the pure one, relative to that.
 
-    These are the relative differences of total parameters and of FLOPs per token.
+    The first number is of total parameters, the second of FLOPs per token.
     """
     a = plan.moe.costs
     b = plan.engram.costs

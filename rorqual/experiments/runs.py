@@ -48,6 +48,7 @@ class Job(NamedTuple):
 
     @property
     def folder(self) -> Path:
+        """The folder of the run."""
         return Path(self.config.folder)
 
     def finished(self) -> bool:
@@ -90,6 +91,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(folder: Path) -> list[str]:
+    """Reads the whole lines of metrics.jsonl; none where there is no such file yet."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [line for line in lines if line.strip()]
@@ -118,6 +120,10 @@ def run(
 def _run(
     jobs: Sequence[Job], waiting: list[Job], workers: int, console: Console, diverging: bool
 ) -> None:
+    """Runs the `waiting` jobs, and shows all of them every POLL seconds until they have ended.
+
+    What still runs when it is left, by an error or Ctrl-C, is told to save and waited for.
+    """
     running: dict[Job, subprocess.Popen] = {}
     screen = (
         Live(console=console, refresh_per_second=2, transient=False)
@@ -178,6 +184,7 @@ def _wait(folder: Path) -> None:
 
 
 def _start(job: Job, threads: int) -> subprocess.Popen:
+    """Starts the process of a run, with so many threads; its output goes to log.txt."""
     _wait(job.folder)
     make_room(job)
     wanted = job.folder / WANTED
@@ -209,6 +216,7 @@ def make_room(job: Job) -> None:
 
 
 def _check(job: Job, process: subprocess.Popen, diverging: bool) -> None:
+    """Raises RuntimeError with the end of the log for a process that did not finish its run."""
     if (process.returncode == 0 and job.finished()) or (
         diverging and process.returncode == DIVERGED_CODE
     ):
@@ -226,6 +234,7 @@ def _check(job: Job, process: subprocess.Popen, diverging: bool) -> None:
 
 
 def _line(job: Job) -> str:
+    """Formats a run's progress for a log without a terminal."""
     now = last(job.folder)
     if not now:
         return f"{job.name}: starting"
@@ -236,6 +245,7 @@ def _line(job: Job) -> str:
 
 
 def _table(jobs: Sequence[Job]) -> Table:
+    """Formats the progress of all runs for the terminal."""
     table = Table("run", "step", "loss", "validation", "tokens/s", "left", box=None)
     for job in jobs:
         now = last(job.folder)

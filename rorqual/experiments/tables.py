@@ -128,7 +128,7 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda _: None) -> l
 
 
 def drawn(config: BenchConfig, folder: Path) -> Path:
-    """Draws a table for each layer with Engram, and returns their folder."""
+    """Draws a table for each layer with Engram into `folder`, and returns the folder."""
     for n, rows in enumerate(row_totals(memory_of(config))):
         draw_table(
             folder / str(n), rows, config.width, dtype=DTYPES[config.dtype], seed=config.seed + n
@@ -234,6 +234,7 @@ def _line(
     speed: float,
     say: Callable[[str], None],
 ) -> Line:
+    """Measures the first table by itself, and joins that with the model's speed and hit rate."""
     say(f"{way.name}: rows a second")
     table = tables[0]
     hits, different = (
@@ -260,6 +261,7 @@ def _line(
 
 
 def _drop_page_cache(table: Table) -> None:
+    """Drops the files of a table from the page cache, if it is on a disk."""
     if isinstance(table.file, RowFile):
         table.file.drop_page_cache()
 

@@ -20,6 +20,7 @@ from rorqual.kernels.select import shown
 from rorqual.kernels.vectors import ZERO, dots, fill, largest, matrix_at, powers, score_tile, sums
 
 _AHEAD = 8  # latents between the one that is prefetched and the one that is used
+_ORDERED_ZERO = np.uint32(1 << 31)  # a score of 0 as `_ordered` writes it
 _TILE = 64  # indexer keys, or latents, that stay in the first cache while every head reads them
 _loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vector instructions
 
@@ -51,7 +52,8 @@ def _ordered(products, weights, start, end, ordered):  # pragma: no cover
 def _choose(ordered, end, topk_indices):  # pragma: no cover
     """Writes the columns of the largest of ordered[:end] into `topk_indices`, in ascending order.
 
-    Of equal values the last ones are selected. Returns whether there are more than are selected.
+    Of equal values the last ones are selected. Returns whether not all scores of 0 are selected,
+    though some are.
     """
     prefix = np.uint32(0)
     mask = np.uint32(0)
@@ -70,7 +72,7 @@ def _choose(ordered, end, topk_indices):  # pragma: no cover
         equal = counts[digit]
         mask = np.uint32(mask | np.uint32((2047 << shift) & 0xFFFFFFFF))
     n = topk_indices.shape[0]
-    tied = equal > left
+    tied = equal > left and prefix == _ORDERED_ZERO
     for l in range(end - 1, -1, -1):
         if ordered[l] > prefix or (ordered[l] == prefix and left > 0):
             left -= ordered[l] == prefix
@@ -156,7 +158,7 @@ def _tokens(
 
     `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
     bytes from one column to the next. A token reads the first ends[b, t] columns. `tied` becomes
-    True where of several equal keys only some were selected.
+    True where of several keys of score 0 only some were selected.
     """
     (_, time, heads, width), (index_heads, narrow) = query.shape, index_query.shape[2:]
     products = np.empty((index_heads, _TILE), np.float32)

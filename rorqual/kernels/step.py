@@ -561,7 +561,7 @@ def _slots_of(expert_ids, expert, slots):  # pragma: no cover
 
 @compiled
 def _gated(gate, up, limit, out, factor):  # pragma: no cover
-    """Writes out = factor silu(gate) up, with both clipped as layers.basics.gated does."""
+    """Writes out = factor silu(gate) up, with both clipped as layers.feed_forward.gated does."""
     for i in range(gate.shape[0]):
         g = gate[i]
         u = up[i]

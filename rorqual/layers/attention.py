@@ -27,9 +27,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rorqual.layers.attend import attend, attend_shared, by_head
-from rorqual.layers.basics import CentredRMSNorm, RMSNorm, softmax_factor
 from rorqual.layers.cache import Appended, Bundle
 from rorqual.layers.context import Context
+from rorqual.layers.norm import CentredRMSNorm, RMSNorm
+from rorqual.layers.rope import softmax_factor
 from rorqual.model_config import GQAConfig as GQAConfig
 from rorqual.model_config import MLAConfig as MLAConfig
 from rorqual.model_config import RopeConfig

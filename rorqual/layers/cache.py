@@ -70,8 +70,8 @@ class State(Protocol):
         ...
 
 
-class Rows:
-    """Memory for more sequences than the batch has; `buffer` [B, C, ...] is its first rows.
+class BatchMemory:
+    """Memory for more sequences than the batch has; `buffer` [B, C, ...] is the first B.
 
     So sequences join and leave without a copy of those that stay. The memory doubles when it is
     full.
@@ -84,13 +84,13 @@ class Rows:
         """Frees the memory."""
         self.buffer = self._memory = None
 
-    def _store_in(self, memory: Tensor, rows: int) -> Tensor:
+    def _store_in(self, memory: Tensor, batch: int) -> Tensor:
         self._memory = memory
-        self.buffer = memory[:rows]
+        self.buffer = memory[:batch]
         return self.buffer
 
-    def _more_rows(self, count: int) -> Tensor:
-        """Appends `count` rows of zeros to the batch; returns all."""
+    def _more_sequences(self, count: int) -> Tensor:
+        """Appends `count` sequences of zeros to the batch; returns all."""
         assert self.buffer is not None and self._memory is not None
         batch = len(self.buffer)
         memory = self._memory
@@ -103,8 +103,8 @@ class Rows:
             memory[batch : batch + count] = 0
         return self._store_in(memory, batch + count)
 
-    def _keep_rows(self, index: Int[Tensor, " B"]) -> None:
-        """Keeps these rows, in this order; a row that stays where it is isn't copied."""
+    def _keep_sequences(self, index: Int[Tensor, " B"]) -> None:
+        """Keeps these sequences, in this order; one that stays where it is isn't copied."""
         assert self.buffer is not None and self._memory is not None
         index = index.to(self.buffer.device)
         memory = self._memory
@@ -117,7 +117,7 @@ class Rows:
         self._store_in(memory, len(index))
 
 
-class Appended(Rows):
+class Appended(BatchMemory):
     """Stores all tokens since the start in a buffer [B, capacity, ...].
 
     The buffer is allocated at the first append, for `capacity` tokens, and doubles when it is full.
@@ -139,8 +139,8 @@ class Appended(Rows):
         if ctx.starts is None:
             stored[:, ctx.past : end] = new.detach()
         else:
-            rows, columns = _places(ctx.starts, 0, new.shape[1])
-            stored[rows, columns] = new.detach().to(stored.dtype)
+            sequences, columns = _places(ctx.starts, 0, new.shape[1])
+            stored[sequences, columns] = new.detach().to(stored.dtype)
         return stored[:, :end]
 
     def reserve(self, like: Shaped[Tensor, "B T ..."], length: int) -> Shaped[Tensor, "B C ..."]:
@@ -173,7 +173,7 @@ class Appended(Rows):
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
-            self._keep_rows(index)
+            self._keep_sequences(index)
 
     def join(self, other: "Appended", lengths: Lengths) -> None:
         if self.buffer is None or other.buffer is None:
@@ -182,7 +182,7 @@ class Appended(Rows):
         batch = len(self.buffer)
         second = self.before + max(lengths[1])
         self.reserve(self.buffer, max(lengths[1]))
-        self._more_rows(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
+        self._more_sequences(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
 
     def load(self, other: "Appended", length: int) -> None:
         self.clear()
@@ -194,12 +194,12 @@ class Appended(Rows):
 def _places(
     starts: Int[Tensor, " B"], first: int, count: int
 ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B T"]]:
-    """Returns rows and columns of the `count` tokens from `first` behind the start of each row."""
+    """Returns (sequences, columns) of the `count` tokens from `first` behind each start."""
     steps = torch.arange(first, first + count, device=starts.device)
     return torch.arange(len(starts), device=starts.device)[:, None], starts[:, None] + steps
 
 
-class Recent(Rows):
+class Recent(BatchMemory):
     """Stores the last `count` tokens, and `slack` more so that a cache can be cropped that far.
 
     Token t is at column t mod (count + slack). Before the first token there are zeros.
@@ -225,8 +225,8 @@ class Recent(Rows):
         if ctx.starts is not None:
             columns = ctx.starts[:, None] + torch.arange(-count, 0, device=buffer.device)
             missing = (columns < 0).view(*columns.shape, *[1] * (buffer.dim() - 2))
-            rows = torch.arange(len(buffer), device=buffer.device)[:, None]
-            return buffer[rows, columns % size].masked_fill(missing, 0)
+            sequences = torch.arange(len(buffer), device=buffer.device)[:, None]
+            return buffer[sequences, columns % size].masked_fill(missing, 0)
         if ctx.past < count:
             missing = torch.zeros_like(buffer[:, ctx.past : count])
             return torch.cat([missing, buffer[:, : ctx.past]], 1)
@@ -249,24 +249,24 @@ class Recent(Rows):
             buffer[:, column:end] = new[:, time - count :][:, : end - column]
             buffer[:, : count - (end - column)] = new[:, time - count + end - column :]
             return
-        rows = torch.arange(len(new), device=new.device)[:, None]
-        ends = torch.full_like(rows, time) if ctx.lengths is None else ctx.lengths[:, None]
+        sequences = torch.arange(len(new), device=new.device)[:, None]
+        ends = torch.full_like(sequences, time) if ctx.lengths is None else ctx.lengths[:, None]
         steps = ends - count + torch.arange(count, device=new.device)
         columns = ((ctx.past if ctx.starts is None else ctx.starts[:, None]) + steps) % size
         earlier = (steps < 0).view(*steps.shape, *[1] * (new.dim() - 2))
-        latest = new[rows, steps.clamp_min(0)].to(buffer.dtype)
-        buffer[rows, columns] = torch.where(earlier, buffer[rows, columns], latest)
+        latest = new[sequences, steps.clamp_min(0)].to(buffer.dtype)
+        buffer[sequences, columns] = torch.where(earlier, buffer[sequences, columns], latest)
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.buffer is not None:
-            self._keep_rows(index)
+            self._keep_sequences(index)
 
     def join(self, other: "Recent", lengths: Lengths) -> None:
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
         batch = len(self.buffer)
-        self._copy(other.buffer, self._more_rows(len(other.buffer))[batch:], lengths[1])
+        self._copy(other.buffer, self._more_sequences(len(other.buffer))[batch:], lengths[1])
 
     def load(self, other: "Recent", length: int) -> None:
         self.clear()
@@ -282,8 +282,8 @@ class Recent(Rows):
         device = source.device
         ends = torch.tensor(list(lengths), device=device)[:, None]
         columns = ends - min(sizes) + torch.arange(min(sizes), device=device)
-        rows = torch.arange(len(source), device=device)[:, None]
-        target[rows, columns % sizes[1]] = source[rows, columns % sizes[0]]
+        sequences = torch.arange(len(source), device=device)[:, None]
+        target[sequences, columns % sizes[1]] = source[sequences, columns % sizes[0]]
 
 
 class _Start:
@@ -357,17 +357,19 @@ class Past:
             for longest, length in zip(self.longest, self.lengths, strict=True)
         ]
 
-    def select(self, index: Sequence[int], rows: Int[Tensor, " B"]) -> None:
-        """Keeps the sequences `index`, in that order."""
-        self.document_ids.select(rows, self.length)
-        self.lengths = [self.lengths[row] for row in index]
-        self.longest = [self.longest[row] for row in index]
-        self.batch = len(index)
+    def select(self, sequences: Sequence[int], index: Int[Tensor, " B"]) -> None:
+        """Keeps these sequences, in this order; `index` holds the same numbers."""
+        self.document_ids.select(index, self.length)
+        self.lengths = [self.lengths[sequence] for sequence in sequences]
+        self.longest = [self.longest[sequence] for sequence in sequences]
+        self.batch = len(sequences)
 
     def join(self, other: "Past") -> None:
         """Appends the sequences of another batch."""
         if self.named or other.named:
-            raise ValueError("join: got a cache of packed documents, expected one document a row")
+            raise ValueError(
+                "join: got a cache of packed documents, expected one document a sequence"
+            )
         self.lengths = self.lengths + other.lengths
         self.longest = self.longest + other.longest
         self.batch += other.batch
@@ -476,17 +478,17 @@ class Cache:
         return sum(storages.values())
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
-        rows = index.tolist()
+        sequences = index.tolist()
         self.announced = []
         for state in self.states():
             state.select(index, self.length)
-        self.past.select(rows, index)
+        self.past.select(sequences, index)
         for draft in self.drafts:
             draft.select(index, draft.past.length)
             if draft.past.length:
-                draft.past.select(rows, index)
+                draft.past.select(sequences, index)
             else:
-                draft.past.take(len(rows))
+                draft.past.take(len(sequences))
 
     def join(self, other: "Cache") -> None:
         """Appends the sequences of `other`, a cache of the same model.

@@ -1,6 +1,6 @@
 """Holds the facts of a forward pass, besides the hidden states, that layers read.
 
-    positions, document_ids, lengths position and document of each new token; valid tokens a row
+    positions, document_ids, lengths position and document of each new token; valid ones a sequence
     past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
     cos, sin                         rotary tables of the new tokens
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from rorqual.layers.basics import rope_factor, rope_frequencies, rope_tables, rotate
 from rorqual.layers.cache import Past
+from rorqual.layers.rope import rope_factor, rope_frequencies, rope_tables, rotate
 from rorqual.model_config import RopeConfig
 
 # Fields of Context that have a value for each new token, or are None.
@@ -55,7 +55,7 @@ class Context:
     """
 
     positions: Int[Tensor, "B T"]  # within the document
-    lengths: Int[Tensor, " B"] | None = None  # valid new tokens of each row; None: all T
+    lengths: Int[Tensor, " B"] | None = None  # valid new tokens of each sequence; None: all T
     document_ids: Int[Tensor, "B T"] | None = None
     past: int = 0  # tokens cached before this call, in the longest sequence
     starts: Int[Tensor, " B"] | None = None  # the same for each sequence; None: all have `past`
@@ -214,14 +214,14 @@ class Span(NamedTuple):
 def checked_lengths(
     lengths: Int[Tensor, " B"] | Sequence[int] | None, batch: int, time: int
 ) -> list[int] | None:
-    """Returns the number of valid tokens in each row; None if there is no padding."""
+    """Returns the number of valid tokens in each sequence; None if there is no padding."""
     if lengths is None:
         return None
     counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     if len(counts) != batch or not all(0 <= count <= time for count in counts):
         raise ValueError(
             f"lengths: got {counts}, expected {batch} numbers of tokens from 0 to {time}; "
-            "padding follows the tokens of a row"
+            "padding follows the tokens of a sequence"
         )
     return None if min(counts) == time else counts
 
@@ -240,11 +240,11 @@ def context(
 ) -> Context:
     """Builds the context of `time` new tokens in each sequence and appends them to `past`.
 
-    `past` counts the tokens cached before. `lengths` is the number of valid tokens in each row,
-    which padding follows; None if there is no padding. `rope` is the config and the rotary width of
-    the model's attention; without it there are no cos and sin. `compress_rope` is the config of
-    blocks with compressed entries, of the same width. `more` are other fields of Context. New
-    tokens without `document_ids` continue the last document of their sequence.
+    `past` counts the tokens cached before. `lengths` is the number of valid tokens in each
+    sequence, which padding follows; None if there is no padding. `rope` is the config and the
+    rotary width of the model's attention; without it there are no cos and sin. `compress_rope` is
+    the config of blocks with compressed entries, of the same width. `more` are other fields of
+    Context. New tokens without `document_ids` continue the last document of their sequence.
     """
     counts = checked_lengths(lengths, batch, time)
     if past is None:

@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Bundle, Recent
 from rorqual.layers.context import Context
 from rorqual.layers.dsa import (
@@ -48,7 +47,10 @@ from rorqual.layers.dsa import (
     choose_within,
     index_scores,
 )
+from rorqual.layers.norm import RMSNorm
+from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import Blocks
+from rorqual.layers.top_k import largest
 from rorqual.model_config import CSAConfig as CSAConfig
 
 QUERIES = 64  # processed at a time: their window keys and scores stay in a core's cache
@@ -144,10 +146,10 @@ class Entries(NamedTuple):
 class Pooled(NamedTuple):
     """Entries that the new tokens complete, before their norm."""
 
-    values: Float[Tensor, "S N P"]  # S = B, or 1 and of any sequences, if `rows` says of which
+    values: Float[Tensor, "S N P"]  # S = B, or 1 where `sequences` says of which each is
     positions: Int[Tensor, "1 N"]  # of each entry's first token, in its document
     first: int  # number of the first entry, if they are the same ones in all sequences
-    rows: Int[Tensor, " N"] | None = None  # the sequence of each entry, and its number
+    sequences: Int[Tensor, " N"] | None = None  # the sequence of each entry, and its number
     numbers: Int[Tensor, " N"] | None = None
 
 
@@ -203,15 +205,17 @@ class Compressor(nn.Module):
             spans = tokens[:, start:].unfold(1, self.span, ratio).transpose(-1, -2)
             values = self.weigh(spans, (numbers == 0)[None, :, None, None])
             return Pooled(values, numbers[None] * ratio, first)
-        rows, new = ((ctx.positions + 1) % ratio == 0).nonzero(as_tuple=True)
-        spans = tokens[rows[:, None], new[:, None] + torch.arange(self.span, device=new.device)]
-        positions = ctx.positions[rows, new] - (ratio - 1)
-        columns = ctx.columns[rows, new]
+        sequences, new = ((ctx.positions + 1) % ratio == 0).nonzero(as_tuple=True)
+        spans = tokens[
+            sequences[:, None], new[:, None] + torch.arange(self.span, device=new.device)
+        ]
+        positions = ctx.positions[sequences, new] - (ratio - 1)
+        columns = ctx.columns[sequences, new]
         values = self.weigh(spans, (positions == 0)[:, None, None])
         number = (columns + 1) // ratio - 1
         if ctx.key_positions is not None:
-            number = self.numbers(ctx.key_positions)[rows, columns]
-        return Pooled(values[None], positions[None], 0, rows, number)
+            number = self.numbers(ctx.key_positions)[sequences, columns]
+        return Pooled(values[None], positions[None], 0, sequences, number)
 
     def weigh(
         self, tokens: Float[Tensor, "*B S E"], first: Bool[Tensor, "*#B 1 1"]
@@ -243,7 +247,7 @@ class Compressor(nn.Module):
         total = ctx.key_count // self.ratio
         batch = len(ctx.positions)
         stored = None if cache is None else cache.entries.values.buffer
-        if pooled.rows is None and not values.shape[1] and stored is not None and total:
+        if pooled.sequences is None and not values.shape[1] and stored is not None and total:
             return stored[:, :total]
         assert ctx.compressed_frequencies is not None
         angles = pooled.positions[..., None].float() * ctx.compressed_frequencies
@@ -252,19 +256,19 @@ class Compressor(nn.Module):
         rest, turned = values.split([self.width - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
         values = torch.cat([rest, rotate(turned, cos, sin, interleaved=True)], dim=-1)
         if cache is None:
-            if pooled.rows is None:
+            if pooled.sequences is None:
                 return values
             entries = values.new_zeros(batch, total, self.width)
-            return entries.index_put((pooled.rows, pooled.numbers), values[0])
+            return entries.index_put((pooled.sequences, pooled.numbers), values[0])
         like = values.new_empty(batch, 0, self.width)
         buffer = cache.entries.values.reserve(like, total)
         # The dtype may differ from that of the first call, if autocast was switched since.
         new = values.detach().to(buffer.dtype)
-        if pooled.rows is None:
+        if pooled.sequences is None:
             buffer[:, pooled.first : total] = new
         else:
-            buffer[pooled.rows, pooled.numbers] = new[0]
-        return values if pooled.rows is None and not ctx.past else buffer[:, :total]
+            buffer[pooled.sequences, pooled.numbers] = new[0]
+        return values if pooled.sequences is None and not ctx.past else buffer[:, :total]
 
     def numbers(self, key_positions: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """Returns the number of the last entry that each token or one before it completes."""
@@ -403,7 +407,7 @@ class SharedKV(nn.Module):
             start = run.stop
             queries = query[:, run]
             key = keys[:, run.start : run.stop + window - 1]
-            # A single token in rows of the same length sees all that there is.
+            # A single token in sequences of the same length sees all that there is.
             all_seen = time == 1 and ctx.mask is None and ctx.past >= window - 1
             mask = None if all_seen else window_mask(ctx, window, run, document_ids)
             if entries is None or not count:
@@ -720,7 +724,7 @@ def attend_gathered(
 ) -> Float[Tensor, "B T H P"]:
     """Attends to window keys and to copies of the entries `index`, where they are `real`."""
     # Gathering from a view of the cache, all sequences at once, would copy it whole.
-    copies = [row.index_select(0, i.flatten()) for row, i in zip(values, index, strict=True)]
+    copies = [one.index_select(0, i.flatten()) for one, i in zip(values, index, strict=True)]
     entries = torch.stack(copies).unflatten(1, index.shape[1:]).to(key.dtype)  # [B, T, K, P]
     query = query * scale
     width = key.shape[1]

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, largest, rotate
 from rorqual.layers.cache import Recent
 from rorqual.layers.cache_formats import rounded
 from rorqual.layers.context import Context
@@ -46,7 +45,10 @@ from rorqual.layers.csa import (
     window_mask,
 )
 from rorqual.layers.dsa import IndexerLoss, Ties, choices_open, choose_within
+from rorqual.layers.norm import RMSNorm
+from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import Blocks
+from rorqual.layers.top_k import largest
 from rorqual.model_config import CSA2Config as CSA2Config
 from rorqual.model_config import CSAConfig
 
@@ -97,7 +99,7 @@ class Visible(NamedTuple):
 def visible_entries(ctx: Context, ratio: int) -> Visible:
     """Returns the entries that the new tokens see, in blocks of this ratio."""
     if ctx.key_positions is None:
-        # Where all sequences have the same length, one row serves the batch.
+        # Where all sequences have the same length, one serves the batch.
         columns = ctx.columns if ctx.starts is not None else ctx.columns[:1]
         end = (columns + 1) // ratio
         return Visible(torch.zeros_like(end), end)
@@ -171,8 +173,9 @@ def cached(
         done = cache.count(ctx.past)
         buffer[:, done : done + new.shape[1]] = values
     else:
-        rows, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
-        buffer[rows, places.numbers.expand(len(new), -1)[rows, columns]] = values[rows, columns]
+        sequences, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
+        numbers = places.numbers.expand(len(new), -1)[sequences, columns]
+        buffer[sequences, numbers] = values[sequences, columns]
     return buffer[:, :total]
 
 

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import convolve
 from rorqual.layers.cache import Bundle, Lengths, NewTokens, Recent
 from rorqual.layers.context import Context
-from rorqual.layers.sparse import as_float32
+from rorqual.layers.convolution import convolve
+from rorqual.layers.norm import as_float32
 from rorqual.model_config import DeltaNetConfig as DeltaNetConfig
 
 CHUNK = 64  # tokens of a triangular solve

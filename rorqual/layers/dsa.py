@@ -28,10 +28,11 @@ from torch.autograd.function import once_differentiable
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.attention import MLA, MLACache, visibility
-from rorqual.layers.basics import largest, rotate
 from rorqual.layers.cache import Appended, Lengths
 from rorqual.layers.context import Context
+from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import SMALL_BATCH
+from rorqual.layers.top_k import largest
 from rorqual.model_config import DSAConfig as DSAConfig
 from rorqual.model_config import MLAConfig, RopeConfig
 
@@ -99,7 +100,7 @@ class Indexer(nn.Module):
             self.weights_proj(hidden.detach()).float()
             * (self.config.heads * self.config.dim) ** -0.5
         )
-        # With one document a row the columns of the queries say which keys they see.
+        # With one document a sequence the columns of the queries say which keys they see.
         ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
         asked = self._turn(query, ctx), weights, key
@@ -117,7 +118,7 @@ class Indexer(nn.Module):
 
 
 class Ties:
-    """Records whether torch.topk had to choose among keys of equal score.
+    """Records whether torch.topk had to choose among keys of score 0 (`choices_open`).
 
     Which it takes depends on the number of columns. So a model that selects as transformers' models
     do may select other keys for the cached tokens when there are more tokens; it then computes them
@@ -133,10 +134,10 @@ class Ties:
         return self.noted is not None and bool(self.noted.any())
 
     def note(self, tied: Bool[Tensor, "B T"]) -> None:
-        rows = tied.any(-1)
-        if self.noted is not None and len(self.noted) == len(rows):
-            rows = rows | self.noted
-        self.noted = rows
+        sequences = tied.any(-1)
+        if self.noted is not None and len(self.noted) == len(sequences):
+            sequences = sequences | self.noted
+        self.noted = sequences
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         if self.noted is not None:
@@ -146,11 +147,11 @@ class Ties:
         if self.noted is None and other.noted is None:
             return
         both = zip((self, other), lengths, strict=True)
-        rows = [
+        noted = [
             [False] * len(of) if each.noted is None else each.noted.tolist() for each, of in both
         ]
         device = next(each.noted.device for each in (self, other) if each.noted is not None)
-        self.noted = torch.tensor(rows[0] + rows[1], device=device)
+        self.noted = torch.tensor(noted[0] + noted[1], device=device)
 
     def load(self, other: "Ties", length: int) -> None:
         self.noted = other.noted
@@ -251,7 +252,7 @@ class DSA(MLA):
             inputs = query, latent, late.query, late.key, late.weights
             # The kernel scores and selects by itself.
             compiled = late.small_batch and late.indices is None
-            # It does not know where the valid tokens of each row end.
+            # It does not know where the valid tokens of each sequence end.
             compiled &= late.spans is None or late.query.shape[1] == 1
             if compiled and attend_best.choose(*inputs) is not None:
                 tied = None
@@ -458,15 +459,15 @@ class IndexerSelection(NamedTuple):
                 chunk = slice(column - run.start, column - run.start + at_once)
                 some = query[:, column : min(column + at_once, run.stop)]
                 real = None if selected[1] is None else selected[1][:, chunk, None, None]
-                rows = []
+                outs_of_sequences = []
                 # Gathering from a view of the cache, all sequences at once, would copy it whole.
-                for row, index in enumerate(selected[0][:, chunk]):
-                    keys = latent[row].index_select(0, index.flatten())
+                for sequence, index in enumerate(selected[0][:, chunk]):
+                    keys = latent[sequence].index_select(0, index.flatten())
                     keys = keys.unflatten(0, index.shape)  # [T, K, R]
-                    mask = None if real is None else real[row]
-                    queries = some[row].unsqueeze(1)
-                    rows.append(attend_shared(queries, keys, scale, mask).squeeze(1))
-                outs.append(torch.stack(rows))
+                    mask = None if real is None else real[sequence]
+                    queries = some[sequence].unsqueeze(1)
+                    outs_of_sequences.append(attend_shared(queries, keys, scale, mask).squeeze(1))
+                outs.append(torch.stack(outs_of_sequences))
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
     def kl_loss(
@@ -543,9 +544,9 @@ def attend_best(
 
     `index_query` are the indexer's queries, and `key` and `weights` its keys and head weights.
     Without `ends` the tokens are the last of all sequences. Of equal scores the latest are taken,
-    or with `tied` those that torch.topk returns; it becomes True where it had to choose. This says
-    what the kernel computes; where no kernel runs, IndexerSelection.attend_gathered computes it in
-    bounded memory.
+    or with `tied` those that torch.topk returns where it has to choose among scores of 0; `tied`
+    becomes True there. This says what the kernel computes; where no kernel runs,
+    IndexerSelection.attend_gathered computes it in bounded memory.
     """
     scores = index_scores(index_query, key, weights)
     if ends is None:
@@ -553,37 +554,39 @@ def attend_best(
         ends = torch.arange(length - query.shape[1] + 1, length + 1, device=key.device)[None]
     visible = torch.arange(key.shape[1], device=key.device) < ends[..., None]
     scores = scores.masked_fill(~visible, -torch.inf)
-    if tied is None:
-        index = largest(scores, top_k)
-    else:
-        index = scores.topk(top_k, dim=-1).indices
+    index = largest(scores, top_k)
+    if tied is not None:
         tied.copy_(choices_open(scores, index))
-        for row, token in tied.nonzero().tolist():
-            columns = scores[row, token, : int(ends.expand(len(scores), -1)[row].max())]
-            index[row, token] = columns.topk(top_k).indices
+        for sequence, token in tied.nonzero().tolist():
+            columns = scores[sequence, token, : int(ends.expand(len(scores), -1)[sequence].max())]
+            index[sequence, token] = columns.topk(top_k).indices
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
-    rows = []
-    for row, places in enumerate(index):
-        keys = latent[row].index_select(0, places.flatten()).unflatten(0, places.shape)
-        rows.append(attend_shared(query[row].unsqueeze(1), keys, scale, real[row]).squeeze(1))
-    return torch.stack(rows)
+    outs = []
+    for sequence, places in enumerate(index):
+        keys = latent[sequence].index_select(0, places.flatten()).unflatten(0, places.shape)
+        outs.append(
+            attend_shared(query[sequence].unsqueeze(1), keys, scale, real[sequence]).squeeze(1)
+        )
+    return torch.stack(outs)
 
 
 def choices_open(
     scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
 ) -> Bool[Tensor, "B T"]:
-    """Returns whether a key that is not selected has the score of one that is.
+    """Returns whether a key that is not selected has the score 0, as one that is selected has.
 
-    Keys that a query may not see, of score -inf, do not count.
+    A key that no head's product is above 0 for has that score, whatever computes it. Other scores
+    are equal by rounding alone (in float32 one query in 20,000, of 8,192 keys): another shape of
+    the same product parts them, so that no choice among them could be repeated.
     """
-    lowest = scores.gather(-1, index).amin(-1, keepdim=True)
-    return ((scores >= lowest).sum(-1) > index.shape[-1]) & (lowest[..., 0] > -torch.inf)
+    lowest = scores.gather(-1, index).amin(-1)
+    return (lowest == 0) & ((scores >= 0).sum(-1) > index.shape[-1])
 
 
 def choose_within(
     spans: Int[Tensor, "#B T 2"], scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
 ) -> None:
-    """Selects again, in `index`, where equal scores decide: by topk of a span's columns alone.
+    """Selects again, in `index`, where scores of 0 decide: by topk of a span's columns alone.
 
     A span is the first column of the query's document and the one after its last. So neither
     padding nor other documents change which of equal scores are selected.
@@ -591,17 +594,19 @@ def choose_within(
     # A compiler cannot trace a loop over what is tied.
     if torch.compiler.is_compiling():
         return
-    rows, queries = choices_open(scores, index).nonzero(as_tuple=True)
-    if not len(rows):
+    sequences, queries = choices_open(scores, index).nonzero(as_tuple=True)
+    if not len(sequences):
         return
-    alike = torch.cat([rows[:, None], spans.expand(len(scores), -1, -1)[rows, queries]], dim=1)
+    alike = torch.cat(
+        [sequences[:, None], spans.expand(len(scores), -1, -1)[sequences, queries]], dim=1
+    )
     alike, group = alike.unique(dim=0, return_inverse=True)
-    for number, (row, first, stop) in enumerate(alike.tolist()):
+    for number, (sequence, first, stop) in enumerate(alike.tolist()):
         # Padding may see more than its document has.
         if stop - first > index.shape[-1]:
             tied = queries[group == number]
-            columns = scores[row, tied, first:stop]
-            index[row, tied] = first + columns.topk(index.shape[-1], dim=-1).indices
+            columns = scores[sequence, tied, first:stop]
+            index[sequence, tied] = first + columns.topk(index.shape[-1], dim=-1).indices
 
 
 def index_scores(

@@ -24,9 +24,9 @@ from rorqual.layers.addresses import (
     find_primes,
     hash_rows,
 )
-from rorqual.layers.basics import convolve
 from rorqual.layers.cache import Recent
 from rorqual.layers.context import Context
+from rorqual.layers.convolution import convolve
 from rorqual.model_config import EngramConfig, row_totals
 
 # This module is the public API for the names of the paper.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import gated
+from rorqual.layers.feed_forward import gated
 
 ALIGNED = 16  # bytes; the grouped product needs rows of a multiple of it
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)

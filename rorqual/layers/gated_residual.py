@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rorqual.layers.basics import CentredRMSNorm
 from rorqual.layers.hyper import Mapping
+from rorqual.layers.norm import CentredRMSNorm
 from rorqual.layers.streams import Streams, coefficient_dtype, post_mapping
 from rorqual.model_config import HyperConfig
 

@@ -55,8 +55,10 @@ class Mapping(NamedTuple):
     def last(self, lengths: Int[Tensor, " B"] | None) -> "Mapping":
         """Returns the mapping of each sequence's last token; `lengths` is None without padding."""
         batch, time = self.shape
-        rows = torch.arange(batch, device=self.streams.device)
-        column = (rows, (lengths - 1).clamp_min(0)) if lengths is not None else (slice(None), -1)
+        sequences = torch.arange(batch, device=self.streams.device)
+        column = (
+            (sequences, (lengths - 1).clamp_min(0)) if lengths is not None else (slice(None), -1)
+        )
         others = (
             None if tokens_last is None else tokens_last.unflatten(-1, (batch, time))[..., *column]
             for tokens_last in (self.post, self.comb, self.pre)

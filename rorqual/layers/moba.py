@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.norm import as_float32
 from rorqual.layers.sparse import (
     Blocks,
     Selection,
-    as_float32,
     attend_selected,
     best_blocks,
     by_tiles,
@@ -49,10 +49,10 @@ def block_means(
     Only complete blocks are ever scored, so that columns beyond a sequence do not matter.
     """
     batch = keys.shape[0]
-    rows = (segment + count * torch.arange(batch, device=keys.device)[:, None]).flatten()
+    blocks = (segment + count * torch.arange(batch, device=keys.device)[:, None]).flatten()
     every = as_float32(keys).flatten(0, 1)
-    sums = every.new_zeros(batch * count, *keys.shape[2:]).index_add_(0, rows, every)
-    sizes = rows.new_zeros(batch * count).index_add_(0, rows, torch.ones_like(rows))
+    sums = every.new_zeros(batch * count, *keys.shape[2:]).index_add_(0, blocks, every)
+    sizes = blocks.new_zeros(batch * count).index_add_(0, blocks, torch.ones_like(blocks))
     return (sums / sizes.clamp_min(1)[:, None, None]).unflatten(0, (batch, count))
 
 
@@ -164,13 +164,15 @@ class MoBA(GQA):
         queries = tile_queries(ctx) if self.tiles else None
         index = [own_block.new_empty(len(own_block), 0, query.shape[2], top_k)]
         for run in runs(query.shape[1] if queries is None else len(queries)):
-            rows = run if queries is None else queries[run]
+            run_queries = run if queries is None else queries[run]
             end = None
             if queries is None and ctx.mask is None:
                 # No query of the run sees later blocks.
                 end = -(-(ctx.past + run.stop) // size)
-            scores = block_scores(query[:, rows], means[:, :end])
-            index.append(best_blocks(scores, own_block[:, rows], first[:, rows], top_k))
+            scores = block_scores(query[:, run_queries], means[:, :end])
+            index.append(
+                best_blocks(scores, own_block[:, run_queries], first[:, run_queries], top_k)
+            )
         if not self.tiles:
             return Selection(torch.cat(index, dim=1), size, segment)
         choice = None if ctx.cache is None else ctx.cache.attention.choice

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm, SwiGLU
 from rorqual.layers.context import Context
 from rorqual.layers.experts import Experts
+from rorqual.layers.feed_forward import SwiGLU
+from rorqual.layers.norm import RMSNorm
 from rorqual.layers.router import Router, Routing
 from rorqual.model_config import MoEConfig as MoEConfig
 

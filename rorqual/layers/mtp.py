@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.basics import RMSNorm
 from rorqual.layers.context import Context
+from rorqual.layers.norm import RMSNorm
 from rorqual.layers.streams import Streams
 from rorqual.model_config import MTPConfig as MTPConfig
 

@@ -34,11 +34,11 @@ from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Bundle, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.norm import as_float32
 from rorqual.layers.sparse import (
     SMALL_BATCH,
     Blocks,
     Selection,
-    as_float32,
     attend_selected,
     best_blocks,
     by_tiles,
@@ -189,11 +189,13 @@ class NSA(GQA):
         queries = tile_queries(ctx)
         index = [queries.new_empty(len(query), 0, self.config.kv_heads, top_k)]
         for run in runs(len(queries)):
-            rows = queries[run]
-            seen = self._seen(blocks, ctx, rows)
+            run_queries = queries[run]
+            seen = self._seen(blocks, ctx, run_queries)
             keys = blocks.keys[:, : seen.shape[-1]]
-            weights = _probabilities(query[:, rows], keys, seen, self.scale)
-            index.append(best_blocks(*self._importance(weights, blocks, ctx, rows), top_k, 3))
+            weights = _probabilities(query[:, run_queries], keys, seen, self.scale)
+            index.append(
+                best_blocks(*self._importance(weights, blocks, ctx, run_queries), top_k, 3)
+            )
         choice = None if ctx.cache is None else ctx.cache.attention.choice
         return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
 
@@ -254,12 +256,12 @@ class NSA(GQA):
         stride = self.nsa.stride
         if (segment := segments(ctx, self.nsa.select_block)) is not None:
             columns, real = _block_columns(ctx, block, stride)
-            rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
+            sequences = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
             pieces = segment.gather(1, columns[..., ::stride].flatten(1)).unflatten(
                 1, (-1, block // stride)
             )
             # [B, M, G, l, P]
-            keys, values = (x[rows, columns].transpose(2, 3) for x in (keys, values))
+            keys, values = (x[sequences, columns].transpose(2, 3) for x in (keys, values))
             keys = self.compress_key(keys)
             values = self.compress_value(values)
             return Compressed(keys, values, columns[..., -1], pieces, real, segment)
@@ -275,30 +277,30 @@ class NSA(GQA):
         )
 
     def _seen(
-        self, blocks: Compressed, ctx: Context, rows: slice | Tensor
+        self, blocks: Compressed, ctx: Context, queries: slice | Tensor
     ) -> Bool[Tensor, "#B 1 T M"]:
         """Returns the compressed blocks whose keys are all visible to the given new tokens.
 
         Blocks after the last one are left out.
         """
         if blocks.ends is not None and blocks.real is not None and ctx.mask is not None:
-            mask = ctx.mask[:, :, rows]
+            mask = ctx.mask[:, :, queries]
             ends = blocks.ends[:, None, None].expand(-1, -1, mask.shape[2], -1)
             return mask.gather(-1, ends) & blocks.real[:, None, None]
         count = blocks.keys.shape[1]
         # Without a mask no query of a slice sees later blocks.
-        if isinstance(rows, slice) and ctx.mask is None:
-            end = ctx.past + rows.stop
+        if isinstance(queries, slice) and ctx.mask is None:
+            end = ctx.past + queries.stop
             count = min(count, max(0, (end - self.nsa.block) // self.nsa.stride + 1))
-        return _complete(count, ctx.positions[:, rows], self.nsa)[:, None]
+        return _complete(count, ctx.positions[:, queries], self.nsa)[:, None]
 
     def _importance(
-        self, weights: Tensor, blocks: Compressed, ctx: Context, rows: slice | Tensor
+        self, weights: Tensor, blocks: Compressed, ctx: Context, queries: slice | Tensor
     ) -> tuple[Float[Tensor, "B T G J"], Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """Computes p_slc; returns it with each query's own block and its document's first one."""
         size = self.nsa.select_block
-        positions = ctx.positions[:, rows]
-        own_block = own_blocks(ctx, blocks.segment, size)[:, rows]
+        positions = ctx.positions[:, queries]
+        own_block = own_blocks(ctx, blocks.segment, size)[:, queries]
         probabilities = weights.detach().sum(2)  # [B, G, T, M]
         if blocks.segment is not None and blocks.pieces is not None:
             count = most_blocks(blocks.segment)
@@ -308,8 +310,8 @@ class NSA(GQA):
         else:
             end = ctx.key_count
             # Without a mask no query of a slice sees later blocks.
-            if isinstance(rows, slice) and ctx.mask is None:
-                end = ctx.past + rows.stop
+            if isinstance(queries, slice) and ctx.mask is None:
+                end = ctx.past + queries.stop
             importance = importance_of(probabilities, -(-end // size), self.nsa)
         return importance.transpose(1, 2), own_block, own_block - positions // size
 

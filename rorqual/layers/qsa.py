@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, GQACache
-from rorqual.layers.basics import CentredRMSNorm, RMSNorm, rope_tables, rotate
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
+from rorqual.layers.norm import CentredRMSNorm, RMSNorm, as_float32
+from rorqual.layers.rope import rope_tables, rotate
 from rorqual.layers.sparse import (
     Blocks,
     Selection,
-    as_float32,
     attend_selected,
     full_attention,
     most_blocks,
@@ -95,8 +95,8 @@ class Indexer(nn.Module):
         # [#B, M, block]; those of an incomplete block are its neighbours' and mean nothing.
         columns = starts[..., None] + torch.arange(block, device=device)
         columns = columns.clamp_max(keys.shape[1] - 1)
-        rows = torch.arange(len(keys), device=device)[:, None, None]
-        pooled = as_float32(keys[rows, columns]).mean(2).to(keys.dtype)
+        sequences = torch.arange(len(keys), device=device)[:, None, None]
+        pooled = as_float32(keys[sequences, columns]).mean(2).to(keys.dtype)
         positions = columns[..., 0].expand(len(keys), -1)
         if ctx.key_positions is not None:
             positions = ctx.key_positions.gather(1, positions)
@@ -217,10 +217,11 @@ def best_complete(
     best = scores.topk(min(top_k + 1, scores.shape[-1]), dim=-1)
     index = best.indices.where(best.values > -torch.inf, -1)
     tied = _tied(best.values, top_k)
-    for row, t in tied.nonzero().tolist() if tied is not None else ():
-        start = int(first[row, t])
-        stop = int(end[row, t])
-        index[row, t, :top_k] = scores[row, t, start:stop].topk(top_k).indices + start
+    for sequence, t in tied.nonzero().tolist() if tied is not None else ():
+        start = int(first[sequence, t])
+        stop = int(end[sequence, t])
+        best_of_own = scores[sequence, t, start:stop].topk(top_k).indices
+        index[sequence, t, :top_k] = best_of_own + start
     index = index[..., :top_k]
     return F.pad(index, (0, top_k - index.shape[-1]), value=-1)
 

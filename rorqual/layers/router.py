@@ -44,14 +44,14 @@ class Routing(NamedTuple):
     # The routing of the whole sequences of which these tokens are a part; None: of these tokens.
     whole: Any = None
 
-    def select(self, rows: Int[Tensor, "B 1"], columns: Int[Tensor, "B T2"]) -> "Routing":
+    def select(self, sequences: Int[Tensor, "B 1"], columns: Int[Tensor, "B T2"]) -> "Routing":
         """Returns the routing of these tokens."""
         return Routing(
-            self.topk_indices[rows, columns],
-            self.weights[rows, columns],
-            self.scores[rows, columns],
-            self.logits[rows, columns],
-            None if self.valid is None else self.valid[rows, columns],
+            self.topk_indices[sequences, columns],
+            self.weights[sequences, columns],
+            self.scores[sequences, columns],
+            self.logits[sequences, columns],
+            None if self.valid is None else self.valid[sequences, columns],
             self.fixed,
         )
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
-from rorqual.layers.basics import largest
 from rorqual.layers.cache import Appended, Lengths, Recent
 from rorqual.layers.context import Context
+from rorqual.layers.norm import as_float32
 from rorqual.layers.tiles import TILE, flex_tiles, loop_tiles
+from rorqual.layers.top_k import largest
 
 QUERIES = 512  # processed at a time, so that no mask is T x T
 SMALL_BATCH = 16  # up to so many new tokens after a cache read their selected keys in place
@@ -40,7 +41,7 @@ class Selection(NamedTuple):
     block: int  # keys a block
     # The block of each key where documents are packed; None: column // block.
     segment: Int[Tensor, "B L"] | None = None
-    # Whether `blocks` has one row for each tile of the call, and not for each query.
+    # Whether `blocks` has one entry for each tile of the call, and not for each query.
     tiles: bool = False
 
 
@@ -113,15 +114,15 @@ class Blocks:
             return buffer[:, :total]
         numbers, real = self.missing(ctx)
         assert real is not None
-        rows, places = real.nonzero(as_tuple=True)
-        if stored is not None and not len(rows):
+        sequences, places = real.nonzero(as_tuple=True)
+        if stored is not None and not len(sequences):
             return self.values.reserve(stored, total)[:, :total]
-        blocks = numbers[rows, places]
+        blocks = numbers[sequences, places]
         columns = blocks[:, None] * self.stride + torch.arange(self.block, device=keys.device)
-        new = make(keys[rows[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
+        new = make(keys[sequences[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
         buffer = self.values.reserve(new.new_empty(len(keys), 0, *new.shape[1:]), total)
         # The dtype may differ from that of the first call, if autocast was switched since.
-        buffer[rows, blocks] = new.to(buffer.dtype)
+        buffer[sequences, blocks] = new.to(buffer.dtype)
         return buffer[:, :total]
 
     def missing(self, ctx: Context) -> tuple[Int[Tensor, "#B N"], Bool[Tensor, "B N"] | None]:
@@ -160,9 +161,9 @@ class Blocks:
         if real is None:
             buffer[:, total - new.shape[1] : total] = new
         else:
-            rows, places = real.nonzero(as_tuple=True)
+            sequences, places = real.nonzero(as_tuple=True)
             # The dtype may differ from that of the first call, if autocast was switched since.
-            buffer[rows, numbers[rows, places]] = new[rows, places].to(buffer.dtype)
+            buffer[sequences, numbers[sequences, places]] = new[sequences, places].to(buffer.dtype)
         return buffer[:, :total]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
@@ -366,10 +367,10 @@ def selected_attention(
     seen = (index[..., None] >= 0) & (columns <= positions[:, :, None, None, None])
     columns = columns.flatten(3).clamp(0, key.shape[1] - 1)
     seen = seen.flatten(3)[:, :, :, None]
-    row = torch.arange(len(key), device=key.device)[:, None, None, None]
+    sequence = torch.arange(len(key), device=key.device)[:, None, None, None]
     group = (torch.arange(choices, device=key.device) * groups // choices)[:, None]
-    keys = key[row, columns, group]
-    values = value[row, columns, group]
+    keys = key[sequence, columns, group]
+    values = value[sequence, columns, group]
     logits = (
         as_float32(query).unflatten(2, (choices, -1)) @ as_float32(keys).transpose(-1, -2) * scale
     )
@@ -422,8 +423,3 @@ def masked_attention(
             )
         )
     return torch.cat(out, dim=2)
-
-
-def as_float32(x: Tensor) -> Tensor:
-    """Converts x to float32; float64 stays float64."""
-    return x if x.dtype == torch.float64 else x.float()

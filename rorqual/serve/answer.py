@@ -50,8 +50,8 @@ class Answer:
         kind = _ChatChoice if self.chat else _CompletionChoice
         prompts = getattr(request, "prompt", [None])
         self.choices = [
-            kind(request, row, handle, tokenizer, prompts[row // request.copies])
-            for row, handle in enumerate(handles)
+            kind(request, index, handle, tokenizer, prompts[index // request.copies])
+            for index, handle in enumerate(handles)
         ]
         self._head: JsonDict = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -73,9 +73,9 @@ class Answer:
                 one = {"index": choice.index, "delta": delta, "logprobs": None}
                 yield self.chunk([one | {"finish_reason": None}])
 
-    def piece(self, row: int, piece: Piece) -> JsonDict:
-        """Returns the chunk of one piece of one choice."""
-        return self.chunk([self.choices[row].piece(piece)])
+    def piece(self, index: int, piece: Piece) -> JsonDict:
+        """Returns the chunk of one piece of choice `index`."""
+        return self.chunk([self.choices[index].piece(piece)])
 
     def chunk(self, choices: list[JsonDict]) -> JsonDict:
         """Returns a chunk of choices, with the counts of tokens where they are asked for."""
@@ -106,7 +106,7 @@ class Answer:
 
 
 class _Choice:
-    """Formats one continuation."""
+    """Formats one of the continuations that a request asked for, as its subclasses say."""
 
     def __init__(
         self,
@@ -152,10 +152,13 @@ class _Choice:
 
 
 def _memory(token: dict[int, Any]) -> JsonDict:
+    """Returns what one token read as JSON: its rows and gates, by the block as a text."""
     return {str(layer): {"rows": read.rows, "gates": read.gates} for layer, read in token.items()}
 
 
 class _CompletionChoice(_Choice):
+    """Formats a choice of /v1/completions; an echoed prompt stands before its first piece."""
+
     request: CompletionRequest
 
     def __init__(self, *arguments: Any) -> None:
@@ -164,6 +167,7 @@ class _CompletionChoice(_Choice):
         self.echoed = not self.request.echo
 
     def whole(self, pieces: Sequence[Piece]) -> JsonDict:
+        """Returns the choice made of these pieces; the reason that it ended is in the last."""
         text = "".join(piece.text for piece in pieces)
         choice = {
             "index": self.index,
@@ -175,10 +179,12 @@ class _CompletionChoice(_Choice):
         return choice | self.observed(pieces)
 
     def piece(self, piece: Piece) -> JsonDict:
+        """Returns the choice of one chunk of a stream, which has the same fields as a whole one."""
         return self.whole([piece])
 
     @property
     def prompt_text(self) -> str:
+        """The prompt as it is echoed: the text of the request, or that of its ids."""
         if isinstance(self.prompt, str):
             return self.prompt
         return self.tokenizer.decode(self.handle.request.prompt)
@@ -208,6 +214,11 @@ class _CompletionChoice(_Choice):
     def _add(
         self, answer: JsonDict, token: int, values: TokenLogprobs | None, text: str | None = None
     ) -> None:
+        """Appends a token to the lists; its offset is in characters of the whole text.
+
+        `text` replaces the token's own text where that is not shown, so that it takes no space.
+        `values` is None for the first id of a prompt.
+        """
         spelt = self.tokenizer.token(token)
         answer["tokens"].append(spelt)
         answer["token_logprobs"].append(None if values is None else values.logprob)
@@ -226,6 +237,8 @@ class _CompletionChoice(_Choice):
 
 
 class _ChatChoice(_Choice):
+    """Formats a choice of /v1/chat/completions, with calls of tools beside the text."""
+
     request: ChatRequest
 
     def __init__(self, *arguments: Any) -> None:
@@ -233,6 +246,7 @@ class _ChatChoice(_Choice):
         self.calls = 0
 
     def whole(self, pieces: Sequence[Piece]) -> JsonDict:
+        """Returns the choice with its message; the content is null where there are only calls."""
         text = "".join(piece.text for piece in pieces)
         calls = [call.wire for piece in pieces for call in piece.calls]
         message: JsonDict = {"role": "assistant", "content": text, "refusal": None}
@@ -247,6 +261,7 @@ class _ChatChoice(_Choice):
         return choice | self.observed(pieces)
 
     def piece(self, piece: Piece) -> JsonDict:
+        """Returns the choice of one chunk: what is new. Calls are numbered over the stream."""
         delta: JsonDict = {"content": piece.text} if piece.text or not piece.calls else {}
         if piece.calls:
             delta["tool_calls"] = [
@@ -274,6 +289,7 @@ class _ChatChoice(_Choice):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> JsonDict:
+        """Returns a token as chats list it; `bytes` is null where the tokenizer spells none."""
         return {
             "token": self.tokenizer.token(token),
             "logprob": logprob,

@@ -94,7 +94,7 @@ class Outcome:
 
     @property
     def tokens(self) -> int:
-        """The output tokens by the server's count, or else the pieces."""
+        """The output tokens by the server's count, or the number of pieces if it did not count."""
         return len(self.pieces) if self.output_tokens is None else self.output_tokens
 
     def times(self) -> dict[str, list[float]]:
@@ -149,6 +149,7 @@ def summarise(
 
 
 def _keeps(outcome: Outcome, limits: Mapping[str, float]) -> bool:
+    """Returns whether no time of a request is above its limit, in milliseconds by METRICS."""
     times = outcome.times()
     return all(max(times[name], default=0.0) * 1e3 <= limit for name, limit in limits.items())
 
@@ -218,13 +219,13 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             prompts.append({"prompt": line})
             continue
         try:
-            row = json.loads(line)
+            entry = json.loads(line)
         except ValueError:
-            row = None
+            entry = None
         used = {
-            name: row[name]
+            name: entry[name]
             for name in ("prompt", "messages")
-            if isinstance(row, dict) and name in row
+            if isinstance(entry, dict) and name in entry
         }
         if len(used) != 1:
             raise ValueError(
@@ -238,7 +239,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL leads to this machine."""
+    """Returns whether a URL leads to this machine."""
     try:
         return httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
     except httpx.InvalidURL:
@@ -301,6 +302,7 @@ class Server:
         return value
 
     def client(self, timeout: float) -> httpx.AsyncClient:
+        """Returns a client for the measurement, with as many connections as are needed at once."""
         return httpx.AsyncClient(
             headers=self.headers,
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
@@ -309,7 +311,7 @@ class Server:
         )
 
     async def stream(self, client: httpx.AsyncClient, load: Load, prompt: Any, to: Outcome) -> None:
-        """Sends a request and notes when each piece comes; what fails is noted as well."""
+        """Sends a request, and writes into `to` when each piece comes, or what failed."""
         path = "/v1/chat/completions" if "messages" in prompt else "/v1/completions"
         body = {
             "model": self.model,
@@ -374,7 +376,7 @@ async def _listen(answer: httpx.Response, to: Outcome) -> None:
 
 
 def _text(choice: Mapping[str, Any]) -> bool:
-    """Whether a choice has text of any kind: content, reasoning, or a call of a tool."""
+    """Returns whether a choice has text of any kind: content, reasoning, or a call of a tool."""
     delta = choice.get("delta") or {}
     values = (choice.get("text"), *(value for name, value in delta.items() if name != "role"))
     return any(values)
@@ -389,6 +391,7 @@ def _message(body: bytes) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    """Returns the first line of an error, or its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -404,7 +407,10 @@ def measure(
 
 
 def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a request of the same size; drawn ids are in another order, so that none is kept."""
+    """Returns a request of the same size as `body`, to be sent before the measurement.
+
+    A prompt of ids is reversed, so that the server cannot keep its prefix for the measured one.
+    """
     ids = body.get("prompt")
     return {**body, "prompt": ids[::-1]} if isinstance(ids, list) else dict(body)
 
@@ -412,6 +418,7 @@ def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
 async def _measure(
     server: Server, load: Load, progress: Callable[[int], None]
 ) -> tuple[list[Outcome], float]:
+    """Sends the requests when they are due; what `measure` returns."""
     outcomes: list[Outcome] = []
     tasks: list[asyncio.Task] = []
     done = 0
@@ -427,6 +434,7 @@ async def _measure(
             )
 
         async def one(prompt: Mapping[str, Any], outcome: Outcome) -> None:
+            """Sends one request, and counts it as done whatever became of it."""
             nonlocal done
             try:
                 await server.stream(client, load, prompt, outcome)
@@ -495,6 +503,7 @@ def running(run: str, options: Sequence[str]) -> Iterator[Running]:
 
 
 def _end(*_: object) -> None:
+    """Ends the process with 143, the status of SIGTERM, so that `finally` blocks run."""
     raise SystemExit(143)
 
 

@@ -34,10 +34,10 @@ class Refusal(ValueError):
 async def body(
     http: Request, largest: int, seconds: float = 30, *, replace_halves: bool = False
 ) -> Any:
-    """Reads and parses the body of a request; `replace_halves` as in `loads`.
+    """Reads and parses the JSON body of a request; `replace_halves` as in `loads`.
 
     ValueError for another content type, more than `largest` bytes, no JSON, or where it has not all
-    arrived within `seconds`.
+    arrived within `seconds` (status 408).
     """
     kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
@@ -79,6 +79,7 @@ def loads(content: bytes, *, replace_halves: bool = False) -> Any:
 
 
 def _whole(value: Any) -> Any:
+    """Replaces halves of characters by U+FFFD in all texts of a JSON value, also in its keys."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):

@@ -15,13 +15,14 @@ from rorqual.serve.text import special_ids
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """The counts of the last answer."""
+    """How many tokens the last answer had, and how long it took."""
 
     tokens: int
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of the answer by seconds, the reading of the prompt included."""
         return self.tokens / max(self.seconds, 1e-9)
 
 
@@ -107,12 +108,14 @@ class Conversation:
                 self._text += answer
 
     def _take_back(self, text: str) -> None:
+        """Removes the user's turn that did not fit, so that the conversation is as before."""
         if self.templated:
             self._messages.pop()
         else:
             self._text = self._text[: len(self._text) - len(text)]
 
     def _ids(self, prompt: list[int]) -> Iterator[int]:
+        """Yields the ids of an answer without the id that ends it."""
         steps = self.run.steps([prompt], self.max_new_tokens, self.sampling)
         for (token,) in steps:
             if token is None or token == self.run.tokenizer.end_id:

@@ -46,7 +46,9 @@ def decode(
     if acceptance_stats is not None:
         engine.acceptance_stats = acceptance_stats
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    requests = [engine.submit(prompt, row=row, **options) for row, prompt in enumerate(prompts)]
+    requests = [
+        engine.submit(prompt, index=index, **options) for index, prompt in enumerate(prompts)
+    ]
     count = 0
     while True:
         while any(len(one.ids) > count for one in requests) and all(
@@ -57,13 +59,13 @@ def decode(
         if engine.idle:
             return
         engine.step()
-        failed = [row for row, request in enumerate(requests) if request.error is not None]
+        failed = [index for index, request in enumerate(requests) if request.error is not None]
         if failed:
             error = requests[failed[0]].error
             assert error is not None
             if isinstance(error, NoIdError):
                 raise ValueError(
-                    f"got {error} in rows {failed}, expected a finite largest logit in each: "
+                    f"got {error} in sequences {failed}, expected a finite largest logit in each: "
                     "weights that are not finite, or a dtype too narrow for them "
                     "(float32 holds more)"
                 )

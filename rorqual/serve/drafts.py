@@ -39,6 +39,7 @@ class AcceptanceStats:
 
     @property
     def acceptance(self) -> float:
+        """The share of the drafts that were accepted; 0 before any draft."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
@@ -75,21 +76,21 @@ class Drafter:
         unread = []
         lengths = []
         firsts = []
-        for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
-            new = hidden[row, :count]
+        for slot, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            new = hidden[slot, :count]
             end = request.cached + count
             unread.append(new if request.unread is None else torch.cat([request.unread, new]))
             firsts.append(end - len(unread[-1]))
             certain = request.tokens - self.depths - firsts[-1]
             lengths.append(max(0, min(len(unread[-1]), certain)))
-        # A row of which nothing is read has one column, so that its cache begins with the others'.
+        # Where nothing is read there is one column, so that the cache begins with the others'.
         pieces = [states[: max(1, length)] for states, length in zip(unread, lengths, strict=True)]
         inputs = pad_sequence(pieces, batch_first=True)
         for depth in range(self.depths):
             following = torch.zeros(inputs.shape[:2], dtype=torch.long)
-            for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
-                first = firsts[row] + 1 + depth
-                following[row, :length] = torch.tensor(request.sequence[first : first + length])
+            for slot, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+                first = firsts[slot] + 1 + depth
+                following[slot, :length] = torch.tensor(request.sequence[first : first + length])
             inputs = self.model.draft(
                 inputs, following.to(inputs.device), depth=depth, lengths=lengths, cache=cache
             )[0]
@@ -106,7 +107,7 @@ class Drafter:
         pairs = zip(requests, lengths, strict=True)
         last_ids = [torch.tensor(request.last(length)) for request, length in pairs]
         following = pad_sequence(last_ids, batch_first=True).to(device)
-        rows = torch.arange(len(states), device=device)[:, None]
+        slots = torch.arange(len(states), device=device)[:, None]
         last = torch.tensor(lengths, device=device)[:, None] - 1
         drafts: list[Tensor] = []
         for depth, module in enumerate(self.model.mtp):
@@ -115,7 +116,7 @@ class Drafter:
             hidden = self.model.draft(hidden, following, depth=depth, lengths=lengths, cache=cache)[
                 0
             ]
-            logits = self.model.head(cast(MTP, module).head_input(hidden[rows, last]))
+            logits = self.model.head(cast(MTP, module).head_input(hidden[slots, last]))
             drafts.append(logits[..., : self.vocab_size].argmax(-1))
             self.model.announce(drafts[-1], cache)
         return torch.cat(drafts, 1)
@@ -138,7 +139,7 @@ class Drafter:
         if proposed:
             again = [min(length, self.depths - 1) for length in again]
             cache.crop_drafts(again)
-        for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
+        for slot, (request, count) in enumerate(zip(requests, counts, strict=True)):
             states = cast(Tensor, request.unread)
-            states = states[len(states) - again[row] :]
-            request.unread = torch.cat([states, hidden[row, :count]])
+            states = states[len(states) - again[slot] :]
+            request.unread = torch.cat([states, hidden[slot, :count]])

@@ -31,10 +31,10 @@ from rorqual.serve.runner import Output, Runner
 from rorqual.serve.sampling import (
     GREEDY,
     Matcher,
-    SamplerRow,
     Sampling,
+    SequenceSampler,
     logprobs_of,
-    sample_rows,
+    sample_batch,
 )
 from rorqual.serve.scheduler import NOTHING, Observed, Read, Request, Scheduler, Watch
 from rorqual.serve.trace import experts_of
@@ -132,6 +132,7 @@ class Engine:
 
     @property
     def max_batch_size(self) -> int:
+        """How many requests run at once; 1 where the rotary frequencies depend on the length."""
         return self._scheduler.max_batch_size
 
     @property
@@ -145,16 +146,16 @@ class Engine:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
-        row: int = 0,
+        index: int = 0,
         watch: Watch = NOTHING,
         matcher: Matcher | None = None,
     ) -> Request:
         """Puts a prompt in the queue.
 
-        `row` makes equal seeds differ, as in `Sampling.generator`. `matcher` is a grammar that the
-        new ids follow. With max_new_tokens 0 the prompt is only read, for its log-probabilities,
-        experts, memory or embedding. ValueError where the prompt is empty, too long, or contains
-        ids that the model or its tokenizer does not have.
+        `index` makes equal seeds differ, as in `Sampling.generator`. `matcher` is a grammar that
+        the new ids follow. With max_new_tokens 0 the prompt is only read, for its
+        log-probabilities, experts, memory or embedding. ValueError where the prompt is empty, too
+        long, or contains ids that the model or its tokenizer does not have.
         """
         if not prompt or not all(0 <= token < self.vocab_size for token in prompt):
             raise ValueError(
@@ -169,10 +170,10 @@ class Engine:
         if any(not 0 <= token < self.vocab_size for token, _ in sampling.logit_bias):
             raise ValueError(f"logit_bias: expected ids from 0 to {self.vocab_size - 1}")
         ends = set() if sampling.ignore_eos or self.end_id is None else {self.end_id}
-        sampler = SamplerRow(
+        sampler = SequenceSampler(
             prompt,
             sampling,
-            sampling.generator(row),
+            sampling.generator(index),
             vocab_size=self.model.config.vocab_size,
             device=self._runner.device,
             end_ids={
@@ -203,6 +204,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
+        """The number of requests in the queue; it may be read from any thread."""
         return self._scheduler.waiting
 
     def stats(self) -> Stats:
@@ -228,6 +230,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
+        """Whether no request runs or waits, so that a step would do nothing."""
         return not self.running and not self.waiting
 
     def run(self, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
@@ -293,47 +296,49 @@ class Engine:
         drafts = output.drafts
         stats = self.acceptance_stats
         assert output.logits is not None
-        for row, request in enumerate(requests):
+        for slot, request in enumerate(requests):
             if output.hidden is not None and request.reads_prompt and not request.ids:
-                self._read_prompt(request, output.hidden[row : row + 1, : output.counts[row]])
+                self._read_prompt(request, output.hidden[slot : slot + 1, : output.counts[slot]])
         if drafts is not None:
             stats.rounds += 1
             stats.drafted += sum(output.counts) - len(requests)
-        rows = list(range(len(requests)))
+        slots = list(range(len(requests)))
         for position, logits in enumerate(output.logits):
-            for row in rows:
-                self._observe(requests[row], row, position, output)
-            rows = [row for row in rows if requests[row].max_new_tokens]
-            if not rows:
+            for slot in slots:
+                self._observe(requests[slot], slot, position, output)
+            slots = [slot for slot in slots if requests[slot].max_new_tokens]
+            if not slots:
                 break
             # A pool that still waits would slow the compiled step that comes next.
             with runtime.one_thread() if self._runner.compiled else nullcontext():
                 self._sample(
-                    [requests[row] for row in rows],
-                    logits if len(rows) == len(requests) else logits[rows],
+                    [requests[slot] for slot in slots],
+                    logits if len(slots) == len(requests) else logits[slots],
                 )
             # The logits after a draft count where it is the id that was drawn.
             accepted = [
-                row
-                for row in rows
+                slot
+                for slot in slots
                 if drafts is not None
-                and position + 1 < output.counts[row]
-                and requests[row].finish != "error"
-                and requests[row].ids[-1] == drafts[row][position]
+                and position + 1 < output.counts[slot]
+                and requests[slot].finish != "error"
+                and requests[slot].ids[-1] == drafts[slot][position]
             ]
             stats.accepted += len(accepted)
-            rows = [row for row in accepted if requests[row].finish is None]
+            slots = [slot for slot in accepted if requests[slot].finish is None]
         for request in requests:
             if not request.max_new_tokens:
                 request.finish = request.finish or "length"
 
-    def _sample(self, requests: list[Request], logits: Float[Tensor, "R V"]) -> None:
+    def _sample(self, requests: list[Request], logits: Float[Tensor, "B V"]) -> None:
         """Samples one id for every request; one that fails ends alone."""
-        drawn = sample_rows(logits[:, : self.vocab_size], [request.sampler for request in requests])
-        for row, (request, token) in enumerate(zip(requests, drawn.ids, strict=True)):
+        drawn = sample_batch(
+            logits[:, : self.vocab_size], [request.sampler for request in requests]
+        )
+        for slot, (request, token) in enumerate(zip(requests, drawn.ids, strict=True)):
             try:
-                if row in drawn.errors:
-                    raise NoIdError(drawn.errors[row])
+                if slot in drawn.errors:
+                    raise NoIdError(drawn.errors[slot])
                 ended = request.sampler.accept(token)
             except ValueError as error:
                 request.fail(error)
@@ -341,7 +346,7 @@ class Engine:
             request.ids.append(token)
             if request.sampling.logprobs is not None:
                 request.logprobs += logprobs_of(
-                    logits[row : row + 1],
+                    logits[slot : slot + 1],
                     torch.tensor([token], device=logits.device),
                     request.sampling.logprobs,
                     self.vocab_size,
@@ -351,13 +356,13 @@ class Engine:
             elif request.finish is None and len(request.ids) == request.max_new_tokens:
                 request.finish = "length"
 
-    def _observe(self, request: Request, row: int, position: int, output: Output) -> None:
+    def _observe(self, request: Request, slot: int, position: int, output: Output) -> None:
         """Notes the experts and the memory of the tokens that were read for the first time.
 
         With drafts that is the one whose logits at `position` are wanted.
         """
         watch = request.watch
-        count = output.counts[row]
+        count = output.counts[slot]
         if output.trace is None or not (watch.experts or watch.memory):
             return
         # All but the last id of a request that came back have been seen before.
@@ -365,9 +370,9 @@ class Engine:
         tokens = slice(last if request.ids else 0, last + 1)
         observed = Observed()
         if watch.experts:
-            observed.experts = experts_of(output.auxes, row, count)[tokens]
+            observed.experts = experts_of(output.auxes, slot, count)[tokens]
         if watch.memory:
-            observed.memory = output.trace.memory(row, count)[tokens]
+            observed.memory = output.trace.memory(slot, count)[tokens]
         request.observed.append(observed)
 
     def _read_prompt(self, request: Request, hidden: Float[Tensor, "1 T *N D"]) -> None:

@@ -137,6 +137,7 @@ class TextStream:
         return rest + pending
 
     def _release(self, fresh: str) -> str:
+        """Returns new text up to a stop string, less an end that may become one."""
         text = self._held + fresh
         places = [position for word in self.stop if (position := text.find(word)) >= 0]
         if places:
@@ -309,23 +310,23 @@ class Run:
         for step in self.steps(
             [self.prompt(text) for text in texts], max_new_tokens, sampling, acceptance_stats
         ):
-            for row, token in enumerate(step):
-                if token is None or ended[row]:
+            for index, token in enumerate(step):
+                if token is None or ended[index]:
                     continue
-                ids[row].append(token)
+                ids[index].append(token)
                 if token != tokenizer.end_id:
-                    pieces[row].append(streams[row].push(token))
-                ended[row] = token == tokenizer.end_id or streams[row].stopped
+                    pieces[index].append(streams[index].push(token))
+                ended[index] = token == tokenizer.end_id or streams[index].stopped
             if all(ended):
                 break
         return [
             Completion(
-                text="".join([*pieces[row], streams[row].flush()]),
-                ids=tuple(ids[row]),
-                finish="stop" if ended[row] or streams[row].stopped else "length",
+                text="".join([*pieces[index], streams[index].flush()]),
+                ids=tuple(ids[index]),
+                finish="stop" if ended[index] or streams[index].stopped else "length",
                 acceptance_stats=acceptance_stats,
             )
-            for row in range(len(texts))
+            for index in range(len(texts))
         ]
 
     @overload

@@ -48,6 +48,7 @@ class JsonMatcher:
         return JsonMatcher(self._matcher.deep_copy(), self._vocab_size)
 
     def _check(self) -> None:
+        """Raises a ValueError if the grammar failed, with at most 300 characters of why."""
         if self._matcher.is_error():
             raise ValueError(f"grammar: {str(self._matcher.get_error())[:300]}")
 

@@ -33,7 +33,7 @@ class Metrics:
         stats: Callable[[], Stats],
         tables: Callable[[], Sequence[dict[str, Any]]],
     ) -> None:
-        """`stats` and `tables` are read whenever the metrics are."""
+        """Registers all metrics; `stats` and `tables` are called each time that they are read."""
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry, "namespace": "rorqual"}
         self.requests = Counter(
@@ -74,6 +74,7 @@ class _Load(Collector):
         self._tables = tables
 
     def collect(self) -> Iterator[Metric]:
+        """Yields the gauges and counters, read from the engine and the tables at this moment."""
         stats = self._stats()
         for name, what, value in (
             ("requests_running", "Requests that run", stats.running),

@@ -41,9 +41,10 @@ class Prefixes:
     """The caches of the prompts that were read last, each of one sequence."""
 
     def __init__(self, model: LanguageModel, *, keep: bool = True, before: int = 0) -> None:
-        """With `keep` False every prompt is read.
+        """Makes an empty store.
 
-        Of a prefix that was found the last `before` tokens are read again.
+        With `keep` False nothing is stored, and every prompt is read. Of a prefix that was found
+        the last `before` tokens are read again.
         """
         self._before = before
         moba = model.config.moba

@@ -3,8 +3,8 @@
     for output in runner.run(plan): give ids to output.requests
 
 A request reads its prompt into a cache of its own, which joins the cache of the batch at the step
-after: one row is written, and those of the other requests stay where they are. A decoding forward
-reads drafts, too, if the model drafts; those that turn out wrong are cropped from the cache.
+after: its sequence is copied there, and those of the other requests stay where they are. A decoding
+forward reads drafts, too, if the model drafts; wrong ones are cropped from the cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class Output(NamedTuple):
 
 
 class Runner:
-    """The model and the cache of the requests that decode; `rows` are they, in its order."""
+    """The model and the cache of the batch; `requests` are those that decode, in its order."""
 
     def __init__(
         self, model: LanguageModel, prefixes: Prefixes, drafter: Drafter | None = None
@@ -48,7 +48,7 @@ class Runner:
         self.prefixes = prefixes
         self.drafter = drafter
         self.cache: Cache | None = None
-        self.rows: list[Request] = []
+        self.requests: list[Request] = []
         # Requests whose prompt has just been read, and its cache.
         self._joining: list[tuple[list[Request], Cache]] = []
         self._decoder = Decoder(model)
@@ -65,7 +65,7 @@ class Runner:
     def allocated_bytes(self) -> int:
         """Bytes of the cache of the batch, and of those that join it; from any thread.
 
-        The batch has a row for each request, as long as the longest of them, so that these are not
+        The batch has as much for each request as for the longest of them, so that these are not
         bounded by the pages of the scheduler.
         """
         caches = [cache for _, cache in list(self._joining)]
@@ -80,19 +80,19 @@ class Runner:
             self._decoder.wait_until_built()
 
     def drop(self) -> None:
-        """Forgets all requests."""
+        """Drops the caches of all requests, those that were just read included."""
         self.cache = None
-        self.rows = []
+        self.requests = []
         self._joining = []
 
     def run(self, plan: Plan) -> Iterator[Output]:
         """Yields the output of each forward; its requests get their ids before the next one."""
         self._arrange(set(plan.decode))
-        if self.rows:
-            before = [len(request.ids) for request in self.rows]
+        if self.requests:
+            before = [len(request.ids) for request in self.requests]
             output, proposed = self._decode()
             yield output
-            pairs = zip(self.rows, before, strict=True)
+            pairs = zip(self.requests, before, strict=True)
             self._accept(output, [len(request.ids) - count for request, count in pairs], proposed)
         for read in plan.reads:
             yield from self._attempt(read)
@@ -111,68 +111,68 @@ class Runner:
             return [Output(*read, logits=None)]
 
     def _arrange(self, requests: set[Request]) -> None:
-        """Removes the rows of requests that have left, and joins those of new ones."""
-        self.rows, self.cache = self._keep(self.rows, self.cache, requests)
+        """Removes the sequences of requests that have left, and joins those of new ones."""
+        self.requests, self.cache = self._keep(self.requests, self.cache, requests)
         joining = self._joining
         self._joining = []
         for group, cache in joining:
-            rows, selected = self._keep(group, cache, requests)
+            staying, selected = self._keep(group, cache, requests)
             if selected is None:
                 continue
             if self.cache is None:
                 self.cache = selected
             else:
                 self.cache.join(selected)
-            self.rows += rows
+            self.requests += staying
 
     def _keep(
-        self, rows: list[Request], cache: Cache | None, requests: set[Request]
+        self, batch: list[Request], cache: Cache | None, requests: set[Request]
     ) -> tuple[list[Request], Cache | None]:
-        """Selects the rows of a cache whose requests are among `requests`."""
-        staying = [row for row, request in enumerate(rows) if request in requests]
+        """Selects the sequences of a cache whose requests are among `requests`; None for none."""
+        staying = [slot for slot, request in enumerate(batch) if request in requests]
         if not staying or cache is None:
             return [], None
-        if len(staying) < len(rows):
-            # The last rows fill the holes, so that no other is copied.
+        if len(staying) < len(batch):
+            # The last sequences fill the holes, so that no other is copied.
             holes = sorted(set(range(len(staying))) - set(staying))
             moved = staying[len(staying) - len(holes) :]
             order = list(range(len(staying)))
-            for hole, row in zip(holes, moved, strict=True):
-                order[hole] = row
+            for hole, slot in zip(holes, moved, strict=True):
+                order[hole] = slot
             cache.select(torch.tensor(order, device=self.device))
-            rows = [rows[row] for row in order]
-        return rows, cache
+            batch = [batch[slot] for slot in order]
+        return batch, cache
 
     def _decode(self) -> tuple[Output, bool]:
         """Reads the last id of each request, and drafts; returns whether there were any."""
-        rows = list(self.rows)
+        requests = list(self.requests)
         cache = self.cache
         drafter = self.drafter
         assert cache is not None
-        last = torch.tensor([[request.ids[-1]] for request in rows], device=self.device)
+        last = torch.tensor([[request.ids[-1]] for request in requests], device=self.device)
         # How many ids each may get besides the next one.
-        left = [request.max_new_tokens - len(request.ids) - 1 for request in rows]
-        ones = [1] * len(rows)
+        left = [request.max_new_tokens - len(request.ids) - 1 for request in requests]
+        ones = [1] * len(requests)
         proposed = False
         if drafter is not None and max(left):
             counts = [1 + min(drafter.depths, more) for more in left]
             # Where drafts would change the logits before them, there are none.
-            if not self.model.cache_is_outdated(cache, last, [1 + drafter.depths] * len(rows)):
+            if not self.model.cache_is_outdated(cache, last, [1 + drafter.depths] * len(requests)):
                 proposed = True
                 if not cache.announced:
                     self.model.announce(last, cache)
-                drafts = drafter.propose(rows, cache)
+                drafts = drafter.propose(requests, cache)
                 ids = torch.cat([last, drafts], 1)
-                output = self._forward(rows, ids, counts, cache, drafts=drafts.tolist())
+                output = self._forward(requests, ids, counts, cache, drafts=drafts.tolist())
                 if not cache.tied:
                     return output, True
                 cache.crop(counts)
-        elif not any(request.watch.experts or request.watch.memory for request in rows):
-            return Output(rows, ones, [self._decoder(last, cache)]), False
-        return self._forward(rows, last, ones, cache), proposed
+        elif not any(request.watch.experts or request.watch.memory for request in requests):
+            return Output(requests, ones, [self._decoder(last, cache)]), False
+        return self._forward(requests, last, ones, cache), proposed
 
     def _accept(self, output: Output, accepted: list[int], proposed: bool) -> None:
-        """Forgets the drafts after the ids that were given, and removes the rows that have ended.
+        """Forgets the drafts after the ids that were given, and removes the requests that ended.
 
         The rows of tables that the next step reads are fetched from now on.
         """
@@ -185,9 +185,9 @@ class Runner:
         if self.drafter is not None and output.hidden is not None:
             self.drafter.accept(requests, accepted, output.hidden, cache, proposed=proposed)
         going = {request for request in requests if request.finish is None}
-        self.rows, self.cache = self._keep(self.rows, cache, going)
+        self.requests, self.cache = self._keep(self.requests, cache, going)
         if self.cache is not None and self._announces:
-            last = [[request.ids[-1]] for request in self.rows]
+            last = [[request.ids[-1]] for request in self.requests]
             self.model.announce(torch.tensor(last, device=self.device), self.cache)
 
     def _read(self, read: Read) -> Output:

@@ -1,4 +1,4 @@
-"""Samples the next ids of a batch, each row by its own parameters and generator.
+"""Samples the next ids of a batch, each sequence by its own parameters and generator.
 
     logits  = repetition penalty, presence and frequency penalty, logit bias,
               -inf where an end is not allowed yet or a grammar forbids the id,
@@ -81,16 +81,17 @@ class Sampling:
         """Whether a penalty depends on how often an id is in the text."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    def generator(self, row: int = 0) -> torch.Generator:
-        """Returns the random generator of one sequence.
+    def generator(self, index: int = 0) -> torch.Generator:
+        """Returns the random generator of sequence `index` of a request.
 
-        Its draws do not depend on the other sequences of the batch.
+        It is seeded with seed + index, so that the copies of one prompt differ. Its draws do not
+        depend on the other sequences of the batch.
         """
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed((self.seed + row) % 2**63)
+            generator.manual_seed((self.seed + index) % 2**63)
         return generator
 
 
@@ -111,7 +112,7 @@ class Matcher(Protocol):
         """
 
 
-class SamplerRow:
+class SequenceSampler:
     """What sampling keeps of one sequence: its parameters, its generator, what it has drawn."""
 
     def __init__(
@@ -157,16 +158,16 @@ class SamplerRow:
 
 
 class Drawn(NamedTuple):
-    """The id of each row, and why a row has none."""
+    """The id of each sequence, and why a sequence has none."""
 
     ids: list[int]  # -1 where there is an error
-    errors: dict[int, str]  # by row
+    errors: dict[int, str]  # by the slot of the sequence in the batch
 
 
-def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Drawn:
-    """Samples one id for every row in one call; a row that fails changes no other.
+def sample_batch(logits: Float[Tensor, "B V"], samplers: Sequence[SequenceSampler]) -> Drawn:
+    """Samples one id for every sequence in one call; one that fails changes no other.
 
-    A row fails where its logits hold NaN or inf or only -inf, or where its grammar fails.
+    A sequence fails where its logits hold NaN or inf or only -inf, or where its grammar fails.
     """
     logits = logits.float()
     errors: dict[int, str] = {}
@@ -175,84 +176,94 @@ def sample_rows(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Dra
         logits = logits.clone()
         logits[list(errors)] = 0.0
     unmasked = logits
-    logits = _mask(_adjust(logits, rows), rows, errors)
+    logits = _mask(_adjust(logits, samplers), samplers, errors)
     if logits is not unmasked:
         ids = _largest(logits, errors, "no id that is allowed")
-    drawing = [row for row, one in enumerate(rows) if not one.sampling.greedy and row not in errors]
+    drawing = [
+        slot for slot, one in enumerate(samplers) if not one.sampling.greedy and slot not in errors
+    ]
     if drawing:
         index = torch.tensor(drawing, device=logits.device)
-        subset = logits[index] if len(drawing) < len(rows) else logits
+        subset = logits[index] if len(drawing) < len(samplers) else logits
         subset = subset - subset.amax(-1, keepdim=True)
-        chances = narrow(subset, [rows[row].sampling for row in drawing]).softmax(-1)
-        drawn = draw(chances, [rows[row].generator for row in drawing])
-        for row, one in zip(drawing, drawn.tolist(), strict=True):
-            ids[row] = one
-    return Drawn([-1 if row in errors else one for row, one in enumerate(ids)], errors)
+        chances = narrow(subset, [samplers[slot].sampling for slot in drawing]).softmax(-1)
+        drawn = draw(chances, [samplers[slot].generator for slot in drawing])
+        for slot, one in zip(drawing, drawn.tolist(), strict=True):
+            ids[slot] = one
+    return Drawn([-1 if slot in errors else one for slot, one in enumerate(ids)], errors)
 
 
 def _largest(logits: Tensor, errors: dict[int, str], what: str) -> list[int]:
-    """Returns the id of each row's largest logit, and notes the rows where that is not finite."""
+    """Returns the id of each sequence's largest logit; notes in `errors` where it is not finite."""
     if logits.is_cpu:
         # numpy's is some 20 times as fast as torch's.
         ids = torch.from_numpy(logits.detach().numpy().argmax(-1))
     else:
         ids = logits.argmax(-1)
     values = logits.gather(-1, ids[:, None])[:, 0]
-    for row, value in enumerate(values.tolist()):
+    for slot, value in enumerate(values.tolist()):
         if not math.isfinite(value):
-            errors.setdefault(row, what)
+            errors.setdefault(slot, what)
     return ids.tolist()
 
 
-def _adjust(logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow]) -> Float[Tensor, "B V"]:
-    """Applies penalties and biases to the rows that have any."""
+def _adjust(
+    logits: Float[Tensor, "B V"], samplers: Sequence[SequenceSampler]
+) -> Float[Tensor, "B V"]:
+    """Applies penalties and biases to the sequences that have any."""
     changed = logits
     size = logits.shape[1]
-    if index := [row for row, one in enumerate(rows) if one.seen is not None]:
-        penalties = logits.new_tensor([rows[row].sampling.repetition_penalty for row in index])
-        seen = torch.stack([one for row in index if (one := rows[row].seen) is not None])[:, :size]
+    if index := [slot for slot, one in enumerate(samplers) if one.seen is not None]:
+        penalties = logits.new_tensor(
+            [samplers[slot].sampling.repetition_penalty for slot in index]
+        )
+        seen = torch.stack([one for slot in index if (one := samplers[slot].seen) is not None])[
+            :, :size
+        ]
         changed = changed.clone()
         changed[index] = penalise(logits[index], seen, penalties[:, None])
-    if index := [row for row, one in enumerate(rows) if one.counts is not None]:
-        options = [rows[row].sampling for row in index]
+    if index := [slot for slot, one in enumerate(samplers) if one.counts is not None]:
+        options = [samplers[slot].sampling for slot in index]
         presence = logits.new_tensor([one.presence_penalty for one in options])[:, None]
         frequency = logits.new_tensor([one.frequency_penalty for one in options])[:, None]
-        counts = torch.stack([one for row in index if (one := rows[row].counts) is not None])[
+        counts = torch.stack([one for slot in index if (one := samplers[slot].counts) is not None])[
             :, :size
         ]
         changed = changed.clone()
         changed[index] = changed[index] - frequency * counts - presence * (counts > 0)
-    if index := [row for row, one in enumerate(rows) if one.bias_ids.numel()]:
+    if index := [slot for slot, one in enumerate(samplers) if one.bias_ids.numel()]:
         changed = changed.clone()
-        for row in index:
-            changed[row, rows[row].bias_ids] += rows[row].bias
+        for slot in index:
+            changed[slot, samplers[slot].bias_ids] += samplers[slot].bias
     return changed
 
 
 def _mask(
-    logits: Float[Tensor, "B V"], rows: Sequence[SamplerRow], errors: dict[int, str]
+    logits: Float[Tensor, "B V"], samplers: Sequence[SequenceSampler], errors: dict[int, str]
 ) -> Float[Tensor, "B V"]:
     """Forbids ends that come too early, and what the grammars forbid."""
     early = [
-        row
-        for row, one in enumerate(rows)
+        slot
+        for slot, one in enumerate(samplers)
         if one.made < one.sampling.min_tokens and one.ends.numel()
     ]
-    guided = [row for row, one in enumerate(rows) if one.matcher is not None and row not in errors]
+    guided = [
+        slot for slot, one in enumerate(samplers) if one.matcher is not None and slot not in errors
+    ]
     if not early and not guided:
         return logits
     logits = logits.clone()
-    for row in early:
-        logits[row, rows[row].ends] = -torch.inf
-    for row in guided:
-        matcher = rows[row].matcher
+    for slot in early:
+        logits[slot, samplers[slot].ends] = -torch.inf
+    for slot in guided:
+        matcher = samplers[slot].matcher
         assert matcher is not None
         try:
             mask = matcher.mask()
         except ValueError as error:
-            errors[row] = f"a grammar that failed: {error}"
+            errors[slot] = f"a grammar that failed: {error}"
         else:
-            logits[row].masked_fill_(~mask[: logits.shape[1]].to(logits.device), -torch.inf)
+            logits[slot].masked_fill_(~mask[: logits.shape[1]].to(logits.device), -torch.inf)
     return logits
 
 
@@ -276,9 +287,9 @@ def narrow(
 ) -> Float[Tensor, "B V"]:
     """Applies temperature, then top-k, top-p and min-p; filtered ids get -inf.
 
-    `sampling` is one for all rows, or one a row. The likeliest id is always kept. top-p keeps the
-    likeliest ids until their mass first reaches p; min-p keeps those that are at least p times as
-    likely as the likeliest.
+    `sampling` is one for all sequences, or one for each. The likeliest id is always kept. top-p
+    keeps the likeliest ids until their mass first reaches p; min-p keeps those that are at least p
+    times as likely as the likeliest.
     """
     options = [sampling] * len(logits) if isinstance(sampling, Sampling) else sampling
     size = logits.shape[-1]
@@ -309,7 +320,7 @@ def narrow(
 
 
 def draw(chances: Float[Tensor, "B V"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
-    """Draws an id for every row by one random number of its generator.
+    """Draws an id for every sequence by one random number of its generator.
 
     It is the first id at which the sum of the chances exceeds the number times their sum.
     """

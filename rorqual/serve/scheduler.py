@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rorqual.layers.cache import Cache
 from rorqual.serve.prefixes import PAGE, Prefixes, pages_of
-from rorqual.serve.sampling import SamplerRow, Sampling, TokenLogprobs
+from rorqual.serve.sampling import Sampling, SequenceSampler, TokenLogprobs
 from rorqual.serve.trace import MemoryRead
 
 SHORT = 8 * PAGE  # tokens; shorter prompts are read together, and not kept for later prompts
@@ -72,7 +72,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling
-    sampler: SamplerRow
+    sampler: SequenceSampler
     watch: Watch = NOTHING
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -96,6 +96,7 @@ class Request:
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of the prompt and of the new ids."""
         return len(self.prompt) + len(self.ids)
 
     def last(self, count: int) -> Sequence[int]:
@@ -108,13 +109,14 @@ class Request:
         self.error = error
 
     def clear(self) -> None:
-        """Frees what was read of it."""
+        """Frees the cache and the hidden states; all tokens of the request are unread again."""
         self.cached = 0
         self.cache = None
         self.unread = None
 
     @property
     def reads_prompt(self) -> bool:
+        """Whether the output of every token of the prompt is needed, as in `Watch.reads_prompt`."""
         return self.sampling.prompt_logprobs or self.watch.reads_prompt
 
 
@@ -138,7 +140,11 @@ class Scheduler:
     def __init__(
         self, *, max_batch_size: int, pages: int, chunk: int, prefixes: Prefixes, step: int = 1
     ) -> None:
-        """`step`: how many ids at most a request gets in one step."""
+        """Makes an empty queue and batch, with space for `pages` pages.
+
+        Beside requests that decode a step reads `chunk` tokens of long prompts; a request gets at
+        most `step` ids in one step.
+        """
         self.max_batch_size = max_batch_size
         self.pages = pages
         self.chunk = chunk
@@ -155,10 +161,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
+        """The number of requests in the queue, cancelled ones not counted."""
         return len(self._waiting)
 
     @property
     def admitted(self) -> list[Request]:
+        """The requests that hold pages: those that decode, then those whose prompt is read."""
         return [*self.running, *self.reading]
 
     @property
@@ -173,6 +181,7 @@ class Scheduler:
         return pages_of(len(request.prompt) + request.max_new_tokens + self.tokens_per_step)
 
     def add(self, request: Request) -> None:
+        """Appends a request to the queue; its number says how early it came."""
         with self._lock:
             request.number = next(self._numbers)
             self._waiting.append(request)

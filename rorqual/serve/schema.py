@@ -155,7 +155,7 @@ class Input(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides its pieces."""
+    """Says which counts of tokens a stream has besides its pieces."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -186,6 +186,7 @@ class ResponseFormat(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "ResponseFormat":
+        """Refuses the type json_schema without a schema."""
         if self.type == "json_schema" and self.json_schema is None:
             name = "response_format.json_schema"
             raise refuse(name, f"{name}: got none, expected an object with name and schema")
@@ -193,12 +194,14 @@ class ResponseFormat(BaseModel):
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer follows; None where it may be any text."""
         if self.type == "text":
             return None
         return {"type": "object"} if self.json_schema is None else self.json_schema.json_schema
 
 
 def _stop(value: Any) -> list[str]:
+    """Reads `stop` as a list of 0 to 16 texts; a single text is a list of one."""
     words = [value] if isinstance(value, str) else [] if value is None else value
     good = isinstance(words, list) and all(isinstance(word, str) and word for word in words)
     if not good or len(words) > 16:
@@ -225,6 +228,7 @@ def _prompts(name: str) -> Any:
     """Returns a validator of texts or ids, or lists of them; its result is a list of either."""
 
     def read(value: Any) -> list[str | list[int]]:
+        """Returns the list; a list of integers is one prompt of ids. Refuses anything else."""
         if isinstance(value, str):
             return [value]
         if isinstance(value, list) and value:
@@ -244,6 +248,7 @@ def _prompts(name: str) -> Any:
 
 
 def _ids(value: Any) -> bool:
+    """Returns whether a value is a list of at least one integer; booleans are none."""
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
@@ -323,6 +328,7 @@ class Generation(Input):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Generation":
+        """Refuses more tokens at least than at most, and options of a stream without one."""
         least = self.min_tokens or 0
         limit = self.new_tokens
         if limit is not None and least > limit:
@@ -335,22 +341,27 @@ class Generation(Input):
 
     @property
     def copies(self) -> int:
+        """How many continuations of each prompt are asked for; 1 if `n` is left out."""
         return self.n or 1
 
     @property
     def new_tokens(self) -> int | None:
+        """How many new tokens are asked for at most; None if the request does not say."""
         return self.max_tokens
 
     @property
     def shows_special(self) -> bool:
+        """Whether special tokens are a part of the text, which must be asked for."""
         return self.skip_special_tokens is False
 
     @property
     def usage_at_end(self) -> bool:
+        """Whether a stream ends with a chunk of the counts of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def usage_always(self) -> bool:
+        """Whether every chunk has the counts of tokens."""
         # As elsewhere, it has an effect only beside include_usage.
         options = self.stream_options
         return self.usage_at_end and options is not None and bool(options.continuous_usage_stats)
@@ -389,6 +400,7 @@ class CompletionRequest(Generation):
 
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":
+        """Refuses more than MAXIMUM choices in all, a truncated echo, and 0 tokens without echo."""
         if self.copies * len(self.prompt) > MAXIMUM:
             got = f"n: got {self.copies} for each of {len(self.prompt)} prompts"
             raise refuse("n", f"{got}, expected at most {MAXIMUM} in all")
@@ -478,6 +490,7 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _spoken(self) -> "Message":
+        """Refuses a message without content, except for an assistant that only called a tool."""
         # The content is null where an assistant only called a tool, or declined.
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError(
@@ -512,6 +525,7 @@ class Message(BaseModel):
 
 
 def _object(text: str) -> Any:
+    """Returns the value of a JSON text, or the text itself where it is no JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -569,6 +583,7 @@ class ChatRequest(Generation):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _own_words(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Refuses template arguments that the server sets itself, as `messages` and `tools`."""
         if wrong := sorted(_RESERVED & set(value or {})):
             name = "chat_template_kwargs"
             raise refuse(name, f"{name}: got {', '.join(wrong)}, expected words of the template")
@@ -576,6 +591,7 @@ class ChatRequest(Generation):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
+        """Refuses fields that contradict each other: top_logprobs, tool_choice, response_format."""
         if self.top_logprobs and not self.logprobs:
             raise refuse("top_logprobs", "top_logprobs: got a number, expected logprobs to be true")
         names = self.tool_names
@@ -592,10 +608,12 @@ class ChatRequest(Generation):
 
     @property
     def new_tokens(self) -> int | None:
+        """How many new tokens are asked for at most; max_completion_tokens before max_tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def tool_names(self) -> list[str]:
+        """The names of the tools that the model may call, in order."""
         return [tool.function.name for tool in self.tools or ()]
 
     @property
@@ -605,6 +623,7 @@ class ChatRequest(Generation):
 
     @property
     def forces_tool(self) -> bool:
+        """Whether the answer must be a call, of any tool or of a named one."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
@@ -645,6 +664,7 @@ class EmbeddingRequest(Input):
 
     @model_validator(mode="after")
     def _consistent(self) -> "EmbeddingRequest":
+        """Refuses more than MAXIMUM texts at once."""
         if len(self.input) > MAXIMUM:
             raise refuse("input", f"input: got {len(self.input)} texts, expected at most {MAXIMUM}")
         return self
@@ -661,6 +681,7 @@ class TokenizeRequest(Input):
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
+        """Refuses a request with both a prompt and messages, or with neither."""
         if (self.prompt is None) == (not self.messages):
             raise refuse("prompt", "prompt: expected either a prompt or messages")
         return self

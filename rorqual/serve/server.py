@@ -90,9 +90,11 @@ class JsonRequest(Http):
         self._value = value
 
     async def body(self) -> bytes:
+        """Returns bytes that are not empty, so that FastAPI goes on to call `json`."""
         return b"read"
 
     async def json(self) -> Any:
+        """Returns the value that was parsed already."""
         return self._value
 
 
@@ -100,6 +102,7 @@ class LimitedRoute(APIRoute):
     """Reads the body of a request with limits, before pydantic validates it."""
 
     def get_route_handler(self) -> Callable[[Http], Coroutine[Any, Any, Response]]:
+        """Returns FastAPI's handler behind `body`, for routes that have a body."""
         handler = super().get_route_handler()
 
         async def handle(http: Http) -> Response:
@@ -157,6 +160,7 @@ class Guard:
                 )
 
     def _allowed(self, http: Http) -> bool:
+        """Returns whether a request has the key, or needs none. The scheme may be in any case."""
         if self.key is None or http.url.path in OPEN_PATHS or http.method == "OPTIONS":
             return True
         scheme, _, key = http.headers.get("authorization", "").partition(" ")
@@ -390,6 +394,7 @@ def _add_state(router: APIRouter, service: Service) -> None:
 async def _answer(
     service: Service, http: Http, request: CompletionRequest | ChatRequest
 ) -> Response:
+    """Answers a completion or a chat: with a stream if it asks for one, or else with JSON."""
     service.check(request)
     if request.stream:
         handles = await while_there(http, service.take(request))
@@ -474,6 +479,7 @@ async def _embed(service: Service, request: EmbeddingRequest) -> dict[str, Any]:
 
 
 def _pack(vector: list[float]) -> str:
+    """Returns a vector as base64 of little-endian float32, as OpenAI sends embeddings."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
@@ -511,11 +517,12 @@ async def _events(
     """
     merged: asyncio.Queue = asyncio.Queue()
 
-    async def pump(row: int, handle: Handle) -> None:
+    async def pump(index: int, handle: Handle) -> None:
+        """Puts the chunks of one choice into the queue, then None; an error becomes a chunk."""
         try:
             async with aclosing(service.pieces(request, handle)) as pieces:
                 async for piece in pieces:
-                    merged.put_nowait(answer.piece(row, piece))
+                    merged.put_nowait(answer.piece(index, piece))
         except Failure as error:
             merged.put_nowait(problem(error.status, str(error)))
         except Exception as error:
@@ -524,7 +531,7 @@ async def _events(
         finally:
             merged.put_nowait(None)
 
-    pumps = [asyncio.create_task(pump(row, handle)) for row, handle in enumerate(handles)]
+    pumps = [asyncio.create_task(pump(index, handle)) for index, handle in enumerate(handles)]
     try:
         for chunk in answer.opening():
             yield _event(chunk)
@@ -545,6 +552,7 @@ async def _events(
 
 
 def _event(value: dict) -> str:
+    """Returns a server-sent event whose data is the value as JSON."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
@@ -556,6 +564,7 @@ def _error(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
+    """Returns a response with this status and an error in the shape of OpenAI."""
     content = problem(status, message, code=code, param=param)
     return JSONResponse(content, status_code=status, headers=dict(headers or {}))
 
@@ -567,28 +576,34 @@ async def _no_route(http: Http, error: HTTPException) -> Response:
 
 
 async def _refused(_: Http, error: Refusal) -> Response:
+    """Answers a Refusal with its own status, code, field and headers."""
     return _error(
         error.status, str(error), code=error.code, param=error.param, headers=error.headers
     )
 
 
 async def _failed(_: Http, error: Failure) -> Response:
+    """Answers a Failure, with the status that it has: 500, 503 or 504."""
     return _error(error.status, str(error))
 
 
 async def _wrong(_: Http, error: ValueError) -> Response:
+    """Answers any other ValueError of a handler as a mistake of the request, 400."""
     return _error(400, str(error))
 
 
 async def _too_deep(_: Http, error: RecursionError) -> Response:
+    """Answers a body that is nested too deeply to be parsed or checked, 400."""
     return _error(400, "body: got lists or objects too deep in one another, expected a request")
 
 
 async def _hung_up(_: Http, error: ClientDisconnect) -> Response:
+    """Answers a client that has disconnected, so that the log has a status for it."""
     return Response(status_code=499)  # the client does not read it
 
 
 async def _broken(http: Http, error: Exception) -> Response:
+    """Answers an unexpected error without its text, which may show what clients must not see."""
     return _error(500, "the server failed on this request: see its log")
 
 
@@ -621,6 +636,7 @@ class TimedProtocol(H11Protocol):
     """Closes a connection where no head of a request has arrived for HEAD_SECONDS."""
 
     def connection_made(self, transport: Any) -> None:
+        """Starts the timer of a new connection."""
         super().connection_made(transport)
         self.loop.call_later(HEAD_SECONDS, self._close_if_idle, None)
 
@@ -648,10 +664,12 @@ class Server(uvicorn.Server):
         self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Notes an interruption by Ctrl-C, and stops the server on any signal."""
         self.interrupted |= sig == signal.SIGINT
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Logs the address, the limits and the pages once the server accepts connections."""
         await super().startup(sockets)
         engine = self.service.worker.engine
         requests = f"{engine.max_batch_size} requests at once"

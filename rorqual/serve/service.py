@@ -123,6 +123,7 @@ class Service:
 
     @property
     def context(self) -> int:
+        """How many tokens prompt and answer may have together."""
         return self.worker.engine.context
 
     def warm_up(self) -> None:
@@ -214,6 +215,7 @@ class Service:
             self._arriving -= wanted
 
     def _refuse_if_stopping(self) -> None:
+        """Raises a Refusal with status 503 once the server is stopping."""
         if self.stopping:
             raise Refusal("the server is stopping", status=503, headers={"retry-after": "10"})
 
@@ -289,6 +291,10 @@ class Service:
         matcher: JsonMatcher | None,
         param: str,
     ) -> list[Handle]:
+        """Submits the prompts to the worker; where one is refused, all are taken back.
+
+        Refusal, about the field `param`, for a prompt that leaves too little of the context.
+        """
         taken: list[Handle] = []
         size = self.run.tokenizer.vocab_size
         if not all(0 <= token < size for token in request.stop_token_ids or ()):
@@ -299,7 +305,7 @@ class Service:
             experts=bool(request.return_routed_experts), memory=bool(request.return_memory)
         )
         try:
-            for row, prompt in enumerate(prompts):
+            for index, prompt in enumerate(prompts):
                 left = self.context - len(prompt)
                 new_tokens = request.new_tokens
                 wanted = min(DEFAULT_NEW_TOKENS, max(left, 1)) if new_tokens is None else new_tokens
@@ -312,7 +318,7 @@ class Service:
                         prompt,
                         max_new_tokens=wanted,
                         sampling=sampling,
-                        row=row,
+                        index=index,
                         watch=watch,
                         matcher=matcher.copy() if matcher is not None else None,
                     )
@@ -323,6 +329,7 @@ class Service:
         return taken
 
     def _too_long(self, got: str, param: str) -> Refusal:
+        """Returns the refusal of a request with more tokens than the context, in OpenAI's words."""
         message = (
             f"This model's maximum context length is {self.context} tokens. However, {got}. "
             "Please reduce the length of the prompt or the completion."
@@ -414,6 +421,7 @@ class Service:
                     return
 
     def _tools(self, request: GenerationRequest) -> ToolStream | None:
+        """Returns what splits the text of an answer into content and calls; None without tools."""
         if not isinstance(request, ChatRequest) or not request.calls_tools:
             return None
         form = JSON if request.forces_tool else format_of(self.template)

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from rorqual import kernels, runtime
 from rorqual.layers.attention import MLA
-from rorqual.layers.basics import RMSNorm, SwiGLU
 from rorqual.layers.cache import Cache
 from rorqual.layers.experts import Experts
+from rorqual.layers.feed_forward import SwiGLU
 from rorqual.layers.hyper import Connection, Manifold, Residual, StreamReduction
 from rorqual.layers.moe import MoE
+from rorqual.layers.norm import RMSNorm
 from rorqual.layers.router import Router
 from rorqual.model import Block, LanguageModel
 from rorqual.model_config import ROUTER_SCORES, HyperConfig

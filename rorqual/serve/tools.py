@@ -104,7 +104,7 @@ class ToolStream:
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str], only: str | None = None) -> None:
-        """With `only` the whole text is the arguments of that tool."""
+        """Begins a text. With `only` all of it is the arguments of that tool."""
         self.form, self.names, self.only = form, frozenset(names), only
         self.calls: list[ToolCall] = []
         self._text = ""
@@ -157,6 +157,7 @@ class ToolStream:
         return content
 
     def _complete(self) -> list[ToolCall]:
+        """Returns the calls that are whole by now, and removes them from the text."""
         calls = []
         while self.form.call is not None and self.only is None:
             match = self.form.call.match(self._text)
@@ -201,6 +202,7 @@ class ToolStream:
 
 
 def _new_id() -> str:
+    """Returns a random id of a call, which the message with the tool's result repeats."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 

@@ -37,7 +37,7 @@ class Trace:
     gates: dict[int, Tensor] = field(default_factory=dict)  # [B, T, S]
 
     def keep_last(self, starts: Sequence[int], time: int) -> None:
-        """Keeps `time` tokens of each row from `starts` on, where the model read more.
+        """Drops the tokens that the model read before `starts`: `time` of each sequence are left.
 
         It reads all tokens again where the new ones change what it computes for the others.
         """
@@ -45,22 +45,22 @@ class Trace:
             return
         steps = torch.arange(time, device=self.rows.device)
         columns = torch.tensor(list(starts), device=self.rows.device)[:, None] + steps
-        rows = torch.arange(len(columns), device=self.rows.device)[:, None]
-        self.rows = self.rows[:, rows, columns]
+        slots = torch.arange(len(columns), device=self.rows.device)[:, None]
+        self.rows = self.rows[:, slots, columns]
         if self.lookup_mask is not None:
-            self.lookup_mask = self.lookup_mask[rows, columns]
-        self.gates = {layer: gates[rows, columns] for layer, gates in self.gates.items()}
+            self.lookup_mask = self.lookup_mask[slots, columns]
+        self.gates = {layer: gates[slots, columns] for layer, gates in self.gates.items()}
 
-    def memory(self, row: int, count: int) -> list[dict[int, MemoryRead]]:
-        """Returns what the first `count` tokens of a row read, by block."""
+    def memory(self, slot: int, count: int) -> list[dict[int, MemoryRead]]:
+        """Returns what the first `count` tokens of a sequence read, by block."""
         if self.rows is None:
             return [{} for _ in range(count)]
-        read = self.rows[:, row, :count].tolist()
+        read = self.rows[:, slot, :count].tolist()
         gates = {}
         for layer, values in self.gates.items():
-            values = values[row, :count].float()
+            values = values[slot, :count].float()
             if self.lookup_mask is not None:
-                values = values.masked_fill(~self.lookup_mask[row, :count, None], 0.0)
+                values = values.masked_fill(~self.lookup_mask[slot, :count, None], 0.0)
             gates[layer] = values.tolist()
         return [
             {
@@ -100,18 +100,18 @@ def traced(model: LanguageModel, *, memory: bool) -> Iterator[Trace]:
             hook.remove()
 
 
-def experts_of(auxes: Sequence[Aux], row: int, count: int) -> list[dict[int, list[int]]]:
-    """Returns the experts of the first `count` tokens of a row, by block.
+def experts_of(auxes: Sequence[Aux], slot: int, count: int) -> list[dict[int, list[int]]]:
+    """Returns the experts of the first `count` tokens of a sequence, by block.
 
-    A slot that is not used, as adaptive routing leaves some, is not in the list.
+    Adaptive routing may leave a token fewer than K; only those it uses are in the list.
     """
     tokens: list[dict[int, list[int]]] = [{} for _ in range(count)]
     for layer, aux in enumerate(auxes):
         if aux.routing is None:
             continue
-        indices = aux.routing.topk_indices[row, :count]
-        used = aux.routing.taken()[row, :count]
-        slots = torch.where(used, indices, -1).tolist()
-        for token, experts in zip(tokens, slots, strict=True):
+        indices = aux.routing.topk_indices[slot, :count]
+        used = aux.routing.taken()[slot, :count]
+        by_token = torch.where(used, indices, -1).tolist()
+        for token, experts in zip(tokens, by_token, strict=True):
             token[layer] = [expert for expert in experts if expert >= 0]
     return tokens

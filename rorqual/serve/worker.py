@@ -138,6 +138,7 @@ class Worker(threading.Thread):
         self.join(timeout=1)
 
     def run(self) -> None:
+        """Runs steps while there are requests, and sleeps while there are none, until `stop`."""
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._stopping or not self.engine.idle)

@@ -78,6 +78,7 @@ def _text(
     seconds: float,
     losses: list[float],
 ) -> str:
+    """Returns the card as Markdown; `losses` are those of the steps that updated, oldest first."""
     name = Path(config.folder).name
     tokens = config.steps * config.batch_size * config.seq_len
     data, licence, sentence = _data(source, tokens)

@@ -75,7 +75,7 @@ class DataConfig:
         return read_mixture(self.mixture) if self.mixture else {self.source: Fraction(1)}
 
     def is_streamed(self, source: str) -> bool:
-        """Whether this source is tokenised while the model trains."""
+        """Returns whether this source is tokenised while the model trains."""
         return self.streaming and source.startswith("hf:")
 
 
@@ -232,6 +232,7 @@ class TrainConfig:
 
 
 def _expect_one_of(name: str, value: Any, *choices: str) -> None:
+    """Raises ValueError for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(
             f"{name}: got {value!r}, expected {', '.join(choices[:-1])} or {choices[-1]}"

@@ -58,6 +58,7 @@ class Module(TrainModule):
         self.expert_counts: Tensor | None = None  # of the last step; see StepResult
 
     def on_attach(self) -> None:
+        """Lets the step see whether OLMo-core was asked to stop the run."""
         self.step.stop_requested = lambda: self.trainer._cancel_reason is not None
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
@@ -81,6 +82,7 @@ class Module(TrainModule):
         """Does nothing: `train_batch` has updated the parameters."""
 
     def zero_grads(self) -> None:
+        """Removes the gradients of all parameters, rows of tables included."""
         self.step.optimizer.zero_grad()
 
     def state_dict(self, *, optim: bool | None = None) -> dict[str, Any]:
@@ -93,11 +95,13 @@ class Module(TrainModule):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copies values into the live tensors of these names; others stay as they are."""
         state = self.state_dict()
         for name, value in state_dict.items():
             state[name].copy_(value)
 
     def eval_batch(self, batch: dict[str, Any], labels: Any | None = None) -> Any:
+        """Returns the logits of a batch, without a gradient."""
         del labels
         self.step.model.eval()
         with torch.no_grad():
@@ -105,12 +109,15 @@ class Module(TrainModule):
 
     @property
     def eval_batch_spec(self) -> EvalBatchSpec:
+        """How many sequences OLMo-core's own evaluators, which are not used, may pass at once."""
         return EvalBatchSpec(rank_batch_size=self.step.config.micro_batch_size or 1)
 
     def num_flops_per_token(self, seq_len: int) -> int | None:
+        """Returns None, since MetricsWriter counts the FLOPs."""
         return None
 
     def global_num_flops_in_batch(self, batch: dict[str, Any]) -> int | None:
+        """Returns None, since MetricsWriter counts the FLOPs."""
         return None
 
 
@@ -138,16 +145,20 @@ class Loader(DataLoaderBase):
 
     @property
     def total_batches(self) -> int | None:
+        """None: the stream has no end."""
         return None
 
     def reshuffle(self, epoch: int | None = None, **kwargs: Any) -> None:
+        """Notes the epoch; the stream draws its own order."""
         self._epoch = epoch or 1
 
     def _iter_batches(self) -> Iterable[dict[str, Any]]:
+        """Yields the stream's batches, with the ids under OLMo-core's name, too."""
         for batch in self.stream:
             yield {**batch, "input_ids": batch["ids"]}
 
     def get_mock_batch(self) -> dict[str, Any]:
+        """Returns a batch of the usual shape for the dry run, one document a sequence."""
         rows = self.stream.batch_size
         length = self.stream.seq_len
         ids = (torch.arange(rows * length) % self.vocab_size).view(rows, length)
@@ -160,6 +171,7 @@ class Loader(DataLoaderBase):
         }
 
     def global_num_tokens_in_batch(self, batch: dict[str, Any]) -> int | None:
+        """Returns the tokens of a batch over all ranks, padding included."""
         return self.global_batch_size
 
     def skip(self, count: int) -> None:
@@ -168,9 +180,11 @@ class Loader(DataLoaderBase):
             next(self.stream)
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the stream's position and the count of batches as JSON values."""
         return {"stream": self.stream.state_dict(), "batches_processed": self.batches_processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the batch after those that the saved state had read."""
         self.stream.load_state_dict(state_dict["stream"])
         self.batches_processed = state_dict["batches_processed"]
 
@@ -188,9 +202,11 @@ class WriteFuture(Future):
         self.write = write
 
     def add_done_callback(self, call: Callable[[Future], Any]) -> None:
+        """Calls `call` when the write is done, unless it failed."""
         super().add_done_callback(lambda done: None if done.exception() else call(done))
 
     def done(self) -> bool:
+        """Returns whether the writes of all ranks are done; every rank asks in the same steps."""
         if not super().done():
             finished = distributed.total(torch.tensor(int(self.write.done())))
             if finished == distributed.world():
@@ -198,6 +214,7 @@ class WriteFuture(Future):
         return super().done()
 
     def result(self, timeout: float | None = None) -> None:
+        """Waits for this rank's write, however long, and raises its error."""
         self._complete()
         return super().result(timeout)
 
@@ -221,7 +238,10 @@ class SafetensorsCheckpointer(Checkpointer):
     METADATA_FNAME: ClassVar[str] = checkpoint.DIGEST
 
     def __init__(self, folder: Path, verified: Path | None = None) -> None:
-        """verified: a checkpoint that was found good just now."""
+        """Starts the thread that writes.
+
+        `verified` is a checkpoint that was found good just now, so that it need not be read twice.
+        """
         super().__init__(work_dir=folder, save_overwrite=True)
         self.verified = verified
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -233,6 +253,7 @@ class SafetensorsCheckpointer(Checkpointer):
         train_state: dict[str, Any],
         ephemeral: bool = False,
     ) -> None:
+        """Writes a checkpoint on this thread; every rank calls it."""
         tensors = _state_to_save(train_module, train_state)
         checkpoint.save_state(_folder(dir), tensors, train_state, group=self.process_group)
 
@@ -312,10 +333,12 @@ class SafetensorsCheckpointer(Checkpointer):
 
     @classmethod
     def dir_is_checkpoint(cls, dir: Any) -> bool:
+        """Returns whether a folder is a whole checkpoint of ours."""
         return checkpoint.is_checkpoint(_folder(dir))
 
     @classmethod
     def find_checkpoints(cls, dir: Any, ephemeral: bool | None = None) -> Iterator[tuple[int, str]]:
+        """Yields the step and the path of every whole checkpoint in a folder, oldest first."""
         for step, path in checkpoint.steps(_folder(dir)):
             yield step, str(path)
 
@@ -350,6 +373,7 @@ def _state_to_save(train_module: TrainModule, train_state: dict[str, Any]) -> di
 
 
 def _folder(dir: Any) -> Path:
+    """Returns a path of OLMo-core as ours. ValueError for a URL: checkpoints are local."""
     if "://" in str(dir):
         raise ValueError(f"got checkpoint folder {dir!r}, expected a local path")
     return Path(dir)
@@ -378,9 +402,14 @@ class CheckpointCallback(CheckpointerCallback):
 
     @property
     def train_step(self) -> TrainStep:
+        """The step that the trainer runs."""
         return cast(Module, self.trainer.train_module).step
 
     def pre_train(self) -> None:
+        """Brings tables, the list of checkpoints and the stream to where the run resumes.
+
+        Batches that led to a divergence after this checkpoint are left out.
+        """
         super().pre_train()
         self.train_step.optimizer.rewind(self.step)
         # All ranks see one folder, and remove the same ones together.
@@ -398,6 +427,7 @@ class CheckpointCallback(CheckpointerCallback):
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the counts of skipped steps and the window of spikes as JSON values."""
         step = self.train_step
         state: dict[str, Any] = {"skipped": [step.skipped, step.skipped_in_a_row]}
         if step.spikes is not None:
@@ -405,12 +435,14 @@ class CheckpointCallback(CheckpointerCallback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Sets the counts of skipped steps and the window of spikes."""
         step = self.train_step
         step.skipped, step.skipped_in_a_row = state_dict["skipped"]
         if step.spikes is not None and "spikes" in state_dict:
             step.spikes.load_state_dict(state_dict["spikes"])
 
     def post_train_batch(self) -> None:
+        """Saves where a checkpoint is due, or was due in a step that changed nothing."""
         assert self.save_interval is not None
         is_due = self.step % self.save_interval == 0
         if self.train_step.skipped_in_a_row:
@@ -424,6 +456,7 @@ class CheckpointCallback(CheckpointerCallback):
         self._overdue = False
 
     def post_train(self) -> None:
+        """Saves the last step; after one that changed nothing, earlier checkpoints stay, too."""
         super().post_train()
         if not self.train_step.skipped_in_a_row:
             self._remove_old_checkpoints()
@@ -476,22 +509,28 @@ class MetricsCallback(ConsoleLoggerCallback):
         self.writer = writer
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the seconds of training so far."""
         return {"seconds": self.writer.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Sets the seconds of training before this session."""
         self.writer.seconds = state_dict["seconds"]
 
     def pre_train(self) -> None:
+        """Opens the files of metrics for the steps to come."""
         self.writer.start(self.step)
 
     def pre_load_batch(self) -> None:
+        """Starts the clock of a step."""
         self.writer.start_step()
 
     def pre_step(self, batch: dict[str, Any]) -> None:
+        """Notes how long the batch took to arrive."""
         del batch
         self.writer.end_loading()
 
     def post_train_batch(self) -> None:
+        """Notes how long the step took, and the tokens of each expert."""
         module = cast(Module, self.trainer.train_module)
         self.writer.end_step(self.step, module.expert_counts)
 
@@ -499,11 +538,13 @@ class MetricsCallback(ConsoleLoggerCallback):
         """Does nothing: the base class would log its progress."""
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes a step's line; OLMo-core collects metrics some steps later."""
         # OLMo-core's own metrics have a slash in their names.
         of_step = {name: value for name, value in metrics.items() if "/" not in name}
         self.writer.write_step(step, of_step)
 
     def close(self) -> None:
+        """Closes the event file of tensorboard."""
         self.writer.close()
 
 
@@ -520,9 +561,11 @@ class ValidationCallback(Callback):
             self._run(missing_alone=True)
 
     def post_step(self) -> None:
+        """Validates after a step at which it is due."""
         self._run()
 
     def _run(self, missing_alone: bool = False) -> None:
+        """Runs the validation, and ends the run where a stop interrupted it."""
         if not self.validation.after_step(self.step, missing_alone=missing_alone):
             cancel(self.trainer)
 
@@ -541,6 +584,7 @@ class ProfileCallback(Callback):
         self._profile: profile | None = None
 
     def pre_load_batch(self) -> None:
+        """Starts to record before the batch of the profiled step is read."""
         if self.step + 1 == self.number:
             activities = [ProfilerActivity.CPU]
             if self.trainer.device.type == "cuda":
@@ -549,6 +593,7 @@ class ProfileCallback(Callback):
             self._profile.start()
 
     def post_step(self) -> None:
+        """Writes the trace of the profiled step, a file a rank."""
         if self._profile is None:
             return
         self._profile.stop()
@@ -566,7 +611,7 @@ class ProfileCallback(Callback):
 
 
 def _has_wandb_key() -> bool:
-    """Whether the environment or the file that `wandb login` writes has an API key."""
+    """Returns whether the environment, or the file of `wandb login`, has an API key."""
     if WANDB_API_KEY_ENV_VAR in os.environ:
         return True
     try:
@@ -589,6 +634,7 @@ class WeightsAndBiases(WandBCallback):
         self.folder = folder
 
     def pre_train(self) -> None:
+        """Begins the run on rank 0, or goes on with that of FOLDER/wandb/run_id."""
         if distributed.rank() != 0 or self.run is not None:
             return
         folder = self.folder / "wandb"
@@ -618,6 +664,7 @@ class WeightsAndBiases(WandBCallback):
         """Does nothing: `send` is called with every line, those of validations too."""
 
     def send(self, line: Mapping[str, Any]) -> None:
+        """Sends the numbers of a line; texts and lists stay out."""
         if self.run is not None:
             self.wandb.log(
                 {name: value for name, value in line.items() if not isinstance(value, (str, list))}
@@ -730,6 +777,6 @@ def _roll_back(
 
 
 def _raised_by_trainer(error: BaseException) -> bool:
-    """Whether OLMo-core's trainer raised an error itself, and not code that it called."""
+    """Returns whether OLMo-core's trainer itself raised an error, and not code that it called."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"] == Trainer.__module__

@@ -128,9 +128,11 @@ class MetricsWriter:
             self._events = EventFile(self.folder / "tensorboard", step + 1)
 
     def start_step(self) -> None:
+        """Starts the clock of a step, before its batch is read."""
         self._step_began = time.perf_counter()
 
     def end_loading(self) -> None:
+        """Notes how long the step waited for its batch."""
         self._data_wait = time.perf_counter() - self._step_began
 
     def end_step(self, step: int, expert_counts: Tensor | None) -> None:
@@ -195,11 +197,13 @@ class MetricsWriter:
             self.on_metrics(dict(line))
 
     def close(self) -> None:
+        """Closes the event file; metrics.jsonl is closed after every line."""
         if self._events is not None:
             self._events.close()
             self._events = None
 
     def _log_time_left(self, step: int, seconds_a_step: float, by: str) -> None:
+        """Logs how long the steps after `step` take; `by` says what the estimate is from."""
         left = self.steps - step
         lasting = format_duration(seconds_a_step * left)
         runtime.log(f"the {left:,} steps ahead take about {lasting}, by {by}")
@@ -221,15 +225,18 @@ class EventFile:
         self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, values: Mapping[str, float], step: int) -> None:
+        """Writes numbers as the scalars of a step."""
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(Event(step=step, summary=Summary(value=scalars)))
 
     def _write(self, event: Event) -> None:
+        """Writes an event with the time of now, and flushes it."""
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
         self._records.flush()
 
     def close(self) -> None:
+        """Closes the file, without an error where the disk is full."""
         # An error was raised when the event was written.
         with suppress(OSError):
             self._file.close()
@@ -310,7 +317,7 @@ class Validation:
         return True
 
     def _has(self, step: int, *prefixes: str) -> bool:
-        """Whether metrics.jsonl has a line of this step with such a field, on all ranks alike."""
+        """Returns whether metrics.jsonl has a line of this step with such a field, on all ranks."""
         path = self.writer.folder / METRICS
         has = False
         if distributed.rank() == 0 and path.is_file():

@@ -368,6 +368,7 @@ class Optimizer:
         target.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(stack.shape[-2:])))
 
     def _update_rows(self, name: str, lr: float) -> None:
+        """Updates the rows of a table that have a gradient, by Adam with rate `lr`."""
         table = self.parameters[name]
         assert table.grad is not None
         gradient = coalesce(table.grad)
@@ -394,6 +395,7 @@ class Optimizer:
         )
 
     def _update_on_disk(self, table: Table, gradient: Tensor, lr: float) -> None:
+        """Updates rows in the table's own files, which have the state of Adam beside each row."""
         betas = self.config.betas
         eps = self.config.eps
 
@@ -405,6 +407,7 @@ class Optimizer:
             touched: Tensor,
             values: Tensor,
         ) -> None:
+            """Updates the rows that the table has read, in place."""
             row_adam(rows, first, second, updates, touched, values, lr, betas, eps)
 
         table.update(gradient._indices()[0], gradient._values(), change)

@@ -59,17 +59,17 @@ def begun(folder: str | os.PathLike[str]) -> TrainConfig | None:
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether a folder has a checkpoint or a model to resume from."""
+    """Returns whether a folder has a checkpoint or a model to resume from."""
     return resumes(folder) or (folder / "model.safetensors").is_file()
 
 
 def resumes(folder: Path) -> bool:
-    """Whether training in a folder begins with one of its checkpoints."""
+    """Returns whether training in a folder begins with one of its checkpoints."""
     return bool(checkpoint.steps(folder / "checkpoints"))
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether the folder has the model of this very run, trained for as many steps."""
+    """Returns whether the folder has the model of this very run, trained for as many steps."""
     folder = Path(config.folder)
     saved = saved_config(folder)
     if saved is None or saved.steps != config.steps or differences(saved, config):
@@ -78,7 +78,7 @@ def finished(config: TrainConfig) -> bool:
 
 
 def finished_with_more_steps(config: TrainConfig) -> bool:
-    """Whether the folder has this run, finished, with more steps than `config` has; logs it.
+    """Returns whether the folder has this run, finished, with more steps; logs it.
 
     ValueError where the run has more steps than `config` and is not finished: there is no model
     that could be returned.
@@ -151,6 +151,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _absolute(path: str | None) -> str | None:
+    """Returns the absolute path of a run, of a pretrained name its folder; None stays None."""
     return None if path is None else os.path.abspath(pretrained.resolve(path))
 
 

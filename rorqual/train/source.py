@@ -69,14 +69,17 @@ class TextSource:
 
     @property
     def vocab_size(self) -> int:
+        """The number of ids of the tokenizer; the model may have more."""
         return self.tokenizer.vocab_size
 
     @property
     def pad_id(self) -> int:
+        """The id of padding."""
         return self.tokenizer.pad_id
 
     @property
     def end_id(self) -> int:
+        """The id that ends a document."""
         return self.tokenizer.end_id
 
     def canonical_map(self) -> np.ndarray:
@@ -98,6 +101,11 @@ class TextSource:
         return validate(model, batches, bytes_per_token, runtime.dtype(config.dtype))
 
     def _validation_batches(self, config: TrainConfig, whole: bool) -> Iterator[dict[str, Tensor]]:
+        """Returns this rank's batches of held-out documents, all of them or the first few.
+
+        A sample has `validation_tokens` tokens, or SAMPLE_SHARE of the run's, and at least one
+        label.
+        """
         rank, world = _data_rank(config)
         rows = config.batch_size // world
         batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
@@ -145,14 +153,17 @@ class NeedleSource(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
+        """The number of ids of the language."""
         return self.needles.vocab_size
 
     @property
     def pad_id(self) -> int:
+        """The question mark; these sequences need no padding."""
         return QUESTION
 
     @property
     def end_id(self) -> int:
+        """The question mark, which ends a text."""
         return QUESTION
 
     def canonical_map(self) -> np.ndarray:
@@ -277,6 +288,7 @@ def _log_length(config: TrainConfig, source: Source) -> None:
 
 
 def _rounded(number: float) -> str:
+    """Formats a number of epochs with two digits, or as a whole number from 10 on."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
@@ -304,6 +316,7 @@ def _progress_bar(data: DataConfig) -> Iterator[Callable[[int], None] | None]:
     logged = [0.0]
 
     def show(done: int) -> None:
+        """Shows the bytes done; the size of the texts is asked for at the first call."""
         if not sizes:
             sizes.append(text_bytes(data))
             if bar.console.is_terminal:
@@ -398,6 +411,7 @@ def prepare(data: DataConfig, *, progress: Callable[[int], None] | None = None) 
 
 
 def _after(progress: Callable[[int], None], before: int) -> Callable[[int], None]:
+    """Returns a callback that counts on from the bytes of the texts before."""
     return lambda done: progress(before + done)
 
 

@@ -37,6 +37,7 @@ class SpikeDetector:
         return spike
 
     def _jumps(self, value: float, before: deque[float]) -> bool:
+        """Returns whether a value is more than `factor` standard deviations above the mean."""
         return bool(value - np.mean(before) > self.factor * np.std(before, ddof=1))
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,6 +45,7 @@ class SpikeDetector:
         return {"losses": list(self.losses), "grad_norms": list(self.grad_norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replaces the window by a saved one."""
         for values, saved in (
             (self.losses, state["losses"]),
             (self.grad_norms, state["grad_norms"]),

@@ -157,7 +157,7 @@ class TrainStep:
         return loss.total
 
     def indexer_warmup(self, step: int) -> bool:
-        """Whether the indexers warm up in this step, after the steps of dense attention."""
+        """Returns whether the indexers warm up in this step, after those of dense attention."""
         indexer = self.model.config.indexer
         if indexer is None:
             return False
@@ -165,7 +165,7 @@ class TrainStep:
         return dense < step <= dense + indexer.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
-        """Whether only the indexers are trained, during their warm-up."""
+        """Returns whether only the indexers are trained, during their warm-up."""
         return self.config.indexer_alone and self.indexer_warmup(step)
 
     def find_problem(self, values: Mapping[str, Tensor]) -> Problem | None:
@@ -205,7 +205,10 @@ class TrainStep:
         )
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; all ranks call it together, outside of a step."""
+        """Returns whether any rank was asked to stop.
+
+        All ranks call it together, outside of a step.
+        """
         stop = torch.tensor(float(self.stop_requested()), device=self.device)
         self.stopping = bool(distributed.total(stop))
         return self.stopping

@@ -189,6 +189,11 @@ def _train(
     device: torch.device,
     on_metrics: Callable[[dict[str, Any]], None] | None,
 ) -> None:
+    """Trains from the newest checkpoint to the last step, validates, and writes the model.
+
+    Raises Stopped where training was interrupted, and Diverged where the last validation is not
+    finite: then there is no model.
+    """
     # OLMo-core reads both when it is imported; it would set the number of threads to 8.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     os.environ.setdefault("OLMO_SHARED_FS", "1")

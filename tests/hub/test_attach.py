@@ -513,7 +513,7 @@ def test_any_number_of_tokens_can_be_taken_back(llama, tokenizer):
 
 
 @torch.no_grad()
-def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
+def test_a_batch_loses_finished_sequences_by_index_or_by_mask(llama, tokenizer):
     wake(attach(llama, tokenizer, (0,), **SMALL))
     ids = prompt(3, 6)
     rest = prompt(2, 3)
@@ -528,7 +528,7 @@ def test_a_batch_loses_finished_rows_by_index_or_by_mask(llama, tokenizer):
 
 
 @torch.no_grad()
-def test_rows_of_different_lengths_generate_what_each_says_alone(host, tokenizer):
+def test_sequences_of_different_lengths_generate_what_each_says_alone(host, tokenizer):
     wake(attach(host, tokenizer, (0, 2), **SMALL))
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = prompt(3, 8)

@@ -27,9 +27,9 @@ from rorqual.hub.checkpoints import export, load
 from rorqual.hub.deepseek import copies, places
 from rorqual.hub.formats import decode
 from rorqual.layers.attention import MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import (

@@ -15,9 +15,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rorqual.hub.checkpoints import load
 from rorqual.hub.deepseek import config_of, published
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig, rope_tables, softmax_factor
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig, rope_tables, softmax_factor
 from rorqual.layers.router import RouterConfig
 from rorqual.model import ModelConfig
 

@@ -50,7 +50,7 @@ def test_attend_takes_any_two_widths_on_the_fused_path(widths, poisoned):
 @pytest.mark.parametrize(
     ("heads", "groups", "length"), [(1, 1, 1), (6, 2, 1), (6, 2, 13), (16, 1, 40), (3, 3, 13)]
 )
-def test_one_query_a_row_by_groups(heads, groups, length, dtype, masked, poisoned):
+def test_one_query_a_sequence_by_groups(heads, groups, length, dtype, masked, poisoned):
     """Compares outputs and gradients."""
     shapes = (2, 1, heads, 6), (2, length, groups, 6), (2, length, groups, 5)
     arguments = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]

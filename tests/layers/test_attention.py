@@ -20,12 +20,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from rorqual.layers.attention import GQA, MLA, GQAConfig, MLAConfig
-from rorqual.layers.basics import RMSNorm, RopeConfig, YarnConfig
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.dsa import DSA, DSAConfig
 from rorqual.layers.moba import MoBA, MoBAConfig
+from rorqual.layers.norm import RMSNorm
 from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"heads": 4, "kv_lora_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10}

@@ -21,7 +21,6 @@ from torch import Tensor
 from rorqual import kernels
 from rorqual.layers import delta_net, sparse, tiles
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.csa import CSAConfig
 from rorqual.layers.csa2 import CSA2Config
 from rorqual.layers.delta_net import DeltaNetConfig
@@ -29,6 +28,7 @@ from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.moba import MoBAConfig
 from rorqual.layers.nsa import NSAConfig
 from rorqual.layers.qsa import QSAConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig
 from rorqual.model import LanguageModel, ModelConfig
 
 VOCAB_SIZE = 40
@@ -412,14 +412,16 @@ def grow(rows: Rows) -> Tensor:
 
 
 @every_kind
-def test_rows_of_any_length_are_as_if_alone(kind: str, mode: torch.dtype, poisoned: None) -> None:
+def test_sequences_of_any_length_are_as_if_alone(
+    kind: str, mode: torch.dtype, poisoned: None
+) -> None:
     rows = Rows(build(kind, mode), 3)
     grow(rows)
     rows.check()
 
 
 @every_kind
-def test_many_tokens_come_after_rows_of_any_length(
+def test_many_tokens_come_after_sequences_of_any_length(
     kind: str, mode: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than a tile of 128 tokens, and more queries than are processed at a time."""
@@ -436,7 +438,7 @@ def test_many_tokens_come_after_rows_of_any_length(
 
 
 @every_kind
-def test_rows_become_equally_long_and_unequal_again(kind: str, mode: torch.dtype) -> None:
+def test_sequences_become_equally_long_and_unequal_again(kind: str, mode: torch.dtype) -> None:
     rows = Rows(build(kind, mode), 2)
     rows.append(11, 5)
     rows.append(2, 8)
@@ -580,7 +582,7 @@ def test_packed_documents_go_on_behind_a_cache(kind: str, mode: torch.dtype) -> 
 
 
 @every_kind
-def test_packed_rows_may_have_any_length(kind: str, mode: torch.dtype) -> None:
+def test_packed_sequences_may_have_any_length(kind: str, mode: torch.dtype) -> None:
     rows = Rows(build(kind, mode), 3)
     rows.append(5, 19, 11, begins=[[3], [7, 8], []])
     rows.append(1)
@@ -595,7 +597,7 @@ def test_packed_rows_may_have_any_length(kind: str, mode: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_packed_rows_are_those_of_the_parts(kind: str, poisoned: None) -> None:
+def test_gradients_of_packed_sequences_are_those_of_the_parts(kind: str, poisoned: None) -> None:
     model = copy.deepcopy(build(kind, torch.float64)).requires_grad_()
     lengths = [50, 55, 31]
     ids, document_ids = packed(PACKED)

@@ -48,40 +48,50 @@ class Script:
     def __init__(self, cached, make) -> None:
         self.cache = cache_of(cached)
         self.make = make
-        self.rows = [torch.empty(0, 3), torch.empty(0, 3)]
+        self.sequences = [torch.empty(0, 3), torch.empty(0, 3)]
 
     def feed(self, seed: int, time: int, ragged: bool, verb: str) -> None:
         new = draw(time, seed)
-        before = [len(row) for row in self.rows]
+        before = [len(sequence) for sequence in self.sequences]
         counts = [time, time // 2] if ragged else None
         result = put(self.cache, new, counts, verb)
-        for b, row in enumerate(self.rows):
-            self.rows[b] = torch.cat([row, new[b, : time if counts is None else counts[b]]])
+        for b, sequence in enumerate(self.sequences):
+            self.sequences[b] = torch.cat(
+                [sequence, new[b, : time if counts is None else counts[b]]]
+            )
         self.check(result, before, counts or [time, time])
-        assert self.cache.lengths == tuple(map(len, self.rows))
+        assert self.cache.lengths == tuple(map(len, self.sequences))
 
     def run(self, calls, verb: str) -> None:
         for seed, (name, *values) in enumerate(calls):
             if name in ("new", "long"):
                 self.feed(seed, *values, verb)
             elif name == "crop":
-                self.crop([min(n, len(row)) for n, row in zip(values[0], self.rows, strict=True)])
+                self.crop(
+                    [
+                        min(n, len(sequence))
+                        for n, sequence in zip(values[0], self.sequences, strict=True)
+                    ]
+                )
             elif name == "select":
                 self.cache.select(torch.tensor(values[0]))
-                self.rows = [self.rows[row] for row in values[0]]
+                self.sequences = [self.sequences[sequence] for sequence in values[0]]
             elif name == "join":
                 self.join(values[0], seed, verb)
             else:
                 self.cache.reset()
-                self.rows = [row[:0] for row in self.rows]
+                self.sequences = [sequence[:0] for sequence in self.sequences]
 
     def crop(self, counts: list[int]) -> None:
         try:
             self.cache.crop(counts)
         except ValueError:
-            assert self.cache.lengths == tuple(map(len, self.rows))
+            assert self.cache.lengths == tuple(map(len, self.sequences))
             return
-        self.rows = [row[: len(row) - n] for row, n in zip(self.rows, counts, strict=True)]
+        self.sequences = [
+            sequence[: len(sequence) - n]
+            for sequence, n in zip(self.sequences, counts, strict=True)
+        ]
 
     def join(self, time: int, seed: int, verb: str) -> None:
         """Replaces the second sequence by one of another cache."""
@@ -89,13 +99,13 @@ class Script:
         if time:
             put(other, draw(time, seed, 1), None, verb)
         self.cache.select(torch.tensor([0]))
-        if not time or not len(self.rows[0]):
+        if not time or not len(self.sequences[0]):
             # An empty container has no shape to join.
             self.cache = cache_of(self.make())
-            self.rows = [row[:0] for row in self.rows]
+            self.sequences = [sequence[:0] for sequence in self.sequences]
             return
         self.cache.join(other)
-        self.rows[1] = draw(time, seed, 1)[0]
+        self.sequences[1] = draw(time, seed, 1)[0]
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,8 +114,8 @@ def test_appended_is_concatenation(calls, capacity):
     script = Script(Appended(capacity), lambda: Appended(capacity))
 
     def check(result, before, counts):
-        for b, row in enumerate(script.rows):
-            assert torch.equal(result[b, : len(row)], row)
+        for b, sequence in enumerate(script.sequences):
+            assert torch.equal(result[b, : len(sequence)], sequence)
         assert result.isfinite().all()
 
     script.check = check
@@ -126,8 +136,8 @@ def test_a_window_is_the_end_of_the_concatenation(calls, before):
         return cached.window(span, new.shape[1])
 
     def check(result, lengths, counts):
-        for b, row in enumerate(script.rows):
-            padded = torch.cat([torch.full((before, 3), 7.0), row])
+        for b, sequence in enumerate(script.sequences):
+            padded = torch.cat([torch.full((before, 3), 7.0), sequence])
             end = lengths[b] + counts[b]
             assert torch.equal(result[b, : before + counts[b]], padded[lengths[b] : before + end])
 
@@ -147,8 +157,8 @@ def test_recent_is_the_tail_of_the_concatenation(calls, count):
     script = Script(Recent(count, slack=5), lambda: Recent(count, slack=5))
 
     def check(result, before, counts):
-        for b, row in enumerate(script.rows):
-            padded = torch.cat([torch.zeros(count, 3), row])
+        for b, sequence in enumerate(script.sequences):
+            padded = torch.cat([torch.zeros(count, 3), sequence])
             expected = padded[before[b] : before[b] + count + counts[b]]
             assert torch.equal(result[b, : count + counts[b]], expected)
 
@@ -268,18 +278,18 @@ def test_reserved_space_is_what_append_would_have_filled():
 
 
 def test_bytes_of_a_cache_are_those_of_its_memory():
-    """A row that left and columns that nothing is stored in count, too."""
+    """A sequence that left and columns that nothing is stored in count, too."""
     cache = cache_of(Appended(capacity=10))
     assert cache.allocated_bytes == 0
     put(cache, draw(4, 0))
     # 16 columns of 3 float32 numbers
-    row = 16 * 3 * 4
-    assert cache.allocated_bytes == 2 * row
+    sequence = 16 * 3 * 4
+    assert cache.allocated_bytes == 2 * sequence
     cache.select(torch.tensor([1]))
-    assert cache.allocated_bytes == 2 * row
+    assert cache.allocated_bytes == 2 * sequence
     other = cache_of(Appended(capacity=10))
     put(other, draw(4, 1))
     cache.join(other)
-    assert cache.allocated_bytes == 4 * row
+    assert cache.allocated_bytes == 4 * sequence
     cache.reset()
     assert cache.allocated_bytes == 0

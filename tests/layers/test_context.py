@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.layers.basics import RopeConfig, rope_tables
 from rorqual.layers.cache import Past
 from rorqual.layers.context import context
+from rorqual.layers.rope import RopeConfig, rope_tables
 
 
 def slow_context(document_ids: list[list[int]]):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rorqual.layers import csa
-from rorqual.layers.basics import RopeConfig, rope_tables, rotate
 from rorqual.layers.context import Context, context
 from rorqual.layers.csa import CSA, HCA, Compressor, CSAConfig, SharedKV
+from rorqual.layers.rope import RopeConfig, rope_tables, rotate
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, YarnConfig
 

@@ -16,7 +16,6 @@ from rorqual import kernels
 from rorqual.kernels import dsa as kernel
 from rorqual.layers import dsa
 from rorqual.layers.attention import MLA, MLAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.dsa import (
@@ -29,6 +28,7 @@ from rorqual.layers.dsa import (
     mean_indexer_loss,
     selected_mask,
 )
+from rorqual.layers.rope import RopeConfig
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, MoEConfig, MTPConfig
 
@@ -255,7 +255,7 @@ def best_case(batch, time, heads, width, length, ours, narrow, top_k, ties=False
 
 
 @pytest.mark.parametrize("lengths", [[50, 43], [4, 49], [11, 12]], ids=str)
-def test_the_kernel_reads_each_row_to_its_end(lengths, references, poisoned):
+def test_the_kernel_reads_each_sequence_to_its_end(lengths, references, poisoned):
     """Some rows have fewer keys than may be selected. NaN follows the tokens of a row."""
     arguments = best_case(2, 3, 3, 7, 50, 3, 5, 11)
     ends = torch.tensor(lengths)[:, None] - 2 + torch.arange(3)
@@ -300,7 +300,7 @@ def test_few_queries_copy_few_latents_at_a_time(monkeypatch, references):
     assert sizes and max(sizes) <= 600
 
 
-def test_the_kernel_takes_no_rows():
+def test_the_kernel_takes_an_empty_batch():
     assert kernel.attend_best(*best_case(0, 2, 4, 20, 90, 4, 8, 30)).shape == (0, 2, 4, 20)
 
 
@@ -325,6 +325,38 @@ def test_the_kernel_leaves_ties_to_topk_where_that_is_asked(case, references):
     ours = kernel.attend_best(*arguments, None, reported[0])
     torch.testing.assert_close(ours, attend_best(*arguments, None, reported[1]), atol=5e-6, rtol=0)
     assert torch.equal(*reported) and reported[0].any()
+
+
+def test_only_scores_of_0_leave_a_choice_open():
+    # The second and the third key have equal scores, and one of them is selected.
+    scores = torch.tensor([[[3.0, 1.0, 1.0, -2.0], [3.0, 0.0, 0.0, -2.0], [3.0, -0.0, 0.0, -2.0]]])
+    index = scores.topk(2).indices
+    assert dsa.choices_open(scores, index).tolist() == [[False, True, True]]
+    # Both are selected, neither is, and neither may be seen.
+    others = torch.tensor([[[3.0, 0.0, 0.0, -2.0], [3.0, 2.0, 0.0, 0.0], [3.0, *[-torch.inf] * 3]]])
+    index = torch.tensor([[[0, 1, 2], [0, 1, 1], [0, 1, 2]]])
+    assert dsa.choices_open(others, index).tolist() == [[False, False, False]]
+
+
+@pytest.mark.parametrize("score, again", [(0.0, True), (0.5, False)])
+def test_a_cached_call_computes_nothing_again_for_scores_that_rounding_made_equal(
+    score, again, references, monkeypatch
+):
+    def scores_of(query, key, weights):
+        # The first two keys have one score, the others a lower one.
+        scores = torch.full((len(query), query.shape[1], key.shape[1]), -1.0)
+        scores[..., :2] = score
+        return scores
+
+    monkeypatch.setattr(dsa, "index_scores", scores_of)
+    config = DSAConfig(heads=2, dim=8, top_k=1, ties="topk")
+    model = LanguageModel(
+        ModelConfig(vocab_size=40, dim=16, layers=2, dense_width=16, mla=LATENT, dsa=config), seed=1
+    ).eval()
+    cache = model.new_cache(1, 8)
+    with torch.no_grad():
+        model.hidden(torch.arange(5)[None], cache=cache)
+    assert cache.tied is again
 
 
 @pytest.mark.parametrize("top_k", [2, 5, 9])

@@ -51,7 +51,7 @@ def test_the_exit_is_a_site_that_only_reads():
     assert torch.equal(layer.mixer(Streams(values)), layer.read(Streams(values))[0])
 
 
-def test_the_last_token_of_each_row():
+def test_the_last_token_of_each_sequence():
     """What a block needs of a prompt's last tokens is what it has of all."""
     layer = site()
     values = streams()

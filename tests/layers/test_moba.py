@@ -14,10 +14,10 @@ from jaxtyping import TypeCheckError
 
 from rorqual.layers import moba, sparse, tiles
 from rorqual.layers.attention import GQA, GQAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig, switch
+from rorqual.layers.rope import RopeConfig
 
 ROPE = RopeConfig(base=50.0)
 CHOICES = pytest.mark.parametrize("choice", ["token", "tile"])
@@ -242,7 +242,7 @@ def test_a_layer_is_full_while_it_is_given_to_be():
 
 
 @CHOICES
-def test_rows_of_any_length_may_be_switched(choice):
+def test_sequences_of_any_length_may_be_switched(choice):
     """A cache holds what sparse attention needs while attention is full, and the other way round.
 
     Keys do not depend on attention in one layer, so that each call is as if it had never been

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rorqual.layers.basics import SwiGLU
 from rorqual.layers.context import Context, context
+from rorqual.layers.feed_forward import SwiGLU
 from rorqual.layers.mtp import MTP, MTPConfig, ahead
 from rorqual.layers.streams import Streams
 

@@ -17,9 +17,9 @@ from rorqual import kernels
 from rorqual.kernels import nsa as kernel
 from rorqual.layers import sparse, tiles
 from rorqual.layers.attention import GQAConfig
-from rorqual.layers.basics import RopeConfig, rope_tables, rotate
 from rorqual.layers.context import context
 from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_small_batch, importance_of
+from rorqual.layers.rope import RopeConfig, rope_tables, rotate
 from rorqual.layers.sparse import best_blocks
 
 ROPE = RopeConfig(base=50.0)
@@ -511,7 +511,7 @@ def test_blocks_are_selected_by_what_no_sum_shows(references):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_the_kernel_takes_no_rows_and_fewer_blocks_than_may_be_selected(batch, references):
+def test_the_kernel_takes_an_empty_batch_and_fewer_blocks_than_may_be_selected(batch, references):
     arguments = list(small_batch(NSAConfig(), batch, 2, 4, 2, (6, 5), 300))
     torch.testing.assert_close(
         kernel.attend_small_batch(*arguments), attend_small_batch(*arguments), atol=5e-6, rtol=0

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from rorqual.layers.attention import GQAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.context import context
 from rorqual.layers.qsa import QSA, QSAConfig, best_complete, block_scores
+from rorqual.layers.rope import RopeConfig
 from rorqual.model_config import MLAConfig, ModelConfig, NSAConfig
 
 GQA = GQAConfig(

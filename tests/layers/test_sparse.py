@@ -104,7 +104,7 @@ def test_is_its_definition(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_columns_beyond_a_row_are_never_read(shape, poisoned):
+def test_columns_beyond_a_sequence_are_never_read(shape, poisoned):
     """Each row has a length of its own, and NaN follows; a gather multiplies it by 0."""
     arguments = case(*shape, shorter=(2, 0, 1))
     query, key, value, index, positions, *rest = arguments
@@ -139,7 +139,7 @@ def mean(keys):
     st.integers(1, 3),
     st.data(),
 )
-def test_blocks_of_growing_rows_are_those_of_each_row_alone(pieces, size, parts, data):
+def test_blocks_of_growing_sequences_are_those_of_each_alone(pieces, size, parts, data):
     """Rows of different lengths are padded, cropped, reordered and removed in between."""
     torch.manual_seed(0)
     stride = size

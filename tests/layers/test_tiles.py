@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rorqual.layers import sparse
 from rorqual.layers.attention import GQAConfig
-from rorqual.layers.basics import RopeConfig
 from rorqual.layers.cache import Past
 from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig
 from rorqual.layers.nsa import NSA, NSAConfig
+from rorqual.layers.rope import RopeConfig
 from rorqual.layers.sparse import tile_queries
 from rorqual.layers.tiles import TILE, block_mask, flex_tiles, loop_tiles
 

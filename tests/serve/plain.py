@@ -2,7 +2,7 @@
 
 import torch
 
-from rorqual.serve.sampling import GREEDY, SamplerRow, sample_rows
+from rorqual.serve.sampling import GREEDY, SequenceSampler, sample_batch
 
 
 @torch.inference_mode()
@@ -11,7 +11,7 @@ def alone(
 ):
     """Returns the new ids of a prompt, the only sequence of its cache."""
     ends = {end_id, *sampling.stop_token_ids} - {None}
-    row = SamplerRow(
+    sampler = SequenceSampler(
         prompt,
         sampling,
         sampling.generator(),
@@ -24,11 +24,11 @@ def alone(
     ids = []
     while len(ids) < max_new_tokens:
         hidden = model.hidden(torch.tensor([new]), cache=cache, last=True)[0]
-        drawn = sample_rows(model.logits(hidden)[:, 0, :vocab_size], [row])
+        drawn = sample_batch(model.logits(hidden)[:, 0, :vocab_size], [sampler])
         if drawn.errors:
             break
         ids.append(drawn.ids[0])
-        if row.accept(ids[-1]):
+        if sampler.accept(ids[-1]):
             break
         new = ids[-1:]
     return ids

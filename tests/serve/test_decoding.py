@@ -65,9 +65,9 @@ def plainly(model, prompt, count: int, end_id=None, vocab_size=None) -> list[int
 def together(model, prompts, **options) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in prompts]
     for step in decode(model, prompts, **options):
-        for row, token in enumerate(step):
+        for index, token in enumerate(step):
             if token is not None:
-                out[row].append(token)
+                out[index].append(token)
     return out
 
 
@@ -101,7 +101,7 @@ def test_logits_that_are_nan_are_an_error_and_no_text(model, sampling):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.embed.weight[7] = torch.nan
-    with pytest.raises(ValueError, match=r"NaN, inf or all -inf in rows \[1\], expected"):
+    with pytest.raises(ValueError, match=r"NaN, inf or all -inf in sequences \[1\], expected"):
         list(decode(broken, [[1, 2], [7], [3]], sampling=sampling))
 
 
@@ -123,9 +123,9 @@ def drafted(model, prompts, **options) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in prompts]
     for step in speculate(model, prompts, **options):
         assert len(step) == len(prompts)
-        for row, token in enumerate(step):
+        for index, token in enumerate(step):
             if token is not None:
-                out[row].append(token)
+                out[index].append(token)
     return out
 
 
@@ -200,15 +200,15 @@ def test_a_trained_model_accepts_its_own_drafts():
         model.loss(ids[:, :-1], ids[:, 1:]).total.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for rows in (1, 3):
+    for batch in (1, 3):
         acceptance_stats = AcceptanceStats()
-        prompts = [row[: 4 + n].tolist() for n, row in enumerate(ids[:rows])]
+        prompts = [one[: 4 + n].tolist() for n, one in enumerate(ids[:batch])]
         text = drafted(model.eval(), prompts, max_new_tokens=16, acceptance_stats=acceptance_stats)
-        assert text == [row[4 + n : 20 + n].tolist() for n, row in enumerate(ids[:rows])]
+        assert text == [one[4 + n : 20 + n].tolist() for n, one in enumerate(ids[:batch])]
         assert text == [plainly(model, prompt, 16) for prompt in prompts]
         # 1 id, then 3 a round.
         assert acceptance_stats == AcceptanceStats(
-            drafted=2 * 5 * rows, accepted=2 * 5 * rows, rounds=5
+            drafted=2 * 5 * batch, accepted=2 * 5 * batch, rounds=5
         )
         assert acceptance_stats.acceptance == 1
 

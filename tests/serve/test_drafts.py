@@ -57,15 +57,15 @@ def guess(monkeypatch, share: float, following: dict[tuple, list[int]], *, compa
 
     def guessed(self, requests, cache):
         drafts = propose(self, requests, cache)
-        for row, request in enumerate(requests):
+        for slot, request in enumerate(requests):
             if compared is not None:
-                compared(request, drafts[row].tolist())
+                compared(request, drafts[slot].tolist())
             ids = following[request.prompt]
             first = len(request.ids)
             for depth in range(self.depths):
                 true = ids[first + depth] if first + depth < len(ids) else 0
                 right = draw.random() < share
-                drafts[row, depth] = true if right else (true + 1) % self.vocab_size
+                drafts[slot, depth] = true if right else (true + 1) % self.vocab_size
         return drafts
 
     monkeypatch.setattr(Drafter, "propose", guessed)

@@ -193,10 +193,10 @@ def test_blocks_of_a_long_row_that_left_are_not_taken_for_those_of_a_shorter():
     left.select(torch.tensor([1]))
     model.hidden(text[:1, :12], cache=right)
     left.join(right)
-    rows = text.flip(0)
+    flipped = text.flip(0)
     for start in range(12, 40):
-        result = model.hidden(rows[:, start : start + 1], cache=left)[0]
-        expected = model.hidden(rows[:, : start + 1])[0][:, -1:]
+        result = model.hidden(flipped[:, start : start + 1], cache=left)[0]
+        expected = model.hidden(flipped[:, : start + 1])[0][:, -1:]
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 

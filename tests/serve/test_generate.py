@@ -279,9 +279,9 @@ def test_a_chat_template_writes_the_messages(run, folder, tmp_path):
 
 def test_a_seeded_batch_row_is_its_own_draw(run):
     sampling = Sampling(temperature=1.5, seed=2)
-    rows = run.complete(["A", "A"], max_new_tokens=12, sampling=sampling)
-    assert rows[0].text == run.complete(["A"], max_new_tokens=12, sampling=sampling)[0].text
-    assert rows[0].text != rows[1].text
+    both = run.complete(["A", "A"], max_new_tokens=12, sampling=sampling)
+    assert both[0].text == run.complete(["A"], max_new_tokens=12, sampling=sampling)[0].text
+    assert both[0].text != both[1].text
 
 
 def test_sixty_four_texts_are_the_same_wherever_the_rows_are(folder, model, tmp_path):

@@ -43,7 +43,7 @@ def test_metrics_count_what_was_done(run, serving):
 
 
 def test_the_memory_of_caches_is_counted(run):
-    """A short request beside a long one takes a row as long as that."""
+    """A short request beside a long one takes as much memory as that."""
     engine = Service(run, max_batch_size=2, context=256, prefix_cache=False).worker.engine
     assert (engine.stats().pages, engine.stats().allocated_bytes) == (0, 0)
     engine.submit([7] * 200, max_new_tokens=20)

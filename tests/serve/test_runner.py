@@ -12,10 +12,10 @@ from tests.serve.plain import alone
 from tests.serve.test_scheduler import KINDS, model_of
 
 
-def test_nan_of_a_request_that_left_does_not_stay_in_its_row():
-    """The next request in its row is shorter than its neighbour, so that old columns are masked.
+def test_nan_of_a_request_that_left_does_not_stay_in_its_slot():
+    """The next request in its slot is shorter than its neighbour, so that old columns are masked.
 
-    The longest prompt has the last row, which is the next one's.
+    The longest prompt has the last slot, which is the next one's.
     """
     model = copy.deepcopy(model_of("gqa", engram=None))
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_a_loaded_cache_goes_on_as_the_one_it_was_copied_from(kind):
     assert source.lengths == (40,)
 
 
-def test_rows_of_requests_that_stay_are_not_moved():
+def test_sequences_of_requests_that_stay_are_not_moved():
     """The request that is last fills the hole of one that left; the others stay where they are."""
     model = model_of("gqa", engram=None)
     engine = Engine(model, max_batch_size=6)

@@ -14,23 +14,23 @@ from transformers.generation.logits_process import (
 
 from rorqual.serve.sampling import (
     GREEDY,
-    SamplerRow,
     Sampling,
+    SequenceSampler,
     logprobs_of,
     narrow,
     penalise,
-    sample_rows,
+    sample_batch,
 )
 
 
 def sample(logits, sampling, generators=None, seen=None):
-    """Draws an id for every row, all by the same parameters."""
-    rows = []
+    """Draws an id for every sequence, all by the same parameters."""
+    samplers = []
     for index in range(len(logits)):
         generator = generators[index] if generators else sampling.generator()
-        rows.append(SamplerRow([], sampling, generator, vocab_size=logits.shape[1]))
-        rows[-1].seen = None if seen is None else seen[index]
-    drawn = sample_rows(logits, rows)
+        samplers.append(SequenceSampler([], sampling, generator, vocab_size=logits.shape[1]))
+        samplers[-1].seen = None if seen is None else seen[index]
+    drawn = sample_batch(logits, samplers)
     assert not drawn.errors
     return torch.tensor(drawn.ids)
 
@@ -92,12 +92,15 @@ def test_frequencies_follow_the_softmax():
 def test_a_row_draws_the_same_whoever_stands_beside_it():
     logits = torch.randn(4, 50)
     sampling = Sampling(seed=3)
-    together = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
+    together = sample(logits, sampling, [sampling.generator(index) for index in range(4)])
     alone = torch.cat(
-        [sample(logits[row : row + 1], sampling, [sampling.generator(row)]) for row in range(4)]
+        [
+            sample(logits[index : index + 1], sampling, [sampling.generator(index)])
+            for index in range(4)
+        ]
     )
     assert torch.equal(together, alone)
-    again = sample(logits, sampling, [sampling.generator(row) for row in range(4)])
+    again = sample(logits, sampling, [sampling.generator(index) for index in range(4)])
     assert torch.equal(together, again)
 
 
@@ -141,7 +144,9 @@ def test_the_smallest_temperatures_that_divide_take_the_likeliest(temperature, s
     for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
         sampling = Sampling(temperature=temperature, **filters)
         assert not sampling.greedy
-        assert sample(logits, sampling, [sampling.generator(row) for row in range(2)]).tolist() == [
+        assert sample(
+            logits, sampling, [sampling.generator(index) for index in range(2)]
+        ).tolist() == [
             2,
             0,
         ]
@@ -170,16 +175,17 @@ def test_a_penalty_leaves_finite_logits_finite(penalty):
 @pytest.mark.parametrize(
     "bad", [[1.0, torch.nan, 0.0], [-torch.inf] * 3, [torch.inf, 1.0, 0.0], [torch.nan] * 3]
 )
-def test_rows_that_hold_no_chances_fail(sampling, bad):
+def test_sequences_that_hold_no_chances_fail(sampling, bad):
     logits = torch.tensor([[1.0, 2.0, 3.0], bad, [0.0, 0.0, 1.0], bad])
-    rows = [
-        SamplerRow([0], sampling, sampling.generator(index), vocab_size=3) for index in range(4)
+    samplers = [
+        SequenceSampler([0], sampling, sampling.generator(index), vocab_size=3)
+        for index in range(4)
     ]
-    assert set(sample_rows(logits, rows).errors) == {1, 3}
+    assert set(sample_batch(logits, samplers).errors) == {1, 3}
 
 
-def row(sampling, prompt=(1, 2), index=0, **options):
-    return SamplerRow(prompt, sampling, sampling.generator(index), vocab_size=30, **options)
+def sampler(sampling, prompt=(1, 2), index=0, **options):
+    return SequenceSampler(prompt, sampling, sampling.generator(index), vocab_size=30, **options)
 
 
 MIXED = [
@@ -192,15 +198,15 @@ MIXED = [
 ]
 
 
-def test_rows_of_all_kinds_draw_together_what_each_draws_alone():
+def test_sequences_of_all_kinds_draw_together_what_each_draws_alone():
     draw = torch.Generator().manual_seed(1)
-    together, alone = ([row(one) for one in MIXED] for _ in range(2))
+    together, alone = ([sampler(one) for one in MIXED] for _ in range(2))
     for _ in range(20):
         logits = torch.randn(len(MIXED), 30, generator=draw) * 3
-        drawn = sample_rows(logits, together)
+        drawn = sample_batch(logits, together)
         assert not drawn.errors
         for index, one in enumerate(alone):
-            assert sample_rows(logits[index : index + 1], [one]).ids == [drawn.ids[index]]
+            assert sample_batch(logits[index : index + 1], [one]).ids == [drawn.ids[index]]
             one.accept(drawn.ids[index])
             together[index].accept(drawn.ids[index])
 
@@ -209,7 +215,7 @@ def test_penalties_count_new_ids_and_biases_are_added():
     options = Sampling(
         temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 1.0),)
     )
-    one = row(options, prompt=[4])
+    one = sampler(options, prompt=[4])
     for token in (1, 1, 2):
         one.accept(token)
     # id 1: 1.2 - 2 * 0.25 - 0.5 = 0.2; id 2: 1.0 - 0.25 - 0.5; id 3: -0.7 + 1; id 4 is no new id
@@ -221,15 +227,15 @@ def test_penalties_count_new_ids_and_biases_are_added():
     ):
         whole = torch.full((1, 30), -9.0)
         whole[0, : len(logits)] = torch.tensor(logits)
-        assert sample_rows(whole, [one]).ids == [expected]
+        assert sample_batch(whole, [one]).ids == [expected]
 
 
 def test_no_end_comes_before_min_tokens():
-    one = row(Sampling(temperature=0.0, min_tokens=2), end_ids={7})
+    one = sampler(Sampling(temperature=0.0, min_tokens=2), end_ids={7})
     logits = torch.zeros(1, 30)
     logits[0, 7], logits[0, 3] = 9.0, 1.0
     for expected, ended in ((3, False), (3, False), (7, True)):
-        assert sample_rows(logits, [one]).ids == [expected]
+        assert sample_batch(logits, [one]).ids == [expected]
         assert one.accept(expected) == ended
 
 
@@ -248,15 +254,15 @@ class Only:
         return token == self.ids[0]
 
 
-def test_a_row_that_fails_harms_no_other():
+def test_a_sequence_that_fails_harms_no_other():
     kinds = [Sampling(temperature=1.0, seed=seed, repetition_penalty=1.2) for seed in range(6)]
     logits = torch.randn(6, 30)
-    free = sample_rows(logits, [row(kind) for kind in kinds]).ids
-    rows = [row(kind) for kind in kinds]
+    free = sample_batch(logits, [sampler(kind) for kind in kinds]).ids
+    samplers = [sampler(kind) for kind in kinds]
     broken = logits.clone()
     broken[1, 4], broken[2], broken[3, 0] = torch.nan, -torch.inf, torch.inf
-    rows[4].matcher = Only()
-    drawn = sample_rows(broken, rows)
+    samplers[4].matcher = Only()
+    drawn = sample_batch(broken, samplers)
     assert set(drawn.errors) == {1, 2, 3, 4}
     assert drawn.ids == [free[0], -1, -1, -1, -1, free[5]]
     assert "out of fuel" in drawn.errors[4]
@@ -264,8 +270,8 @@ def test_a_row_that_fails_harms_no_other():
 
 
 def test_a_grammar_allows_its_ids_alone():
-    one = row(Sampling(temperature=5.0, seed=1), matcher=Only(4, 9))
-    ids = {sample_rows(torch.randn(1, 30) * 5, [one]).ids[0] for _ in range(50)}
+    one = sampler(Sampling(temperature=5.0, seed=1), matcher=Only(4, 9))
+    ids = {sample_batch(torch.randn(1, 30) * 5, [one]).ids[0] for _ in range(50)}
     assert ids == {4, 9}
     assert (one.accept(9), one.accept(4)) == (False, True)
 

@@ -175,7 +175,7 @@ def test_a_request_that_was_sent_back_goes_on_as_if_nothing_had_happened():
 
     def run(tokens: int) -> list:
         engine = Engine(model, context=200, cache_tokens=tokens)
-        requests = [engine.submit(p, row=row, **options) for row, p in enumerate(prompts)]
+        requests = [engine.submit(p, index=index, **options) for index, p in enumerate(prompts)]
         while not engine.idle:
             engine.step()
         assert bool(engine.stats().preemptions) == (tokens == 240)

@@ -16,13 +16,13 @@ from torch import nn
 
 from rorqual.kernels import step as kernel
 from rorqual.layers.attention import GQAConfig, MLAConfig
-from rorqual.layers.basics import RopeConfig, YarnConfig
 from rorqual.layers.cache import Cache
 from rorqual.layers.csa import CSAConfig
 from rorqual.layers.dsa import DSAConfig
 from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
+from rorqual.layers.rope import RopeConfig, YarnConfig
 from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import ROUTER_SCORES
@@ -218,12 +218,12 @@ def test_modules_attend_between_compiled_parts(name, threads, poisoned, monkeypa
         model.hidden(ids[: len(lengths), :longest], lengths=lengths, cache=cache)
         step = Decoder(model)
         for turn in range(13):
-            new = [row[length + turn] for row, length in zip(ids, lengths, strict=False)]
+            new = [one[length + turn] for one, length in zip(ids, lengths, strict=False)]
             result = step(torch.stack(new)[:, None], cache)
-            for row, length in enumerate(lengths):
-                expected = model(ids[row : row + 1, : length + turn + 1])[0, -1]
+            for slot, length in enumerate(lengths):
+                expected = model(ids[slot : slot + 1, : length + turn + 1])[0, -1]
                 bound = 1e-5 * expected.abs().max().item()
-                torch.testing.assert_close(result[row], expected, rtol=0, atol=bound)
+                torch.testing.assert_close(result[slot], expected, rtol=0, atol=bound)
         assert step.compiled is not None
 
 
@@ -245,15 +245,15 @@ def test_sequences_of_different_lengths_get_what_each_gets_alone(
     model = build(SIZES[name])
     ids = ids_of(75, 6)
     lengths = [61, 3, 60, 1, 64, 13]
-    prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    prompts = [one[:length] for one, length in zip(ids, lengths, strict=True)]
     caches = []
     for prompt in prompts:
         caches.append(model.new_cache(1))
         model.hidden(prompt[None], cache=caches[-1])
     alone = [decoder(model, cache) for cache in caches]
     expected = [
-        [step(row[None, t : t + 1]) for t in range(64, 75)]
-        for row, step in zip(ids, alone, strict=True)
+        [step(one[None, t : t + 1]) for t in range(64, 75)]
+        for one, step in zip(ids, alone, strict=True)
     ]
     together = model.new_cache(1)
     model.hidden(prompts[0][None], cache=together)
@@ -274,7 +274,7 @@ def test_sequences_of_different_lengths_get_what_each_gets_alone(
 def test_the_engine_gives_every_request_what_it_gets_alone():
     model = build(SIZES["all of it"])
     prompts = ids_of(20, 5).tolist()
-    prompts = [prompt[: 4 + 3 * row] for row, prompt in enumerate(prompts)]
+    prompts = [prompt[: 4 + 3 * number] for number, prompt in enumerate(prompts)]
     engine = Engine(model, max_batch_size=3)
     generated = engine.run(prompts, max_new_tokens=25)
     for prompt, ids in zip(prompts, generated, strict=True):

@@ -1,8 +1,9 @@
+"""Tests rotary positions against transformers and against complex multiplication."""
+
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config
@@ -12,12 +13,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from rorqual.layers.basics import (
-    RMSNorm,
+from rorqual.layers.rope import (
     RopeConfig,
-    SwiGLU,
     YarnConfig,
-    chunked_cross_entropy,
     longest_context,
     rope_frequencies,
     rope_tables,
@@ -30,36 +28,6 @@ from rorqual.model_config import (
     Llama3RopeConfig,
     LongRopeConfig,
 )
-
-
-@pytest.mark.parametrize("shape", [(7,), (2, 1), (2, 3, 5)])
-def test_rms_norm_is_its_equation(shape):
-    x = torch.randn(shape, dtype=torch.float64)
-    weight = torch.randn(shape[-1], dtype=torch.float64)
-    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    norm = RMSNorm(shape[-1], 1e-3).double()
-    norm.weight = torch.nn.Parameter(weight)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(norm(x), expected * weight, rtol=1e-12, atol=1e-12)
-
-
-def test_rms_norm_works_in_float32_and_answers_in_its_dtype():
-    norm = RMSNorm(512).bfloat16()
-    x = (1e18 * torch.randn(3, 512)).bfloat16()
-    out = norm(x)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        out, F.rms_norm(x.float(), (512,), None, 1e-6).bfloat16(), rtol=0, atol=0
-    )
-
-
-def test_swiglu_is_its_equation():
-    layer = SwiGLU(6, 10)
-    x = torch.randn(2, 3, 6)
-    gate = x @ layer.gate_proj.weight.T
-    up = x @ layer.up_proj.weight.T
-    torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T)
 
 
 @pytest.mark.parametrize(
@@ -359,68 +327,3 @@ def test_longest_context_is_where_the_cosine_turns_back(base, factor):
 def test_impossible_positions_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
-def test_chunked_cross_entropy_equals_the_whole(chunk):
-    hidden = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 11, (23,))
-    labels[[0, 7, 22]] = -100
-    ours = chunked_cross_entropy(hidden, weight, labels, chunk)
-    whole = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-    torch.testing.assert_close(ours, whole)
-    mine, theirs = (torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, whole))
-    torch.testing.assert_close(mine, theirs)
-    assert torch.equal(
-        torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels), hidden)[0][7],
-        torch.zeros(6),
-    )
-
-
-def test_chunked_cross_entropy_gives_only_the_gradients_asked_for():
-    hidden = torch.randn(9, 4)
-    weight = torch.randn(7, 4, requires_grad=True)
-    labels = torch.randint(0, 7, (9,))
-    chunked_cross_entropy(hidden, weight, labels, 4).backward()
-    assert hidden.grad is None and weight.grad is not None
-    with torch.no_grad():
-        assert not chunked_cross_entropy(hidden, weight, labels).requires_grad
-
-
-def test_chunked_cross_entropy_in_bfloat16_sums_in_float32():
-    hidden = torch.randn(400, 32).bfloat16().requires_grad_()
-    weight = torch.randn(50, 32).bfloat16().requires_grad_()
-    labels = torch.randint(0, 50, (400,))
-    ours = chunked_cross_entropy(hidden, weight, labels, 64)
-    whole = F.cross_entropy(hidden.float() @ weight.float().T, labels, reduction="sum")
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, whole, rtol=2e-3, atol=0)
-    mine = torch.autograd.grad(ours, weight)[0]
-    theirs = torch.autograd.grad(whole, weight)[0]
-    assert mine.dtype == torch.bfloat16
-    assert (mine - theirs).float().norm() < 0.02 * theirs.float().norm()
-
-
-def test_chunked_cross_entropy_of_nothing_is_zero():
-    weight = torch.randn(7, 4, requires_grad=True)
-    loss = chunked_cross_entropy(torch.randn(3, 4), weight, torch.full((3,), -100))
-    loss.backward()
-    assert loss.item() == 0 and not weight.grad.any()
-
-
-@pytest.mark.parametrize("label", [7, -1, -99])
-def test_impossible_labels_are_refused(label):
-    with pytest.raises(IndexError):
-        chunked_cross_entropy(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, label, 2]))
-
-
-@pytest.mark.parametrize("far", [30.0, 200.0, 1e4])
-def test_the_loss_of_a_target_whose_probability_underflows(far):
-    """It is how far its logit lies below the others', and its gradient softmax - onehot."""
-    hidden = torch.tensor([[1.0]], requires_grad=True)
-    weight = torch.tensor([[far], [0.0], [far]])
-    loss = chunked_cross_entropy(hidden, weight, torch.tensor([1]))
-    assert loss.item() == pytest.approx(far + math.log(2), rel=1e-6)
-    loss.backward()
-    assert hidden.grad.item() == pytest.approx(far, rel=1e-6)
