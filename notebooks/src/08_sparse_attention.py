@@ -282,7 +282,7 @@ plt.show()
 
 # %% [markdown] lang="en"
 # Vertical stripes are tokens that many queries read: without a needle, what is worth reading is much the same for all of them. DSA picks such columns one by one and leaves the rest white. MoBA leaves out whole blocks, so a query
-# meets a stripe only where its block was chosen. NSA's and HCA's summaries touch every token, faintly; what is dark is near. These are small models, trained for minutes, so the maps show the mechanisms and not what large models attend to.
+# meets a stripe only where its block was chosen. NSA's and HCA's summaries touch every token, faintly; what is dark is near. These are small models, trained for minutes, so the maps show the mechanisms and not what large models attend to. (A query depends on its own token even where it does not read its key: hence 33 for DSA.)
 #
 # ## MoBA's choice by hand
 #
@@ -291,7 +291,7 @@ plt.show()
 # **Exercise 1.** Return the chosen blocks of every query and head as booleans $[T, H, M]$, with `query` $[T, H, P]$, `key` $[T, P]$ (one key head), blocks of `size` keys.
 # %% [markdown] lang="zh"
 # 竖条是许多查询都读的词元：没有针的时候，值得读的对所有查询大致相同。DSA 逐个挑出这样的列，其余留白。MoBA 整块地舍弃，所以只有块被选中的地方，查询才遇到竖条。NSA 与 HCA 的摘要会淡淡地触及每个词元，颜色深的都在近处。
-# 这些是训练了几分钟的小模型，图中显示的是机制，不代表大模型看什么。
+# 这些是训练了几分钟的小模型，图中显示的是机制，不代表大模型看什么。（查询即使不读自己的键，也依赖自己的词元，所以 DSA 是 33。）
 #
 # ## 手算 MoBA 的选择
 #
