@@ -79,7 +79,8 @@ def _register() -> None:
     try:
         importlib.import_module("rorqual.hub.auto")
     except Exception as error:
-        warnings.warn(f"rorqual's models are not registered: {error}", stacklevel=2)
+        message = f"rorqual's models are not registered: {error}; import rorqual.hub.auto registers"
+        warnings.warn(f"{message} them once that is mended", stacklevel=2)
 
 
 class _Registration(importlib.abc.MetaPathFinder):
@@ -90,6 +91,10 @@ class _Registration(importlib.abc.MetaPathFinder):
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Finds transformers' Auto classes with a loader that registers our models afterwards.
+
+        It returns None for every other module, and leaves sys.meta_path once that one is loaded.
+        """
         if fullname != _AUTO:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

@@ -80,7 +80,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Damaged(ValueError):
-    """A checkpoint does not contain what was written; the message names the file."""
+    """An error: a checkpoint does not contain what was written. The message names the file."""
 
 
 def save_state(
@@ -193,6 +193,7 @@ class _Writer(HuggingFaceStorageWriter):
         self.written: list[Path] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes the tensors of this rank's plan to one file, with their offsets in the whole."""
         tensors: dict[str, Tensor] = {}
         offsets = {}
         for item in plan.items:
@@ -214,6 +215,7 @@ class _Reader(HuggingFaceStorageReader):
     """Reads pieces of files by position; torch's maps whole files into memory."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills the tensors of the plan, piece by piece, each file opened once."""
         items: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             path = self.storage_data[item.storage_index].relative_path
@@ -254,7 +256,7 @@ def load_state(
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shapes of a checkpoint's tensors."""
+    """Reads the shape of each tensor of a checkpoint, from the headers alone."""
     entries = _Reader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: tuple(entry.size)
@@ -282,7 +284,7 @@ def read_values(folder: Path, rank: int = 0) -> Any:
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a checkpoint that was finished; `verify` checks its bytes."""
+    """Returns whether a folder is a checkpoint that was finished; `verify` checks its bytes."""
     return (Path(folder) / DIGEST).is_file()
 
 
@@ -338,6 +340,7 @@ def _read_digest(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raises Damaged unless a file has the size and the SHA-256 of the digest."""
     size = expected["bytes"]
     if not path.is_file():
         raise Damaged(f"{path}: got no file, expected {size} bytes")
@@ -365,7 +368,7 @@ def steps(folder: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def step_of(folder: str | os.PathLike) -> int:
-    """Returns the step of a checkpoint `stepN`."""
+    """Returns the number N of a checkpoint folder `stepN`."""
     return int(Path(folder).name.removeprefix("step"))
 
 
@@ -429,13 +432,13 @@ def recover(folder: str | os.PathLike) -> None:
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
-    """Whether a folder has a model that no training is about to replace."""
+    """Returns whether a folder has a model that no training is about to replace."""
     folder = Path(folder)
     return (folder / "model.safetensors").is_file() and not (folder / UNDER_WAY).exists()
 
 
 def readable(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a run with a finished model or a checkpoint to read."""
+    """Returns whether a folder is a run with a finished model or a checkpoint to read."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         return False
@@ -580,7 +583,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Whether config.json is that of a run of rorqual, and not one that transformers wrote."""
+    """Returns whether config.json is that of a run of rorqual, and not one of transformers."""
     description = _read_description(Path(folder) / "config.json")
     kind = description.get("model_type", KIND["model_type"])
     return kind == KIND["model_type"] and "shape" not in description
@@ -660,6 +663,7 @@ def _load_finished(folder: Path, device: str | torch.device, tables: TableConfig
 
 
 def _read_weights(path: Path, device: str, without_tables: bool) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file to a device, all or those that are no table."""
     with _open_weights(path, device) as file:
         names = list(file.keys())
         if without_tables:
@@ -997,6 +1001,7 @@ def decode(value: Any) -> Any:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor by name; of a DTensor the whole one."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

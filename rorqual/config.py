@@ -133,7 +133,7 @@ def load(cls: type[T], path: str | os.PathLike[str], start: T | None = None) -> 
 
 
 def is_yaml(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is called .yaml or .yml."""
+    """Returns whether a file is called .yaml or .yml."""
     return Path(path).suffix in (".yaml", ".yml")
 
 
@@ -180,7 +180,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 
 def word(hint: Any) -> str:
-    """Returns an annotation as a person would write it."""
+    """Returns an annotation in the words of an error: "int or none", "'numpy' or 'splitmix64'"."""
     if len(members(hint)) > 1:
         return " or ".join(word(member) for member in members(hint))
     if typing.get_origin(hint) is typing.Literal:
@@ -238,6 +238,7 @@ def summary(cls: Any) -> str:
 
 @functools.cache
 def _annotations(cls: Any) -> dict[str, Any]:
+    """Returns the types of a dataclass's fields, with those in quotes resolved."""
     return typing.get_type_hints(cls)
 
 
@@ -247,12 +248,17 @@ def _part(hint: Any) -> Any:
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
+    """Returns the default of a field, made anew if the field has a factory."""
     return (
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     )
 
 
 def _annotation(cls: Any, name: str, where: str) -> Any:
+    """Returns the type of the field `name`; `where` is the path of the dataclass in its file.
+
+    ValueError with the nearest name for an unknown field, or with the new one of a renamed field.
+    """
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     if name not in names and (now := RENAMED.get(name)) in names:
         raise ValueError(
@@ -286,7 +292,7 @@ def _put(cls: Any, tree: dict[str, Any], name: str, value: Any, where: str) -> N
 
 
 def _build(cls: Any, mapping: Any, where: str, *, lax: bool) -> Any:
-    """Builds the dataclass that a mapping describes."""
+    """Builds a dataclass, and those inside it, from a mapping; `where` is its path in the file."""
     if not isinstance(mapping, Mapping):
         words = "default, none or " if lax else ""
         raise ValueError(
@@ -343,6 +349,7 @@ def _read(hint: Any, value: Any) -> Any:
 
 
 def _show(value: Any) -> str:
+    """Formats a value for an error, in at most 60 letters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -374,6 +381,10 @@ def _yaml_mapping(text: str) -> dict[str, Any]:
 
 
 def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
+    """Yields the lines of a config as YAML, each field with its comment beside it or above it.
+
+    A part that is off is null, and its comment says what switches it on.
+    """
     cls: Any = type(config)
     comments = field_comments(cls)
     for field in dataclasses.fields(config):
@@ -412,6 +423,7 @@ class _Dumper(yaml.SafeDumper):
     """A dumper that escapes unprintable characters, which YAML's own leaves out of some texts."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Quotes a text with characters that cannot be printed, so that YAML reads it back."""
         return self.represent_scalar(
             "tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"'
         )
@@ -424,6 +436,10 @@ class _UniqueKeys(yaml.SafeLoader):
     """A loader that refuses a key that occurs twice in one mapping; YAML's own takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a dict of a mapping. ConstructorError if a key occurs twice.
+
+        YAML's own loader takes the last of them.
+        """
         seen = set()
         for key, _ in node.value:
             if key.value in seen:

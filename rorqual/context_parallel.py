@@ -106,6 +106,7 @@ def _cache(
 
 
 def _count(past: Past, start: int, document_ids: Tensor | None, first: Span) -> None:
+    """Counts `start` tokens as cached in every sequence, and stores their documents."""
     if document_ids is not None and start:
         past.document_ids.append(document_ids[:, :start], first)
     past.append([start] * past.batch)
@@ -146,6 +147,7 @@ class Halo:
 
 
 def _all_gather(tensor: Tensor, group: Any) -> Shaped[Tensor, "C B ..."]:
+    """Returns the tensors of all ranks, which have one shape, along a new first axis."""
     ranks = dist.get_world_size(group)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(
         tensor.contiguous(), ranks, group.group_name

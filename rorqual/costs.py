@@ -6,8 +6,8 @@
 Attention is the mean over the tokens of a context, which see context / 2 keys, or fewer: the last
 `window`, or those that DSA, NSA or MoBA select; then the cost of selecting counts too. Additions
 alone, softmax and norms do not count. Gated delta net reads a state of one size instead, whatever
-the context. tests/test_costs.py builds models without storage and counts
-their parameters: both must agree exactly.
+the context. tests/test_costs.py builds models without storage and counts their parameters: both
+must agree exactly.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from rorqual.model_config import (
 
 
 class Costs(NamedTuple):
-    """The sizes and costs of a model.
+    """The sizes of a model, and what a token costs in a context.
 
     Parameters are counted; FLOPs are 2 for a multiply and add, forward only.
     """
@@ -74,23 +74,23 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
     total = embedding + input_embedding + blocks.matrices + blocks.others + last_norm + memory
 
     blocks_with_experts = sum(config.has_experts(i) for i in range(config.layers))
-    resting = blocks_with_experts * _resting(config)
+    unused = blocks_with_experts * _unused_experts(config)
     looked_up = (
         len(config.engram.layers) * config.engram.memory_width if config.engram is not None else 0
     )
-    activated = total - resting - memory + looked_up  # includes both embeddings
+    activated = total - unused - memory + looked_up  # includes both embeddings
 
     depth = config.mtp.depth if config.mtp is not None else 0
     mtp = sum(_mtp(config, k) for k in range(depth))
     # includes the shared head
-    drafted = mtp - depth * _resting(config) + (embedding if depth else 0)
+    drafted = mtp - depth * _unused_experts(config) + (embedding if depth else 0)
 
     # Blocks with compressed entries, if there are any, see furthest.
     rope = config.rope
     if config.csa is not None and (config.csa2 or set(config.csa.kinds) - {"window"}):
         rope = config.csa.compress_rope
 
-    products = blocks.matrices - resting + embedding  # the head multiplies, tied or not
+    products = blocks.matrices - unused + embedding  # the head multiplies, tied or not
     deltas = sum(config.has_delta(index) for index in range(config.layers))
     products += (config.layers - deltas) * _attention_products(config, context)
     if config.delta is not None:
@@ -116,13 +116,13 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
 
 
 class Sizes(NamedTuple):
-    """Parameters of a model by how they are spread over devices; together all that there are."""
+    """Numbers of parameters by how they are spread over devices; their sum is that of the model."""
 
     rows: int  # of Engram's tables
     experts: tuple[int, ...]  # routed experts of each block, MTP's blocks last
     blocks: tuple[int, ...]  # everything else of these blocks
     embedding: int  # the embedding, and the head if it is not tied
-    others: int  # the exit of the streams and the last norm
+    others: int  # the reduction of the streams and the last norm
 
 
 def sizes(config: ModelConfig) -> Sizes:
@@ -176,8 +176,8 @@ def flops_by_block(config: ModelConfig, context: int = 4096) -> tuple[list[Block
     blocks: list[BlockFlops] = []
     for index in range(config.layers):
         experts = active * config.has_experts(index)
-        resting = _resting(config) * config.has_experts(index)
-        total = 2 * (_block(config, index).matrices - resting) + mixed
+        unused = _unused_experts(config) * config.has_experts(index)
+        total = 2 * (_block(config, index).matrices - unused) + mixed
         if config.delta is not None and config.has_delta(index):
             total += 2 * _delta_products(config.delta)
         else:
@@ -215,7 +215,7 @@ class Parameters:
 
 
 def _backbone(config: ModelConfig) -> Parameters:
-    """Counts all blocks and the exit of the streams, without embedding, head and last norm."""
+    """Counts all blocks and the reduction of the streams, without embedding, head and last norm."""
     total = Parameters(
         others=_reduction(config.hyper, config.dim) if config.hyper is not None else 0
     )
@@ -381,7 +381,7 @@ def _moe(moe: MoEConfig, dim: int, index: int) -> Parameters:
     return Parameters(moe.routed * dim + experts + shared, biases + norm)
 
 
-def _resting(config: ModelConfig) -> int:
+def _unused_experts(config: ModelConfig) -> int:
     """Counts the parameters of one block's experts that a token does not use."""
     return (
         0
@@ -427,7 +427,7 @@ def _connection(hyper: HyperConfig, dim: int) -> int:
 
 
 def _reduction(hyper: HyperConfig, dim: int) -> int:
-    """Counts fn, base and scale of a learned exit, or the norm and W_down, W_up of a gated one."""
+    """Counts fn, base and scale of a learned reduction; of a gated one a norm, W_down and W_up."""
     S = hyper.streams
     if hyper.kind == "gated":
         return S * dim + 2 * S * dim * hyper.rank
@@ -437,7 +437,7 @@ def _reduction(hyper: HyperConfig, dim: int) -> int:
 def _mtp(config: ModelConfig, depth: int) -> int:
     """Counts five norms, the projection of two hidden states to one, and a block.
 
-    The block comes after the model's last. On streams it has two sites of them, and an exit.
+    The block comes after the model's last. On streams it has two sites of them, and a reduction.
     """
     block = _block(config, config.layers + depth)
     streams = 0
@@ -601,7 +601,7 @@ def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
 
 
 def _hyper_products(config: ModelConfig) -> int:
-    """Counts two sites a block and the exit.
+    """Counts two sites a block and the reduction.
 
     They compute coefficients, read S streams into one, write one to S and mix S with S.
     """

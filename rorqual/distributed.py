@@ -149,12 +149,14 @@ def torchrun(flags: Sequence[str], command: Sequence[str]) -> None:
 
 
 def _torchrun_parser() -> argparse.ArgumentParser:
+    """Returns torchrun's own parser, which raises ValueError where it would end the process."""
     parser = run.get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     return parser
 
 
 def _refuse(message: str) -> NoReturn:
+    """Raises ValueError with the parser's message, or with ours where no command follows."""
     if "training_script" in message:
         message = "got flags alone, expected a preset's name or a run folder behind them"
     raise ValueError(message)
@@ -220,6 +222,7 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def _no_rows(table: Tensor) -> Tensor:
+    """Returns a sparse gradient of the table without a row."""
     index = torch.zeros(1, 0, dtype=torch.long, device=table.device)
     return torch.sparse_coo_tensor(
         index, table.new_zeros(0, table.shape[1]), table.shape, check_invariants=False
@@ -343,11 +346,13 @@ def _whole(module: nn.Module) -> Iterator[None]:
 
 
 def _replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Sets a parameter by its dotted name, without the hooks of a registration."""
     path, _, leaf = name.rpartition(".")
     module.get_submodule(path)._parameters[leaf] = parameter
 
 
 def _blocks(model: LanguageModel) -> list[Block]:
+    """Returns the blocks of the model and those of MTP."""
     drafting = [cast(MTP, module).block for module in model.mtp]
     return [cast(Block, block) for block in (*model.blocks, *drafting)]
 
@@ -380,6 +385,7 @@ def _checkpoint(block: Block, selective: bool) -> None:
 
 
 def _policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Decides for one operator: its result is stored if it is in STORED, else computed again."""
     del ctx, args, kwargs
     stored = operator in STORED
     return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
@@ -497,6 +503,7 @@ class Exchange:
 
 
 def _finished(on_the_way: Tensor) -> Tensor:
+    """Waits for a collective and returns its result."""
     return torch.ops._c10d_functional.wait_tensor(on_the_way)
 
 

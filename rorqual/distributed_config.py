@@ -18,7 +18,7 @@ CONTEXT_PARALLEL = ("mla", "gqa", "moe", "engram", "hyper", "mtp")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedConfig:
-    """How a model is spread over ranks. Their number is the product of the four sizes."""
+    """Settings of a model that is spread over ranks, as many as the product of the four sizes."""
 
     replicate: int = 1  # groups of ranks that each hold all parameters (HSDP)
     shard: int | None = None  # ranks that share parameters (FSDP); None: what the others leave

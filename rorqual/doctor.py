@@ -58,9 +58,11 @@ class Report:
 
     @property
     def well(self) -> bool:
+        """Whether nothing is wrong; what is only missing does not count."""
         return all(check.state != "wrong" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON values, with `well`."""
         return asdict(self) | {"well": self.well}
 
 
@@ -117,6 +119,7 @@ def lines(report: Report) -> list[str]:
 
 
 def _version(distribution: str) -> str | None:
+    """Returns the version of an installed package, None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -135,6 +138,7 @@ def _picked(choice: kernels.Choice) -> tuple[str, str]:
 
 
 def _kernels(picked: dict[str, tuple[str, str]]) -> Check:
+    """Checks that RORQUAL_KERNELS names what runs here; counts the kernels of each kind."""
     errors = list(dict.fromkeys(error for _, error in picked.values() if error))
     if errors:
         hint = f"unset {kernels.VARIABLE}, or set it to what runs here"
@@ -165,6 +169,7 @@ def memory() -> int:
 
 
 def _devices() -> list[str]:
+    """Lists the CPU with its vector instructions, each GPU with its memory, and mps."""
     devices = [
         f"cpu ({platform.processor() or platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()})"
@@ -194,6 +199,7 @@ def _wanted() -> list[tuple[str, str | None]]:
 
 
 def _packages() -> list[Check]:
+    """Checks the version of every package that rorqual needs; those of extras may be missing."""
     try:
         wanted = _wanted()
     except importlib.metadata.PackageNotFoundError:
@@ -218,7 +224,7 @@ def _packages() -> list[Check]:
 
 
 def _package(distribution: str, otherwise: str, hint: str) -> Check:
-    """Checks one distribution.
+    """Checks that one distribution is installed, and says which version.
 
     `otherwise` is the state where it is not installed, `hint` the command that installs it.
     """
@@ -229,6 +235,7 @@ def _package(distribution: str, otherwise: str, hint: str) -> Check:
 
 
 def _python() -> Check:
+    """Checks that Python is 3.11 or later."""
     good = sys.version_info >= (3, 11)
     hint = "" if good else "use Python 3.11 or later"
     return Check(
@@ -237,6 +244,7 @@ def _python() -> Check:
 
 
 def _compiler() -> Check:
+    """Looks for the C++ compiler that torch.compile calls."""
     compiler = next(
         (
             path
@@ -256,6 +264,7 @@ def _compiler() -> Check:
 
 
 def _threads() -> Check:
+    """Checks that torch does not use more threads than there are cores."""
     cores = runtime.cores()
     threads = torch.get_num_threads()
     if threads <= cores:
@@ -269,6 +278,7 @@ def _threads() -> Check:
 
 
 def _disk(folder: str | Path) -> Check:
+    """Checks that runs can be written to the folder, on a disk with 2 GiB free."""
     free = shutil.disk_usage(folder).free / 2**30
     good = free >= 2 and os.access(folder, os.W_OK)
     hint = "" if good else "runs are written here: free 2 GiB, or choose another folder"

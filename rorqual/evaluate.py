@@ -172,6 +172,7 @@ def pack(
 
 
 def _columns(batch: list[list[tuple[int, int, int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns sequences of (id, label, document) into three tensors [B, T]."""
     ids, labels, document_ids = torch.tensor(batch).unbind(-1)
     return ids.contiguous(), labels.contiguous(), document_ids.contiguous()
 

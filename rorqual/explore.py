@@ -62,7 +62,7 @@ _POLICY = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExploreConfig:
-    """Which run is shown, and where the page is served."""
+    """The run that is shown, and the address of the page."""
 
     run: str  # a run folder, a pretrained name, a DeepSeek folder or a hub id
     host: str = "127.0.0.1"
@@ -195,7 +195,7 @@ class Explorer:
             }
 
     def standing(self) -> list[dict[str, Any]]:
-        """Returns the changes, oldest first, and the rows of each block that each one edited."""
+        """Returns the changes not undone yet, oldest first, and the rows that each one edited."""
         if self.editor is None or self.engram is None:
             return []
         rows = [edit.rows.tolist() for edit in self.editor.edits]
@@ -253,6 +253,10 @@ class Explorer:
             return {"edits": self.standing()}
 
     def _ids(self, text: str) -> list[int]:
+        """Returns the ids of a text, behind the one that begins every text.
+
+        ValueError for more than MOST tokens, and for half a character.
+        """
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(
                 "text: got half of a character (a lone surrogate), expected whole ones"
@@ -263,6 +267,10 @@ class Explorer:
         return ids
 
     def _forward(self, ids: list[int]) -> Pass:
+        """Runs the model on one text: log probabilities of known ids, gates and routings.
+
+        ValueError where a prediction is not finite.
+        """
         layers = self.engram.layers if self.engram is not None else ()
         names = [f"blocks.{layer}.engram.gate" for layer in layers]
         with quiet(self.model), Taps(self.model, *names) as taps:
@@ -277,6 +285,7 @@ class Explorer:
         return Pass(logs, [taps[name][0][0] * alive for name in names], routings)
 
     def _batch(self, ids: list[int]) -> Int[Tensor, "1 T"]:
+        """Returns the ids as a batch of one text on the model's device."""
         return torch.tensor([ids], device=self.model.embed.weight.device)
 
     def _ngram(self, ids: list[int], position: int, order: int) -> list[int]:
@@ -288,6 +297,7 @@ class Explorer:
         return ([self.engram.missing_id] * order + ids[: position + 1])[-order:]
 
     def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
+        """Describes each token: its text and, with Engram, tokens of the same canonical id."""
         addresses = self.model.addresses
         tokens = []
         for token in ids:
@@ -355,6 +365,7 @@ class Explorer:
 
 
 def _column(ids: list[int], like: Tensor) -> Int[Tensor, "T 1"]:
+    """Returns ids as a column [T, 1] on the device of `like`."""
     return torch.tensor(ids, device=like.device)[:, None]
 
 
@@ -364,6 +375,7 @@ def _effect(now: Float[Tensor, "T V"], without: Float[Tensor, "T V"]) -> Float[T
 
 
 def _round(values: Tensor) -> Any:
+    """Returns the numbers of a tensor, rounded to six digits, as lists for JSON."""
     return [
         [round(v, 6) for v in row] if isinstance(row, list) else round(row, 6)
         for row in values.float().tolist()
@@ -384,7 +396,7 @@ def _experts(routing: Routing) -> list[list[dict[str, Any]]]:
 
 
 def app(run: Run) -> Starlette:
-    """Returns the ASGI application of a run."""
+    """Returns the ASGI application that serves the page of a run and answers its requests."""
     explorer = Explorer(run)
     page = _PAGE.read_text(encoding="utf-8")
 
@@ -423,13 +435,14 @@ def app(run: Run) -> Starlette:
 
 
 def _object(value: Any) -> dict[str, Any]:
+    """Returns a request's body if it is a JSON object; ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError(f"body: got a {type(value).__name__}, expected an object")
     return value
 
 
 def main(config: ExploreConfig) -> None:
-    """Serves the page until interrupted.
+    """Serves the page of a run until it is interrupted.
 
     ValueError for a port that is taken, and for what `load` refuses.
     """

@@ -16,7 +16,7 @@ import torch
 
 
 class Device(NamedTuple):
-    """Figures of one device."""
+    """Published figures of one device: products, memory, and the links to it."""
 
     flops: float  # per second, bfloat16 products, without sparsity
     memory: float  # bytes

@@ -41,7 +41,7 @@ _POSITION = threading.Lock()
 
 
 class Locked(ValueError):
-    """Another process, or another holder in this one, has the lock."""
+    """An error: another process, or another caller in this one, has the lock."""
 
 
 @contextmanager

@@ -48,7 +48,7 @@ _BATCH = 4096  # n-grams hashed at a time
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """Rows and gates of one token.
+    """What one token reads: its rows, and their gates.
 
     By block: rows [R] (order-major, then head) and gates [S], one per stream. ngrams: the text that
     addressed each order's rows, order 2 first; shorter at the beginning of a document.
@@ -97,6 +97,8 @@ class Collisions:
 
 
 class _Parts(NamedTuple):
+    """What a memory consists of, in our own model or attached to one of transformers."""
+
     config: EngramConfig
     addresses: Addresses
     tables: Sequence[nn.Module]
@@ -105,6 +107,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(model: nn.Module) -> _Parts:
+    """Returns the parts of a model's memory. ValueError for a model without one."""
     device = next(model.parameters()).device
     attached: Any = getattr(model, _ATTACHED, None)
     if attached is not None:
@@ -123,10 +126,11 @@ def _parts(model: nn.Module) -> _Parts:
 
 
 def _place(config: EngramConfig, layer: int) -> int:
+    """Returns the number of a block among those with memory. ValueError for any other block."""
     if layer not in config.layers:
         raise ValueError(
             f"layer: got {layer}, "
-            f"expected a block that remembers: {', '.join(map(str, config.layers))}"
+            f"expected a block with Engram: {', '.join(map(str, config.layers))}"
         )
     return config.layers.index(layer)
 
@@ -191,7 +195,7 @@ def reads(model: nn.Module, tokenizer: Tokenizer, text: str) -> list[Read]:
 
 
 def ids_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram) -> list[int]:
-    """Returns the token ids of an n-gram.
+    """Returns the 2 to N token ids of an n-gram, which may be a text or ids.
 
     ValueError where they are not 2 to N, or where one is a dead token, which n-grams do not span.
     """
@@ -342,7 +346,7 @@ def popular(
 
 
 def _addressed(model: nn.Module, counter: Counter[tuple[int, ...]], table_index: int):
-    """Yields (n-gram, count, its rows) of each n-gram."""
+    """Yields (n-gram, count, its rows) of all n-grams of one order, hashed in batches."""
     if counter:
         read = _rows_of_many(model, np.array(list(counter)), table_index)
         for (ngram, times), row_ids in zip(counter.items(), read.tolist(), strict=True):
@@ -500,6 +504,7 @@ class Editor:
             self.edits.pop()
 
     def _table(self, layer: int) -> Table:
+        """Returns the table of a block. ValueError unless its rows are floats on the device."""
         table = _parts(self.model).tables[_place(_parts(self.model).config, layer)]
         if (
             not isinstance(table, Table)
@@ -512,6 +517,10 @@ class Editor:
         return table
 
     def _write(self, what: str, ngram: Ngram, layer: int, values: Tensor) -> Edit:
+        """Writes `values` to the n-gram's rows, and records what was there; `what` names the edit.
+
+        ValueError for another shape, and for numbers that are not finite.
+        """
         row_ids = torch.tensor(rows_of(self.model, self.tokenizer, ngram, layer))
         weight = self._table(layer).weight
         if values.shape != (len(row_ids), weight.shape[1]) or not values.isfinite().all():

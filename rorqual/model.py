@@ -4,7 +4,7 @@
     x      <- x + engram(x)                                   blocks with Engram
     x      <- H_res x + H_post^T attention(norm(H_pre x))     x + attention(norm(x)) for one stream
     x      <- H_res x + H_post^T ffn(norm(H_pre x))           dense first, then experts
-    logits  = head(norm(exit(x_n)))
+    logits  = head(norm(reduce(x_n)))                         streams are reduced to one state
 
 With gated residuals the sites of the streams norm what they read; no block has norms of its own,
 nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
@@ -75,6 +75,7 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, labels: Int[Tensor, "B T"], following: Int[Tensor, "B T"] | None = None):
+        """Makes the target of whole sequences, with its labels counted."""
         return cls(labels, (labels != IGNORED).sum(), following)
 
 
@@ -87,6 +88,7 @@ class Aux(NamedTuple):
 
 
 def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV | DeltaNet:
+    """Builds the attention of block `index` that the config gives it."""
     if config.delta is not None and config.has_delta(index):
         return DeltaNet(config.delta, config.dim)
     if config.csa is not None and config.csa2 is not None:
@@ -111,6 +113,10 @@ def _attention(config: ModelConfig, index: int) -> MLA | GQA | SharedKV | DeltaN
 def _residual(
     hyper: HyperConfig | None, dim: int, site: int
 ) -> Residual | Connection | GatedResidual:
+    """Builds one site of the streams, a plain addition without hyper-connections.
+
+    `site` counts the sublayers from 0 through the whole model.
+    """
     if hyper is None:
         return Residual()
     return GatedResidual(hyper, dim) if hyper.kind == "gated" else Connection(hyper, dim, site)
@@ -166,6 +172,7 @@ class Block(nn.Module):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> BlockCache:
+        """Returns an empty cache of the attention and of Engram's convolution."""
         of = (batch, capacity, dtype, device)
         return BlockCache(
             self.attention.new_cache(*of),
@@ -174,7 +181,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Maps token ids to logits.
+    """The whole model, which maps token ids to logits or to a loss.
 
     `canonical_map` maps the tokenizer's ids to canonical ids for Engram; loading a checkpoint
     restores it.
@@ -202,6 +209,10 @@ class LanguageModel(nn.Module):
             init(self, seed)
 
     def _build(self, config: ModelConfig, canonical_map, tables) -> None:
+        """Builds all modules; their values are set later.
+
+        ValueError if the given tables have other sizes than the config says.
+        """
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         blocks = [Block(config, index) for index in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -231,8 +242,8 @@ class LanguageModel(nn.Module):
         for k in range(config.mtp.depth if config.mtp is not None else 0):
             plain = config.mtp is None or not config.mtp.streams
             block = Block(config, config.layers + k, plain=plain)
-            exit_of = None if plain else StreamReduction(config.hyper, config.dim)
-            self.mtp.append(MTP(config.dim, config.eps, block, exit_of))
+            reduction = None if plain else StreamReduction(config.hyper, config.dim)
+            self.mtp.append(MTP(config.dim, config.eps, block, reduction))
 
     def forward(
         self,
@@ -318,7 +329,7 @@ class LanguageModel(nn.Module):
             announced = cache.announced
             cache.announced = []
             if torch.equal(torch.cat([one for one, _ in announced], 1), ids):
-                return ctx, _together([fetched for _, fetched in announced])
+                return ctx, _concatenated([fetched for _, fetched in announced])
         return ctx, self._prefetch(ids, ctx, cache.ids if cache is not None else None)
 
     def announce(self, ids: Int[Tensor, "B T"], cache: Cache) -> None:
@@ -337,7 +348,7 @@ class LanguageModel(nn.Module):
         cache.announced.append((ids, self._prefetch(ids, ctx, cache.ids)))
 
     def cache_is_outdated(self, cache: Cache, ids: Int[Tensor, "B T"], lengths=None) -> bool:
-        """Whether the new tokens change what an uncached call computes for the cached ones.
+        """Returns whether the new tokens change what an uncached call computes for the cached ones.
 
         They do if an indexer selects among equal scores as torch.topk does, and if the rotary
         frequencies change with the longest position.
@@ -413,6 +424,7 @@ class LanguageModel(nn.Module):
     def _context(
         self, ids: Tensor, cache: Cache | DraftCache | None, document_ids, lengths, indexer_warmup
     ) -> Context:
+        """Returns the context of new tokens behind those of the cache, which then counts them."""
         return context(
             ids.shape[0],
             ids.shape[1],
@@ -541,13 +553,18 @@ class LanguageModel(nn.Module):
         return Loss(total, next_token, mtp, balance, counts, targets[0].tokens, indexer_loss)
 
     def _nats(self, normed: Tensor, target: Target) -> Tensor:
+        """Computes the mean cross-entropy of a target, in nats, for some positions at a time.
+
+        For one of several parts of the sequences it is scaled, so that the mean over the parts is
+        that of the whole.
+        """
         labels = target.labels.flatten()
         summed = chunked_cross_entropy(normed.flatten(0, 1), self.head.weight, labels)
         mean = summed / target.tokens.clamp_min(1)
         return mean if target.parts == 1 else mean * target.parts
 
     def _mtp_loss(self, hidden, targets, shared_kwargs) -> tuple[Tensor | None, list[Aux]]:
-        """Computes the mean MTP loss over depths."""
+        """Computes the mean loss over the depths of MTP, in nats; None without MTP."""
         if self.config.mtp is None:
             return None, []
         nats = []
@@ -581,8 +598,8 @@ class LanguageModel(nn.Module):
         return Cache(layers, Past(batch, capacity), ids, drafts)
 
 
-def _together(fetched: list[dict[int, Any]]) -> dict[int, Any]:
-    """Returns, by block, the rows of ids whose rows are fetched one after the other."""
+def _concatenated(fetched: list[dict[int, Any]]) -> dict[int, Any]:
+    """Joins, by block, rows of tables that are fetched for ids announced one after the other."""
     if len(fetched) == 1:
         return fetched[0]
 
@@ -650,7 +667,7 @@ def init(
                 continue
             if id(parameter) in tables:
                 tables[id(parameter)].draw(ROW_STD)
-            elif name.endswith((".conv", "bias", "sinks", "attn_sink", ".ape")):
+            elif name.endswith((".conv", "bias", "attn_sink", ".ape")):
                 parameter.zero_()
             elif parameter.dim() == 1 or name.endswith("norm"):
                 parameter.fill_(0.0 if centred and name.endswith("_norm") else 1.0)

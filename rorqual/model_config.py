@@ -153,6 +153,7 @@ class QueryScaleConfig:
 
 
 def _check_stretch(kind: str, factor: float, original_length: int = 2) -> None:
+    """Raises ValueError unless the factor is at least 1 and the length at least 2 tokens."""
     if factor < 1 or original_length < 2:
         raise ValueError(
             f"rope.{kind}: got factor {factor} and original_length {original_length}, "
@@ -162,7 +163,7 @@ def _check_stretch(kind: str, factor: float, original_length: int = 2) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary positions.
+    """Rotary positions: the base, and how it is stretched to longer contexts.
 
     `interleaved`: pairs are (2i, 2i+1) as DeepSeek trains them, otherwise (i, i + dim/2). At most
     one of the fields that stretch the base to longer contexts is set.
@@ -185,7 +186,7 @@ class RopeConfig:
 
     @property
     def factor(self) -> float:
-        """How many times longer a context the positions are stretched to."""
+        """Factor by which positions are stretched beyond the context that was trained on."""
         for name in ROPE_KINDS:
             if (kind := getattr(self, name)) is not None:
                 return float(kind.factor)
@@ -269,7 +270,7 @@ class GQAConfig:
 
     @property
     def rotated(self) -> int:
-        """How many values of a head are rotated."""
+        """Number of values of a head that are rotated."""
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
     def check_sparse(self) -> None:
@@ -317,7 +318,7 @@ class NSAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoBAConfig:
-    """How keys are grouped into blocks and how many blocks a query sees."""
+    """Sizes of mixture of block attention: keys of a block, and blocks that a query sees."""
 
     block: int = 512  # keys in a block
     top_k: int = 3  # blocks a query sees, its own included
@@ -339,7 +340,7 @@ class MoBAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DSAConfig:
-    """Sizes of the indexer and how it is trained.
+    """Sizes of the indexer, and how it is trained.
 
     DeepSeek-V3.2: 64 heads of 128, top-k 2048, 1000 steps.
     """
@@ -431,13 +432,13 @@ class CSAConfig:
             raise ValueError(f"csa.kinds: got {wrong[0]!r}, expected one of {', '.join(CSA_KINDS)}")
 
     def kind(self, index: int) -> CSAKind:
-        """Returns the kind of block `index`."""
+        """Returns what block `index` sees before its window, by `kinds`; "window" is nothing."""
         return self.kinds[index] if index < len(self.kinds) else "window"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CSA2Config:
-    """Which blocks compress tokens to entries, and which use the entries of an earlier block.
+    """The blocks that compress tokens to entries, and those that use an earlier block's entries.
 
     It works inside `csa`, which has the sizes of heads, window and indexer. DeepSeek-V4.1-Flash: 2
     blocks with a window alone, 18 of ratio 2, 20 of ratio 1; sources 2, 8, 14, 20; 24, 28, 32 and
@@ -592,7 +593,7 @@ class DeltaNetConfig:
             )
 
     def replaces(self, index: int) -> bool:
-        """Whether block `index` has delta net in place of attention."""
+        """Returns whether block `index` has delta net in place of attention."""
         if self.layers is None:
             return (index + 1) % self.full_every != 0
         return index in self.layers
@@ -605,7 +606,7 @@ class DeltaNetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """How a token's experts are scored, selected and weighted."""
+    """Settings of the router: how a token's experts are scored, selected and weighted."""
 
     score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "sigmoid"
     groups: int = 1  # number of equal groups of experts
@@ -641,11 +642,11 @@ class RouterConfig:
         _at_least(self, "router.", 0, "token_id_layers")
 
     def by_token_id(self, layer: int) -> bool:
-        """Whether the router of a block selects experts by token id."""
+        """Returns whether the router of a block selects experts by token id."""
         return layer < self.token_id_layers or layer in self.other_token_id_layers
 
     def bias_of(self, layer: int) -> bool:
-        """Whether the router of a block has a bias: one that selects by token id has none."""
+        """Returns whether the router of a block has a bias: none has that selects by token id."""
         return self.bias and not self.by_token_id(layer)
 
 
@@ -728,6 +729,7 @@ class MoEConfig:
             )
 
     def _check_groups(self) -> None:
+        """Raises ValueError unless the groups are equal, and those selected have enough experts."""
         router = self.router
         if self.routed % router.groups:
             raise ValueError(
@@ -853,11 +855,12 @@ class EngramConfig:
 
     @property
     def halo(self) -> int:
-        """How many earlier tokens the convolution of one token reads."""
+        """Number of earlier tokens that the convolution of one token reads."""
         return (self.kernel - 1) * (self.dilation or self.ngram) if self.conv else 0
 
 
 def _is_prime(n: int) -> bool:
+    """Returns whether n is a prime number, by trial division."""
     return n == 2 or (n > 2 and n % 2 == 1 and all(n % d for d in range(3, math.isqrt(n) + 1, 2)))
 
 
@@ -898,7 +901,7 @@ def row_totals(config: EngramConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HyperConfig:
-    """How the residual is widened from one stream to several."""
+    """Settings of the residual streams: how many, how they are mixed, how they start."""
 
     kind: Literal["mhc", "single_pass", "hc", "gated"] = "mhc"
     streams: int = 4
@@ -927,7 +930,7 @@ class HyperConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MTPConfig:
-    """How many tokens beyond the next are predicted, and the weight of their loss."""
+    """The number of tokens beyond the next that are predicted, and the weight of their loss."""
 
     depth: int = 1
     weight: float = 0.3  # lambda, of the mean over depths; V3 lowers it to 0.1 late in training
@@ -1050,12 +1053,12 @@ class ModelConfig:
 
     @property
     def streams(self) -> int:
-        """The residual streams; 1 without hyper-connections."""
+        """Number of residual streams; 1 without hyper-connections."""
         return self.hyper.streams if self.hyper is not None else 1
 
     @property
     def indexer(self) -> DSAConfig | CSAConfig | None:
-        """The config of what trains indexers, its `warmup` and `weight`; None without any."""
+        """The config that trains the indexers, with `warmup` and `weight`; None without any."""
         if self.csa is not None and ("csa" in self.csa.kinds or self.csa2 is not None):
             return self.csa
         return self.dsa
@@ -1067,7 +1070,7 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """How many values of a head's queries and keys are rotated."""
+        """Number of values of a head's queries and keys that are rotated."""
         if self.mla is not None:
             return self.mla.rope_dim
         if self.csa is not None:
@@ -1076,11 +1079,11 @@ class ModelConfig:
         return self.gqa.rotated
 
     def has_delta(self, index: int) -> bool:
-        """Whether block `index` has gated delta net; MTP's blocks have attention."""
+        """Returns whether block `index` has gated delta net; MTP's blocks have attention."""
         return self.delta is not None and index < self.layers and self.delta.replaces(index)
 
     def has_experts(self, index: int) -> bool:
-        """Whether block `index` has experts; MTP's blocks, counted on after the last, do."""
+        """Returns whether block `index` has experts; MTP's blocks, which follow the last, have."""
         return (
             self.moe is not None
             and index >= self.moe.first_dense
@@ -1088,7 +1091,7 @@ class ModelConfig:
         )
 
     def has_engram(self, index: int) -> bool:
-        """Whether block `index` has Engram."""
+        """Returns whether block `index` has Engram; MTP's blocks never have."""
         return self.engram is not None and index in self.engram.layers
 
     def check_parts(self) -> None:

@@ -96,7 +96,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How a batch and a model are spread over the devices."""
+    """The way a batch and a model are spread over the devices."""
 
     expert: int = 1  # ranks that share the experts of a block; neighbours
     replicate: int = 1  # copies of all parameters but rows
@@ -132,7 +132,7 @@ class Held(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What one rank holds, in bytes."""
+    """The bytes that one rank holds, by role, and in sum on the device and the host."""
 
     roles: dict[str, Held]  # rows, experts, embedding, rest
     gathered: int  # as a whole: the block that runs and the next, and what is outside of blocks
@@ -141,6 +141,7 @@ class Memory(NamedTuple):
     host: int  # rows in the host's memory
 
     def fits(self, cluster: Cluster) -> bool:
+        """Returns whether a device of the cluster has enough memory."""
         return self.device <= cluster.memory
 
 
@@ -299,7 +300,7 @@ class Pieces(NamedTuple):
     """Seconds of all pieces of a micro-batch, and of the update that follows the last one."""
 
     blocks: list[Block]
-    root: float  # embedding, head and exit, gathered
+    root: float  # embedding, head and the reduction of the streams, gathered
     head: float  # products outside of blocks, forward
     rows: dict[int, tuple[float, float]]  # by block: rows fetched, their gradients sent
     copies: float  # gradients of copies, averaged
@@ -350,6 +351,7 @@ def pieces(
 def _row_seconds(
     config: ModelConfig, cluster: Cluster, layout: Layout, distinct: list[int] | None
 ) -> dict[int, tuple[float, float]]:
+    """Returns the seconds of looking rows up on other ranks, and of their gradients, by block."""
     if config.engram is None:
         return {}
     ids = distinct_ids(config, layout) if distinct is None else distinct

@@ -209,7 +209,8 @@ SMALL = ModelConfig(
     init_std=0.02,
 )
 
-# DeepSeek-V4's mechanisms at the size of `tiny`: all three kinds of blocks, a router by token id.
+# DeepSeek-V4's mechanisms at the size of `tiny`: all three kinds of blocks, a router by token id,
+# MTP on the streams.
 V4_TINY = ModelConfig(
     vocab_size=4096,
     dim=64,
@@ -241,6 +242,7 @@ V4_TINY = ModelConfig(
         balance=BalanceConfig(bias_rate=0.01),
     ),
     hyper=HyperConfig(),
+    mtp=MTPConfig(streams=True),
     init_std=0.1,
 )
 

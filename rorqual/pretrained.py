@@ -49,5 +49,5 @@ def _is_of_runs(folder: Path) -> bool:
 
 
 def is_pretrained(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is one of the checkpoints, which no command may change."""
+    """Returns whether a folder is one of the checkpoints, which no command may change."""
     return Path(path).resolve().parent == WEIGHTS.resolve()

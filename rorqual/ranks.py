@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 
 def _grouped() -> bool:
+    """Returns whether this process is in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -37,7 +38,7 @@ def world(group: dist.ProcessGroup | None = None) -> int:
 
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called it."""
     if world(group) > 1:
         dist.barrier(group)
 
@@ -45,7 +46,7 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
 def total(
     tensor: Shaped[Tensor, "*shape"], group: dist.ProcessGroup | None = None
 ) -> Shaped[Tensor, "*shape"]:
-    """Returns the sum over all ranks."""
+    """Returns the sum of a tensor over all ranks; the tensor itself stays as it is."""
     if world(group) == 1:
         return tensor
     summed = tensor.clone()

@@ -151,9 +151,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the clock was made."""
         return time.perf_counter() - self.started
 
     def lap(self) -> float:
+        """Returns the seconds since the last lap, the first one since the clock was made."""
         now = time.perf_counter()
         elapsed = now - self.last
         self.last = now

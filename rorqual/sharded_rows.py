@@ -163,7 +163,7 @@ class ShardedTable(Table):
         return Handle(wait)
 
     def _fetch_rows(self, ids: Int[Tensor, "*B"]) -> tuple[Float[Tensor, "N W"], Route]:
-        """Returns rows of all ranks, and their route."""
+        """Fetches rows from the ranks that own them; returns the route of their gradients, too."""
         route = self._route(ids.reshape(-1))
         rows = super().prefetch(route.local_ids).wait()
         values = self.exchange.all_to_all(rows, route.served, route.asked)

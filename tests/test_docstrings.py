@@ -1,10 +1,11 @@
 """Tests what docstrings say, and how scripts/docstrings.py prepares them for the API reference."""
 
 import ast
+import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,7 +61,17 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SENTENCE = re.compile(r"[A-Z`\"'(\[].*[.:]", re.DOTALL)
 PAPER = re.compile(r"\d{4}[.:]\d{4,5}|DeepSeek-V4")
 # Files of layers/ that hold no paper's idea.
-NO_PAPER = {"__init__", "attend", "cache", "context", "sparse", "tiles"}
+NO_PAPER = {
+    "__init__",
+    "attend",
+    "cache",
+    "context",
+    "convolution",
+    "cross_entropy",
+    "sparse",
+    "tiles",
+    "top_k",
+}
 
 
 def site() -> ModuleType:
@@ -74,6 +85,7 @@ def site() -> ModuleType:
     return module
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -97,14 +109,124 @@ def reference() -> Iterator[tuple[str, Any]]:
                 yield from definitions(node.body, f"{module}.{name}.")
 
 
-def test_every_public_function_and_class_has_a_docstring_that_begins_with_a_sentence() -> None:
+# What torch calls, and describes; what they compute is in the docstring of their class.
+OF_TORCH = {"forward", "backward"}
+# The first word of what a function does, in the third person.
+VERB = re.compile(r"(?!(As|Is|Its|This)\b)[A-Z][a-z]+s\b")
+
+Classes = dict[str, list[ast.ClassDef]]
+
+
+def owned(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Any, ast.ClassDef | None]]:
+    """Yields (name, definition, its class) of all that stands outside of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, *FUNCTIONS)):
+            yield prefix + child.name, child, node if isinstance(node, ast.ClassDef) else None
+        if isinstance(child, ast.ClassDef):
+            yield from owned(child, f"{prefix}{child.name}.")
+        elif not isinstance(child, FUNCTIONS):
+            yield from owned(child, prefix)
+
+
+def classes_of(trees: Iterable[ast.Module]) -> Classes:
+    """Returns the classes of all files by name; several files may have one of a name."""
+    named: Classes = {}
+    for tree in trees:
+        for _, node, _ in owned(tree):
+            if isinstance(node, ast.ClassDef):
+                named.setdefault(node.name, []).append(node)
+    return named
+
+
+def is_described(method: str, cls: ast.ClassDef, classes: Classes) -> bool:
+    """Returns whether a base class, which is one of these, has a docstring of the method."""
+    bases = (re.sub(r"\[.*", "", ast.unparse(base)) for base in cls.bases)
+    for base in (each for name in bases for each in classes.get(name.rpartition(".")[2], [])):
+        methods = (each for each in base.body if isinstance(each, FUNCTIONS))
+        if any(each.name == method and ast.get_docstring(each) for each in methods):
+            return True
+        if base is not cls and is_described(method, base, classes):
+            return True
+    return False
+
+
+def unclear(tree: ast.Module, classes: Classes) -> Iterator[str]:
+    """Yields the definitions of a file that do not begin with a sentence, as CONTRIBUTING asks."""
+    for name, node, cls in owned(tree):
+        text = ast.get_docstring(node)
+        summary = (text or "").partition("\n\n")[0]
+        decorators = {ast.unparse(each) for each in getattr(node, "decorator_list", [])}
+        if decorators & {"overload", "typing.overload"} or any(".setter" in d for d in decorators):
+            continue
+        if text is None and isinstance(node, FUNCTIONS):
+            dunder = node.name.startswith("__") and node.name.endswith("__")
+            of_torch = cls is not None and node.name in OF_TORCH
+            if dunder or of_torch or (cls is not None and is_described(node.name, cls, classes)):
+                continue
+        if not SENTENCE.fullmatch(summary):
+            yield f"{node.lineno}: {name}: {summary!r} is no sentence"
+            continue
+        acts = isinstance(node, FUNCTIONS) and not any("property" in d for d in decorators)
+        if acts and not VERB.match(summary):
+            yield f"{node.lineno}: {name}: {summary!r} begins with no verb such as Returns"
+
+
+def test_every_class_and_function_says_what_it_does_in_a_sentence() -> None:
+    trees = {path: tree_of(path) for path in sorted((ROOT / "rorqual").rglob("*.py"))}
+    classes = classes_of(trees.values())
     wrong = []
-    for path in sorted((ROOT / "rorqual").rglob("*.py")):
-        for name, node in definitions(tree_of(path).body):
-            summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
-            if not SENTENCE.fullmatch(summary):
-                wrong.append(f"{path.relative_to(ROOT)}: {name}: {summary!r}")
+    for path, tree in trees.items():
+        if not SENTENCE.fullmatch((ast.get_docstring(tree) or "").partition("\n\n")[0]):
+            wrong.append(f"{path.relative_to(ROOT)}: the file has no sentence")
+        wrong += [f"{path.relative_to(ROOT)}:{each}" for each in unclear(tree, classes)]
     assert not wrong, "\n".join(wrong)
+
+
+SAMPLE = '''
+class Base:
+    """Bases of others."""
+
+    def load(self):
+        """Loads nothing."""
+
+    def forward(self):
+        return 1
+
+class Derived(Base):
+    """{class_text}"""
+
+    def load(self):
+        return 1
+
+    def __len__(self):
+        return 1
+
+    def _private(self):
+        {text}
+
+def _function():
+    """Returns a closure."""
+    def closure():
+        return 1
+    return closure
+'''
+
+
+@pytest.mark.parametrize(
+    ("text", "class_text", "seen"),
+    [
+        ('"""Returns 1."""', "A class.", ""),
+        ("return 1", "A class.", "_private"),
+        ('"""returns 1."""', "A class.", "_private"),
+        ('"""Whether it is 1."""', "A class.", "_private"),
+        ('"""Returns 1"""', "A class.", "_private"),
+        ('"""Returns 1."""', "in -> out", "Derived"),
+    ],
+)
+def test_a_definition_without_a_sentence_is_seen(text: str, class_text: str, seen: str) -> None:
+    tree = ast.parse(SAMPLE.format(text=text, class_text=class_text))
+    wrong = list(unclear(tree, classes_of([tree])))
+    assert len(wrong) == bool(seen) and all(seen in each for each in wrong)
 
 
 def test_every_member_in_the_reference_has_a_docstring_that_begins_with_a_sentence() -> None:

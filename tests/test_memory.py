@@ -158,7 +158,7 @@ def test_popular_rows_and_who_shares_them(model, tokenizer):
         (lambda m, t: memory.rows_of(m, t, [1, 2, 3, 4], 0), "got 4 tokens"),
         (
             lambda m, t: memory.rows_of(m, t, [1, 2], 1),
-            "layer: got 1, expected a block that remembers: 0, 2",
+            "layer: got 1, expected a block with Engram: 0, 2",
         ),
         (
             lambda m, t: memory.Editor(m, t).overwrite([1, 2], 0, torch.ones(2, 7)),

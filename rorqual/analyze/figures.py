@@ -59,6 +59,7 @@ def style() -> Iterator[None]:
 
 
 def _figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of so many inches, in rorqual's style."""
     with style():
         return Figure(figsize=(width, height), layout="constrained")
 
@@ -121,12 +122,13 @@ def _zoom(axes: Any, runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> No
 
 
 def _arm(name: str) -> str:
+    """Returns the name of a run without its seed: "engram-3" is a run of "engram"."""
     head, _, tail = name.rpartition("-")
     return head if head and tail.isdigit() else name
 
 
 def smooth(values: np.ndarray, span: int = 8) -> np.ndarray:
-    """Averages the last `span` values at every point."""
+    """Averages the last `span` values at every point, or as many as there are so far."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - span)

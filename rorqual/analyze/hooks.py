@@ -53,6 +53,7 @@ def hook_points(model: nn.Module) -> dict[str, HookPoint]:
 
 
 def _of_model(model: LanguageModel, prefix: str) -> Iterator[tuple[str, HookPoint]]:
+    """Yields the points of a model by name; `prefix` is where a wrapper has the model."""
     yield "hook_embed", HookPoint(f"{prefix}embed", _output)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -69,6 +70,7 @@ def _of_model(model: LanguageModel, prefix: str) -> Iterator[tuple[str, HookPoin
 
 
 def _of_experts(moe: MoE, name: str, module: str) -> Iterator[tuple[str, HookPoint]]:
+    """Yields the points of a block's mixture of experts, its shared experts and each routed one."""
     yield f"{name}.hook_router_scores", HookPoint(module, _router_scores)
     yield f"{name}.hook_expert_weights", HookPoint(module, _expert_weights)
     yield f"{name}.hook_expert_indices", HookPoint(module, _expert_indices)
@@ -81,6 +83,7 @@ def _of_experts(moe: MoE, name: str, module: str) -> Iterator[tuple[str, HookPoi
 
 
 def _of_swiglu(name: str, module: str) -> Iterator[tuple[str, HookPoint]]:
+    """Yields the points inside of a SwiGLU."""
     for kind in INSIDE:
         yield f"{name}.{kind}", HookPoint(module, partial(_swiglu, kind))
 
@@ -91,22 +94,27 @@ def _output(module: nn.Module, args: tuple, output: Any) -> Tensor:
 
 
 def _streams(module: nn.Module, args: tuple, output: Any) -> Float[Tensor, "B T S D"]:
+    """Returns the residual streams that a block returned."""
     return output[0].values
 
 
 def _streams_before(module: nn.Module, args: tuple, output: Any) -> Float[Tensor, "B T S D"]:
+    """Returns the residual streams that a block was called with."""
     return args[0].values
 
 
 def _router_scores(module: nn.Module, args: tuple, output: Any) -> Float[Tensor, "N E"]:
+    """Returns the scores of a mixture's routing, tokens flattened."""
     return output[1].scores.flatten(0, 1)
 
 
 def _expert_indices(module: nn.Module, args: tuple, output: Any) -> Int[Tensor, "N K"]:
+    """Returns the selected experts of a mixture's routing, tokens flattened."""
     return output[1].topk_indices.flatten(0, 1)
 
 
 def _expert_weights(module: nn.Module, args: tuple, output: Any) -> Float[Tensor, "N E"]:
+    """Returns the weight of every expert, 0 for those not selected, tokens flattened."""
     routing: Routing = output[1]
     weights = torch.zeros_like(routing.scores, dtype=routing.weights.dtype)
     return weights.scatter(-1, routing.topk_indices, routing.weights).flatten(0, 1)
@@ -139,5 +147,6 @@ def _swiglu(kind: str, module: nn.Module, args: tuple, output: Any) -> Tensor:
 
 
 def _inside(kind: str, gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """Returns the value of this name inside of a SwiGLU: gate, up projection or their product."""
     values = {"hook_pre": gate, "hook_pre_linear": up}
     return values[kind] if kind in values else gated(gate, up, limit)

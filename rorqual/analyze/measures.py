@@ -45,7 +45,7 @@ from rorqual.model import IGNORED, LanguageModel
 
 
 class Gates(NamedTuple):
-    """Gates of every token of a text."""
+    """The gate of every token of a text, in each block with Engram and each stream."""
 
     tokens: list[str]
     layers: tuple[int, ...]  # the blocks with Engram
@@ -142,6 +142,7 @@ def _words(model: nn.Module) -> int:
 
 
 def _add(table: Int[Tensor, "E V"], slots: Int[Tensor, "N K"], ids: Int[Tensor, "B T"]) -> None:
+    """Counts the tokens by expert and token id, into `table`; a slot of -1 is not counted."""
     places = (slots * table.shape[1] + ids.reshape(-1, 1)).cpu()[(slots >= 0).cpu()]
     table.view(-1).index_add_(0, places, torch.ones_like(places))
 
@@ -159,6 +160,7 @@ def logit_lens(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[Tensor, " lay
 
 
 def _kl(p: Float[Tensor, "B T V"], q: Float[Tensor, "B T V"]) -> Float[Tensor, ""]:
+    """Computes KL(p || q) in nats, the mean over tokens; p and q are log probabilities."""
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
@@ -274,6 +276,7 @@ def suppression(
 
 
 def _nats(model: nn.Module, ids: Tensor, labels: Tensor) -> float:
+    """Returns the mean cross-entropy of the labels, in nats; labels of -100 do not count."""
     if isinstance(model, LanguageModel):
         return float(model.loss(ids, labels).next_token)
     return float(

@@ -75,6 +75,7 @@ def sample(run: Trained | None, count: int = SAMPLE) -> tuple[str, ...]:
 
 
 def _held_out(source: str, column: str, limit: int | None, count: int) -> tuple[str, ...]:
+    """Returns the first documents of a corpus's validation part; chats become plain text."""
     corpus = open_corpus(source, column=column, limit=limit)
     texts = (text for side, text in corpus.sided() if side == "validation")
     return tuple(islice(map(chats.plain, texts) if corpus.chats else texts, count))
@@ -128,17 +129,20 @@ def read_run(
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
+    """Reads the complete lines of metrics.jsonl; none if a run has logged nothing."""
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
     return [json.loads(line) for line in lines if line.strip()]
 
 
 def _placements(folder: Path) -> dict[str, float]:
+    """Reads the tokens a second by placement that `rorqual table bench` saved; {} without them."""
     path = folder / "placements.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Load:
+    """Counts the tokens of each expert over the first `context` tokens of every text."""
     device = model.embed.weight.device
     encoded = [[tokenizer.begin_id, *ids][:context] for ids in tokenizer.encode_batch(list(texts))]
     return expert_load(model, (torch.tensor([ids], device=device) for ids in encoded))
@@ -240,11 +244,11 @@ def write_report(
             ),
         ),
         (
-            "How far each token trusts its memory",
+            "How much each token uses its memory",
             _memory_part([r for r in readings if r.gates is not None]),
         ),
-        ("What the experts take", "".join(_load_part(r) for r in readings if r.load is not None)),
-        ("Where rows live", "".join(map(_placements_part, readings))),
+        ("Load of the experts", "".join(_load_part(r) for r in readings if r.load is not None)),
+        ("Speed by placement of the rows", "".join(map(_placements_part, readings))),
         ("Costs", costs_table(readings)),
         ("Configurations", "".join(_config_part(r) for r in readings)),
     ]
@@ -362,6 +366,7 @@ def costs_table(readings: Sequence[Reading]) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
+    """Formats a value with so many digits after the point; "" for None."""
     return "" if value is None else f"{value:,.{digits}f}"
 
 
@@ -369,7 +374,7 @@ def _memory_part(readings: Sequence[Reading]) -> str:
     """Returns the gates of every run with a memory, then a table of its loss with and without."""
     if not readings:
         return ""
-    head = ("run", "sampled text, nats a token", "its memory silenced", "worth, nats a token")
+    head = ("run", "sampled text, nats a token", "without its memory", "difference, nats a token")
     seconds = [(r.name, r.memory_kept) for r in readings if r.memory_kept is not None]
     rows = [
         (name, _number(k.whole, 4), _number(k.without, 4), _number(k.without - k.whole, 4))
@@ -401,6 +406,7 @@ def _gate_text(reading: Reading) -> str:
 
 
 def _placements_part(reading: Reading) -> str:
+    """Returns the bars of tokens a second by placement; "" if they were not measured."""
     if not reading.placements:
         return ""
     listed = ", ".join(
@@ -414,6 +420,7 @@ def _placements_part(reading: Reading) -> str:
 
 
 def _load_part(reading: Reading) -> str:
+    """Returns the map of the experts' load, with what the busiest experts take."""
     assert reading.load is not None
     load = reading.load
     rows = [(str(layer), str(expert), words) for layer, expert, words in reading.favourites]
@@ -432,5 +439,6 @@ def _load_part(reading: Reading) -> str:
 
 
 def _config_part(reading: Reading) -> str:
+    """Returns the run's model config as JSON, folded."""
     text = html.escape(json.dumps(to_dict(reading.config), indent=2))
     return f"<details><summary>{html.escape(reading.name)}</summary><pre>{text}</pre></details>"

@@ -27,7 +27,7 @@ CHOICES = (
 
 
 class Chosen(NamedTuple):
-    """Experts that one forward pass selected: indices from 0, and -1 in a slot that is not used."""
+    """The experts that one forward pass selected: indices from 0, and -1 in a slot not used."""
 
     layers: tuple[int, ...]  # the blocks with experts
     experts: int  # E, of the largest
@@ -72,6 +72,7 @@ def block_states(model: nn.Module, ids: Int[Tensor, "B T"]) -> list[Float[Tensor
 
 
 def _streams_of(host: nn.Module) -> int:
+    """Returns the number of residual streams of a transformers model, 1 for most."""
     from rorqual.hub.attach import streams_of
 
     return streams_of(host)
@@ -92,6 +93,7 @@ def lens_logits(
 
 
 def _early(model: nn.Module, ids: Tensor, last: str, output: Any) -> Tensor:
+    """Returns the logits as if `output`, of an earlier block, were that of the last one."""
     our_model = ours(model)
     with quiet(model):
         if our_model is None:
@@ -100,6 +102,8 @@ def _early(model: nn.Module, ids: Tensor, last: str, output: Any) -> Tensor:
 
 
 def _replayed(model: nn.Module, ids: Tensor, last: nn.Module, state: Tensor) -> Tensor:
+    """Returns a host's logits with `state` in place of the output of its last block."""
+
     def instead(module: nn.Module, inputs: Any, output: Any) -> Any:
         return state if isinstance(output, Tensor) else (state, *output[1:])
 
@@ -193,6 +197,7 @@ def _choice(module: nn.Module) -> str | None:
 
 
 def _listen(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Any:
+    """Registers a hook that stores a host's selected experts, [tokens, K], in `seen`."""
     names = list(inspect.signature(module.forward).parameters)
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -64,6 +64,8 @@ class Taps:
         return self.seen[name]
 
     def _hook(self, name: str, point: HookPoint) -> Callable[..., None]:
+        """Returns a hook that appends the point's value to `seen` at every call."""
+
         def hook(module: nn.Module, inputs: tuple, output: Any = None) -> None:
             self.seen[name].append(self.keep(point.read(module, inputs, output)))
 
@@ -83,6 +85,7 @@ def run_with_cache(model: nn.Module, ids: Tensor, *patterns: str) -> tuple[Tenso
 
 
 def _is_hook(pattern: str) -> bool:
+    """Returns whether a pattern is for the names of hooks.py and not for modules."""
     return "hook_" in pattern.rpartition(".")[2]
 
 

@@ -126,18 +126,18 @@ def _show(
     )
     rows = [("memory of a rank", "")]
     rows += [
-        (f"  {role}: weights + gradients + state", " + ".join(map(_size, one)))
+        (f"  {role}: weights + gradients + state", " + ".join(map(size, one)))
         for role, one in footprint.roles.items()
         if sum(one)
     ]
-    rows += [("  gathered blocks", _size(footprint.gathered))]
-    rows += [("  activations, an estimate", _size(footprint.activations))]
+    rows += [("  gathered blocks", size(footprint.gathered))]
+    rows += [("  activations, an estimate", size(footprint.activations))]
     if footprint.host:
-        rows += [("  of it in the memory of the host", _size(footprint.host))]
-    fits = "" if footprint.fits(options.cluster) else f", more than {_size(options.cluster.memory)}"
-    rows += [("  on the device", _size(footprint.device) + fits)]
+        rows += [("  of it in the memory of the host", size(footprint.host))]
+    fits = "" if footprint.fits(options.cluster) else f", more than {size(options.cluster.memory)}"
+    rows += [("  on the device", size(footprint.device) + fits)]
     rows += [("bytes that a rank sends in a step", "")]
-    rows += [(f"  {kind}", _size(count)) for kind, count in sent.items() if count]
+    rows += [(f"  {kind}", size(count)) for kind, count in sent.items() if count]
     rows += [("seconds of a step", "")]
     waits = {
         "compute": f"products, at {options.cluster.utilisation:.0%} of the peak",
@@ -177,12 +177,10 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
         print(f"{words:{width}}  {value}".rstrip())
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Formats bytes in the unit that leaves one to three digits before the point."""
-    unit = "B"
-    for following in ("kB", "MB", "GB", "TB"):
-        if count < 1000:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
             break
         count /= 1000
-        unit = following
-    return f"{count:.3g} {unit}"
+    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"

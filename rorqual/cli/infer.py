@@ -175,18 +175,18 @@ def _score(run: "Run", options: Evaluate) -> "Score":
     from rorqual.data.chats import COLUMN
     from rorqual.data.corpus import trained
 
-    before = trained(run.folder or options.run)
-    usual = before.seq_len if before is not None else 512
+    trained_on = trained(run.folder or options.run)
+    usual = trained_on.seq_len if trained_on is not None else 512
     length = usual if options.seq_len is None else options.seq_len
-    run_score = before if options.data is None else None
-    column = options.column or (run_score.column if run_score is not None else "text")
+    text = trained_on if options.data is None else None
+    column = options.column or (text.column if text is not None else "text")
     as_chats = column == COLUMN
     documents = evaluate.texts(
-        run_score.source if run_score is not None else options.data or "wordnet",
+        text.source if text is not None else options.data or "wordnet",
         split=options.split,
         limit=options.limit,
         column=column,
-        within=run_score.limit if run_score is not None else None,
+        within=text.limit if text is not None else None,
         as_chats=as_chats,
     )
     return evaluate.score(

@@ -178,7 +178,7 @@ def build(options: Build, as_json: bool) -> int:
     dtype = _dtype(options.dtype or "float32")
     size = row_bytes(options.width, dtype)
     shard_rows = _shard_rows(options, size)
-    with _bar(options.rows * size) as progress:
+    with _ProgressBar(options.rows * size) as progress:
         tables.draw_table(
             options.table,
             options.rows,
@@ -214,7 +214,7 @@ def _written(options: Build | Convert, source: str, as_json: bool) -> int:
     dtype = before.dtype if options.dtype is None else _dtype(options.dtype)
     size = row_bytes(before.width, dtype)
     shard_rows = _shard_rows(options, size)
-    with _bar(before.rows * size) as progress:
+    with _ProgressBar(before.rows * size) as progress:
         tables.convert(
             path, options.table, name=name, dtype=dtype, shard_rows=shard_rows, progress=progress
         )
@@ -402,7 +402,7 @@ def bench(options: Bench, as_json: bool) -> int:
         emit({"lines": lines, "figure": figure})
         return 0
     shown = Table(
-        "home", *("rows/s", "step p50", "step p99", "hot", "tokens/s", "of resident"), box=None
+        "placement", *("rows/s", "step p50", "step p99", "hot", "tokens/s", "of resident"), box=None
     )
     for line in lines:
         times = (
@@ -441,7 +441,7 @@ def _dtype(name: str) -> Any:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[name]
 
 
-class _bar:
+class _ProgressBar:
     """Shows bytes done as a bar on a terminal, and nothing elsewhere."""
 
     def __init__(self, total: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rorqual import config as configs
-from rorqual.cli.cluster import cluster_command
+from rorqual.cli.cluster import cluster_command, size
 from rorqual.cli.parse import UsageError, changed, emit, parse, read, split_first, take
 from rorqual.costs import Costs, costs
 from rorqual.hints import choose
@@ -291,8 +291,8 @@ def scored(folder: Path) -> dict[str, Any]:
     results = {"steps": made.get("step"), "loss": made.get("loss")}
     if answers:
         return results | {"accuracy": answers["accuracy"]}
-    best = last(folder, "validation_loss")
-    return results | {name: best.get(name) for name in ("validation_loss", "bits_per_byte")}
+    validated = last(folder, "validation_loss")
+    return results | {name: validated.get(name) for name in ("validation_loss", "bits_per_byte")}
 
 
 def refuse_too_large(options: "TrainConfig") -> None:
@@ -626,15 +626,6 @@ def show_estimates(machine: Any, result: Mapping[str, Any]) -> None:
     for words, name in parts:
         table.add_row(f"  {words}", *(f"{getattr(one, name):,.3g} s" for one in result.values()))
     Console(width=Console(width=9999).measure(table).maximum).print(table)
-
-
-def size(count: float) -> str:
-    """Formats bytes in the unit that leaves one to three digits before the point."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
 
 
 SWEEP_ENDS = "The sweep of needles has options of its own: rorqual sweep needle --help"

@@ -1,10 +1,10 @@
-"""Shares of several texts in one stream: which row comes from which text.
+"""Shares of several texts in one stream: which sequence comes from which text.
 
-    counts c_s   whole numbers that are to each other as the weights; P = sum of c_s rows a period
+    counts c_s   whole numbers that are to each other as the weights; P = sum of c_s, the period
     order        within a period the text that lags most behind its share comes next
-    row n        text s = order[n mod P], and its row  c_s (n // P) + (s among order[: n mod P])
+    sequence n   of text s = order[n mod P], its number  c_s (n // P) + (s among order[: n mod P])
 
-So P rows in a row, wherever they begin, have exactly c_s rows of text s, and what was read is a
+So P sequences on end, wherever they begin, have exactly c_s of text s, and what was read is a
 function of one number: nothing is drawn and nothing is counted on the way.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from math import lcm
 
-LONGEST_PERIOD = 1 << 16  # rows
+LONGEST_PERIOD = 1 << 16  # sequences
 # A name may have colons and commas in it.
 _ITEM = re.compile(r"(.+?):\s*([-+]?[\d./]+(?:[eE][-+]?\d+)?)\s*(?:,|$)")
 
@@ -44,7 +44,7 @@ def read_mixture(words: Iterable[str]) -> dict[str, Fraction]:
     period = lcm(*(share.denominator for share in shares.values()))
     if period > LONGEST_PERIOD:
         raise ValueError(
-            f"mixture: got weights that are exact in {period:,} rows only, expected at most "
+            f"mixture: got weights that are exact in {period:,} sequences only, expected at most "
             f"{LONGEST_PERIOD:,}; give them fewer digits"
         )
     return shares
@@ -62,18 +62,18 @@ def _weight(text: str, word: str) -> Fraction:
 
 
 class Pattern:
-    """The order in which rows of several texts follow each other, from their shares."""
+    """The order in which sequences of several texts follow each other, from their shares."""
 
     def __init__(self, shares: Mapping[str, Fraction] | Sequence[Fraction]) -> None:
         exact = list(shares.values() if isinstance(shares, Mapping) else shares)
         self.period = lcm(*(share.denominator for share in exact))
         self.counts = [int(share * self.period) for share in exact]
         self.order: list[int] = []
-        self.before: list[int] = []  # rows of the same text before each row of the order
+        self.before: list[int] = []  # sequences of the same text before each one of the order
         made = [0] * len(exact)
-        for row in range(self.period):
+        for number in range(self.period):
             lags = [
-                count * (row + 1) - n * self.period
+                count * (number + 1) - n * self.period
                 for count, n in zip(self.counts, made, strict=True)
             ]
             text = lags.index(max(lags))
@@ -81,8 +81,8 @@ class Pattern:
             self.before.append(made[text])
             made[text] += 1
 
-    def __call__(self, row: int) -> tuple[int, int]:
-        """Returns the text of a row of the stream, and the number of that text's own row."""
-        periods, rest = divmod(row, self.period)
+    def __call__(self, number: int) -> tuple[int, int]:
+        """Returns the text of a sequence of the stream, and its number within that text."""
+        periods, rest = divmod(number, self.period)
         text = self.order[rest]
         return text, periods * self.counts[text] + self.before[rest]

@@ -19,10 +19,7 @@ class NeedleConfig:
     questions: int = 64  # held-out sequences of each task and length
 
     def __post_init__(self) -> None:
-        positive = (
-            *("keys", "values", "filler", "needles"),
-            *("asked", "shortest", "grow", "questions"),
-        )
+        positive = ("keys", "values", "filler", "needles", "asked", "shortest", "grow", "questions")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"needles.{name}: got {getattr(self, name)}, expected at least 1")

@@ -31,13 +31,13 @@ QUESTION = 0  # the id that ends a text
 _TRAINED, _HELD_OUT = 0, 1  # the two purposes of a draw
 
 
-class Rows(NamedTuple):
+class Sequences(NamedTuple):
     """Texts with their questions, one id longer than a batch, since labels are shifted by one."""
 
-    ids: Int[np.ndarray, "R L"]
-    answers: Bool[np.ndarray, "R L"]  # where an id is a value that was asked for
+    ids: Int[np.ndarray, "B L"]
+    answers: Bool[np.ndarray, "B L"]  # where an id is a value that was asked for
     # at each answer: where in the text its pair begins; -1 elsewhere
-    places: Int[np.ndarray, "R L"]
+    places: Int[np.ndarray, "B L"]
     text: int  # ids before the question mark
 
 
@@ -48,7 +48,7 @@ def write(
     config: NeedleConfig,
     generator: np.random.Generator,
     drill=0,
-) -> Rows:
+) -> Sequences:
     """Draws sequences of `seq_len` + 1 ids for one task.
 
     `drill`: keys that a multi-query asks for, drawn with repetition; 0: `asked` keys once.
@@ -88,7 +88,7 @@ def write(
     ids[:, columns] = np.take_along_axis(values, asked, 1)
     whence = np.full_like(ids, -1)
     whence[:, columns] = np.take_along_axis(places, asked, 1)
-    return Rows(ids, whence >= 0, whence, text)
+    return Sequences(ids, whence >= 0, whence, text)
 
 
 def _asked(
@@ -121,12 +121,12 @@ def _places(batch_size: int, many: int, text: int, generator: np.random.Generato
     return np.take_along_axis(before, _distinct(batch_size, many, many, generator), 1)
 
 
-def _batch(rows: Rows, task: int) -> dict[str, Tensor]:
-    """Returns ids, labels (shifted), document_ids, depths and tasks, int64 [R, L] each."""
-    labels = np.where(rows.answers, rows.ids, IGNORED)[:, 1:]
-    depths = np.where(rows.answers, rows.places * DEPTHS // rows.text, -1)[:, 1:]
+def _batch(written: Sequences, task: int) -> dict[str, Tensor]:
+    """Returns ids, labels (shifted), document_ids, depths and tasks, int64 [B, L] each."""
+    labels = np.where(written.answers, written.ids, IGNORED)[:, 1:]
+    depths = np.where(written.answers, written.places * DEPTHS // written.text, -1)[:, 1:]
     arrays = {
-        "ids": rows.ids[:, :-1],
+        "ids": written.ids[:, :-1],
         "labels": labels,
         "document_ids": np.zeros_like(labels),
         "depths": depths,
@@ -238,7 +238,7 @@ def held_out(
         )
         answers = whole.answers[selection] & (start < batches)
         yield _batch(
-            Rows(whole.ids[selection], answers, whole.places[selection], whole.text), number
+            Sequences(whole.ids[selection], answers, whole.places[selection], whole.text), number
         )
 
 

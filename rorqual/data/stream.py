@@ -4,14 +4,14 @@
                 without end
     window w    the ids at w * length .. (w + 1) * length of that endless text;
                 its labels are shifted by one
-    row n       window W k + draw(seed, k)[n mod W],  k = n // W,  W = windows of an epoch
-    batch s     rows  s * batch_size * world + rank * rows  ..  + rows - 1
+    sequence n  window W k + draw(seed, k)[n mod W],  k = n // W,  W = windows of an epoch
+    batch s     sequences  (s * world + rank) * batch_size  ..  + batch_size - 1
 
-A row is a sequence of a batch. So in every epoch each token is read once, and predicted once but
-for `begin`: the label of a document's last token is `end`, whichever document follows; that of a
-sequence's last token, where its document goes on, is the first token of the next window. Many
-tokenizers have one token for both, <|end|>. The position in the stream is one number, n. In a
-mixture, row n is a row of one of the texts (`mixture`). Imports `mixture` and `tokens` beside it.
+So in every epoch each token is read once, and predicted once but for `begin`: the label of a
+document's last token is `end`, whichever document follows; that of a sequence's last token, where
+its document goes on, is the first token of the next window. Many tokenizers have one token for
+both, <|end|>. The position in the stream is one number, n. In a mixture, sequence n is a sequence
+of one of the texts (`mixture`). Imports `mixture` and `tokens` beside it.
 """
 
 import hashlib
@@ -36,21 +36,21 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, document_ids
 
 @runtime_checkable
 class Reader(Protocol):
-    """Reads the rows of a text by their numbers."""
+    """Reads the sequences of a text by their numbers."""
 
     digest: str  # changes with the text
-    windows: int  # rows that are drawn together: an epoch, or a group
+    windows: int  # sequences that are drawn together: an epoch, or a group
 
-    def read(self, rows: np.ndarray) -> Arrays:
-        """Returns int64 [rows, seq_len] each; `rows` does not fall much from call to call."""
+    def read(self, numbers: np.ndarray) -> Arrays:
+        """Returns int64 [B, seq_len] each; `numbers` do not fall much from call to call."""
         ...
 
-    def state(self, row: int) -> Any:
-        """Returns JSON values that `restore` needs to go on with this row."""
+    def state(self, number: int) -> Any:
+        """Returns JSON values that `restore` needs to go on with this sequence."""
         ...
 
-    def restore(self, row: int, state: Any) -> None:
-        """Goes on with this row, whose `state` was saved."""
+    def restore(self, number: int, state: Any) -> None:
+        """Goes on with this sequence, whose `state` was saved."""
         ...
 
 
@@ -65,7 +65,7 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """Several texts, and the share of rows that each of them has; the shares sum to 1."""
+    """Several texts, and the share of sequences that each of them has; the shares sum to 1."""
 
     texts: "tuple[Tokens | Readable, ...]"
     shares: tuple[Fraction, ...]
@@ -108,7 +108,7 @@ def _windows_of(tokens: Tokens, seq_len: int) -> int:
 
 
 class TokensReader:
-    """Reads rows of token files: the windows of all epochs, each epoch's in a drawn order."""
+    """Reads token files: the windows of all epochs, each epoch's in a drawn order."""
 
     def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
         self.tokens = tokens
@@ -119,30 +119,30 @@ class TokensReader:
         self._orders: dict[int, _Order] = {}
         self._drawn: dict[int, np.ndarray] = {}
 
-    def read(self, rows: np.ndarray) -> Arrays:
-        """Returns ids, labels and document ids, int64 [rows, seq_len] each."""
-        places = self.placed(rows)[:, None] * self.seq_len
+    def read(self, numbers: np.ndarray) -> Arrays:
+        """Returns ids, labels and document ids, int64 [B, seq_len] each."""
+        places = self.placed(numbers)[:, None] * self.seq_len
         files, document_ids = self._read(places + np.arange(self.seq_len + 1))
         ids = self.tokens.ids[files].astype(np.int64)
         labels = _labels(self.tokens, ids, files, document_ids)
         return ids[:, :-1], labels, document_ids[:, :-1]
 
-    def state(self, row: int) -> None:
-        """Returns nothing: a row's number says all."""
+    def state(self, number: int) -> None:
+        """Returns nothing: the number of a sequence says all."""
 
-    def restore(self, row: int, state: None) -> None:
-        """Does nothing, since any row can be read at any time."""
+    def restore(self, number: int, state: None) -> None:
+        """Does nothing, since any sequence can be read at any time."""
 
-    def placed(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the numbers of the windows in these rows."""
-        groups = rows // self.windows
-        placed = np.empty_like(rows)
+    def placed(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the numbers of the windows that these sequences are."""
+        groups = numbers // self.windows
+        placed = np.empty_like(numbers)
         for group in np.unique(groups):
             drawn = _cached(
                 self._drawn, int(group), lambda k: draw(self.seed, WINDOWS, k, self.windows)
             )
             mine = groups == group
-            placed[mine] = group * self.windows + drawn[rows[mine] % self.windows]
+            placed[mine] = group * self.windows + drawn[numbers[mine] % self.windows]
         return placed
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +175,7 @@ def _cached(name: dict[int, Any], number: int, make: Callable[[int], Any]) -> An
 
 
 class MixtureReader:
-    """Reads rows of several texts, in the order of a Pattern."""
+    """Reads sequences of several texts, in the order of a Pattern."""
 
     def __init__(self, mixture: Mixture, seq_len: int, seed: int) -> None:
         self.pattern = Pattern(mixture.shares)
@@ -188,48 +188,47 @@ class MixtureReader:
         described = [*(reader.digest for reader in self.readers), *map(str, mixture.shares)]
         self.digest = hashlib.blake2b("\n".join(described).encode(), digest_size=16).hexdigest()
 
-    def read(self, rows: np.ndarray) -> Arrays:
+    def read(self, numbers: np.ndarray) -> Arrays:
         """Returns ids, labels and document ids; those of several texts never share a number."""
-        numbers = np.array([self.pattern(int(row)) for row in rows], dtype=np.int64).reshape(-1, 2)
+        parts = np.array([self.pattern(int(n)) for n in numbers], dtype=np.int64).reshape(-1, 2)
         mixed: list[np.ndarray] = []
-        for number, reader in enumerate(self.readers):
-            mine = numbers[:, 0] == number
+        for text, reader in enumerate(self.readers):
+            mine = parts[:, 0] == text
             if not mine.any():
                 continue
-            ids, labels, document_ids = reader.read(numbers[mine, 1])
+            ids, labels, document_ids = reader.read(parts[mine, 1])
             # Documents of two texts have two numbers.
-            document_ids = document_ids * len(self.readers) + number
-            mixed = mixed or [np.empty((len(rows), ids.shape[1]), np.int64) for _ in range(3)]
-            for whole, rows_read in zip(mixed, (ids, labels, document_ids), strict=True):
-                whole[mine] = rows_read
+            document_ids = document_ids * len(self.readers) + text
+            mixed = mixed or [np.empty((len(numbers), ids.shape[1]), np.int64) for _ in range(3)]
+            for whole, array in zip(mixed, (ids, labels, document_ids), strict=True):
+                whole[mine] = array
         ids, labels, document_ids = mixed
         return ids, labels, document_ids
 
-    def state(self, row: int) -> list[Any]:
+    def state(self, number: int) -> list[Any]:
         """Returns what the reader of each text needs to go on, in the order of the texts."""
         return [
-            reader.state(number)
-            for reader, number in zip(self.readers, self._next_rows(row), strict=True)
+            reader.state(of_text)
+            for reader, of_text in zip(self.readers, self._next_numbers(number), strict=True)
         ]
 
-    def restore(self, row: int, state: list[Any]) -> None:
-        """Moves the reader of each text to its own next row."""
-        numbers = self._next_rows(row)
-        for reader, number, one in zip(self.readers, numbers, state, strict=True):
-            reader.restore(number, one)
+    def restore(self, number: int, state: list[Any]) -> None:
+        """Moves the reader of each text to its own next sequence."""
+        numbers = self._next_numbers(number)
+        for reader, of_text, one in zip(self.readers, numbers, state, strict=True):
+            reader.restore(of_text, one)
 
-    def _next_rows(self, row: int) -> list[int]:
-        """Returns how many rows of each text come before a row of the mixture."""
-        periods, rest = divmod(row, self.pattern.period)
+    def _next_numbers(self, number: int) -> list[int]:
+        """Returns how many sequences of each text come before one of the mixture."""
+        periods, rest = divmod(number, self.pattern.period)
         before = self.pattern.order[:rest]
         return [
-            periods * count + before.count(number)
-            for number, count in enumerate(self.pattern.counts)
+            periods * count + before.count(text) for text, count in enumerate(self.pattern.counts)
         ]
 
 
 def reader_of(text: Text, seq_len: int, seed: int) -> Reader:
-    """Returns what reads the rows of a text."""
+    """Returns what reads the sequences of a text."""
     if isinstance(text, Mixture):
         return MixtureReader(text, seq_len, seed)
     if isinstance(text, Tokens):
@@ -265,7 +264,7 @@ class Stream:
         self.seed = seed
         self.rank = rank
         self.world = world
-        self._row = 0
+        self._number = 0
 
     @property
     def total_batches(self) -> int:
@@ -276,26 +275,28 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
-        first = self._row + self.rank * self.batch_size
+        first = self._number + self.rank * self.batch_size
         arrays = self.reader.read(np.arange(first, first + self.batch_size))
-        self._row += self.batch_size * self.world
+        self._number += self.batch_size * self.world
         return _batch(*arrays)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the stream as JSON values, the same on every rank."""
         state = {
-            "row": self._row,
+            # The name of it in the checkpoints that there are.
+            "row": self._number,
             "seed": self.seed,
             "seq_len": self.seq_len,
             "tokens": self.reader.digest,
         }
-        reader = self.reader.state(self._row)
+        reader = self.reader.state(self._number)
         return state if reader is None else state | {"reader": reader}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Moves to a saved position.
 
-        ValueError for the state of another text, seed or length; rows and world may have changed.
+        ValueError for the state of another text, seed or length; batch_size and world may have
+        changed.
         """
         for name, value in (
             ("seed", self.seed),
@@ -307,8 +308,8 @@ class Stream:
                     f"stream: got a state with {name} {state[name]}, expected {value}; "
                     "it cannot be resumed"
                 )
-        self._row = int(state["row"])
-        self.reader.restore(self._row, state.get("reader"))
+        self._number = int(state["row"])
+        self.reader.restore(self._number, state.get("reader"))
 
 
 def validation_batches(

@@ -3,16 +3,16 @@
     document d   begin t1 .. tn, in the order of the dataset, without those that validate; the
                  dataset is read again from its beginning when it ends
     window w     the ids at w * length .. (w + 1) * length of that endless text
-    row n        window G k + draw(seed, k)[n mod G],  k = n // G: windows are shuffled within
+    sequence n   window G k + draw(seed, k)[n mod G],  k = n // G: windows are shuffled within
                  groups of G
     state of k   where group k begins: the dataset's own state before a record, and how many ids of
                  that record came before
 
-A group is read whole, so any row can be given out in any order, and what a rank reads does not
-depend on the number of ranks: each of them encodes the whole stream, and takes its rows. That is
-right for one machine. For many, tokenise first (`tokens`), which costs each token once. Documents
-are cleaned and split as in `corpus`, but copies are not left out: there is no index of all that
-came before. Imports `corpus`, `sources`, `tokenizer` and `tokens` beside it.
+A group is read whole, so any sequence can be given out in any order, and what a rank reads does not
+depend on the number of ranks: each of them encodes the whole stream, and takes its sequences. That
+is right for one machine. For many, tokenise first (`tokens`), which costs each token once.
+Documents are cleaned and split as in `corpus`, but copies are not left out: there is no index of
+all that came before. Imports `corpus`, `sources`, `tokenizer` and `tokens` beside it.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from rorqual.data.corpus import VALIDATION, clean
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tokens import WINDOWS, Tokens, draw
 
-TOGETHER = 64  # rows that are encoded together
+TOGETHER = 64  # records that are encoded together
 GROUP = 1024  # windows that are shuffled together
 HELD_OUT = 200  # documents that validate, the first of the stream
 
@@ -182,7 +182,7 @@ class StreamedText:
 
 
 class StreamedReader:
-    """Reads the rows of a StreamedText; rows rise from call to call, but for those of a group."""
+    """Reads a StreamedText; numbers rise from call to call, but for those of a group."""
 
     def __init__(self, text: StreamedText, seq_len: int, seed: int) -> None:
         self.text = text
@@ -194,15 +194,15 @@ class StreamedReader:
         self._places: dict[int, Position] = {0: Position(0, None, 0, 0)}
         self._groups: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, labels and document ids, int64 [rows, seq_len] each."""
-        arrays = np.empty((3, len(rows), self.seq_len), dtype=np.int64)
-        groups = rows // self.windows
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns ids, labels and document ids, int64 [B, seq_len] each."""
+        arrays = np.empty((3, len(numbers), self.seq_len), dtype=np.int64)
+        groups = numbers // self.windows
         for group in np.unique(groups):
             flat_ids, flat_documents = self._group(int(group))
             mine = np.flatnonzero(groups == group)
             drawn = draw(self.seed, WINDOWS, int(group), self.windows)
-            starts = drawn[rows[mine] % self.windows] * self.seq_len
+            starts = drawn[numbers[mine] % self.windows] * self.seq_len
             positions = starts[:, None] + np.arange(self.seq_len + 1)
             ids = flat_ids[positions]
             document_ids = flat_documents[positions]
@@ -213,22 +213,22 @@ class StreamedReader:
         ids, labels, document_ids = arrays
         return ids, labels, document_ids
 
-    def state(self, row: int) -> list[Any]:
-        """Returns where the row's group begins."""
-        group = row // self.windows
+    def state(self, number: int) -> list[Any]:
+        """Returns where the group of a sequence begins."""
+        group = number // self.windows
         while group not in self._places:
             self._group(max(self._places))
         return list(self._places[group])
 
-    def restore(self, row: int, state: list[Any]) -> None:
-        """Forgets all groups, and goes on where the row's group begins."""
-        self._places = {row // self.windows: Position(*state)}
+    def restore(self, number: int, state: list[Any]) -> None:
+        """Forgets all groups, and goes on where that of the sequence begins."""
+        self._places = {number // self.windows: Position(*state)}
         self._groups = {}
 
     def _group(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and document ids of a group, int64 [GROUP * seq_len + 1], and reads it first.
 
-        Two groups are cached, since the rows of a batch may be in two.
+        Two groups are cached, since the sequences of a batch may be in two.
         """
         while group not in self._groups:
             following = max(self._places) if group not in self._places else group

@@ -434,7 +434,7 @@ def _ordered(sided: Iterable[tuple[Side, str]]) -> Iterator[tuple[Side, str]]:
 
 
 def _batches(texts: Iterable[tuple[Side, str]]) -> Iterator[list[tuple[Side, str]]]:
-    """Groups texts to batches of at least _BATCH_BYTES letters; the last one may be smaller."""
+    """Groups texts to batches of half a million letters or more; the last one may be smaller."""
     batch: list[tuple[Side, str]] = []
     size = 0
     for side, text in texts:

@@ -217,7 +217,7 @@ def main(config: SweepConfig, *, console: Console | None = None) -> Path:
     in_turn = [job for turn in zip(*jobs, strict=True) for job in turn]
     run(in_turn, workers=config.workers, console=console, diverging=True)
     losses = [[_loss(job) for job in each] for each in jobs]
-    rows = tabulate([(*cells, flops) for cells, flops in zip(tried, losses, strict=True)])
+    rows = tabulate([(*cells, each) for cells, each in zip(tried, losses, strict=True)])
     verdict = conclusion(config.kind, rows)
     _write(folder, config, rows, verdict)
     console.print(_table(rows))
@@ -280,8 +280,8 @@ def _compare(scored: Sequence[Scored]) -> list[Row]:
     """Returns results that are compared, seed by seed, with the first of them."""
     first = scored[0][2]
     return [
-        Row(p, rate, list(flops), *mean_and_error(flops), *difference(flops, first))
-        for p, rate, flops in scored
+        Row(point, rate, list(losses), *mean_and_error(losses), *difference(losses, first))
+        for point, rate, losses in scored
     ]
 
 

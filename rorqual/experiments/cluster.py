@@ -136,7 +136,7 @@ def simulate(
     loads: list[float] = []
     ids: list[np.ndarray] = []
     for _ in range(steps):
-        clock = _Clock(config, cluster, layout, each, jitter, draw)
+        clock = _Clock(cluster, layout, each, jitter, draw)
         for _ in range(layout.micro_batches):
             rows, counts = _row_factors(config, cluster, layout, traffic, mean_ids, draw)
             ids.append(counts)
@@ -203,7 +203,6 @@ class _Clock:
 
     def __init__(
         self,
-        config: ModelConfig,
         cluster: Cluster,
         layout: Layout,
         each: Pieces,

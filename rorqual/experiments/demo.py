@@ -45,7 +45,7 @@ class DemoConfig:
     folder: str = "runs/demo"
     cache: str = "runs/cache"
     steps: int = 420
-    batch_size: int = 8  # batch size: sequences per step
+    batch_size: int = 8  # sequences per step
     seq_len: int = 128  # sequence length in tokens
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
     seeds: int = 2  # runs per arm

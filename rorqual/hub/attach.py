@@ -82,7 +82,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def start(self, zero: str, seed: int = 0) -> None:
-        """Draws new weights that add nothing.
+        """Draws the weights of a new memory, which adds nothing to the hidden states at first.
 
         Rows and projections are normal with deviation 0.02; the convolution is 0, and so is `zero`.
         """
@@ -95,10 +95,12 @@ class Memory(nn.Module):
 
     @property
     def _stores(self) -> list[Table]:
+        """The tables, one for each layer with memory."""
         return cast(list[Table], list(self.tables))
 
     @property
     def attached(self) -> bool:
+        """Whether the memory's hooks are on a host."""
         return bool(self._hooks)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,12 +186,18 @@ class Memory(nn.Module):
         return host
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, after a memory that PEFT froze with the host is made trainable."""
+        """Lists the modules as nn.Module does, after it has made a memory trainable again.
+
+        That is a memory that PEFT froze with its host.
+        """
         self._undo_freezing()
         return super().named_modules(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Memory":
-        """As of any module. A memory that this call freezes stays frozen when PEFT is added."""
+        """Sets what is trained as nn.Module does.
+
+        A memory that this call freezes stays frozen when PEFT is added.
+        """
         super().requires_grad_(requires_grad)
         self._trained = []
         return self
@@ -267,6 +275,7 @@ class Memory(nn.Module):
         return (), kwargs
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> None:
+        """Forgets the rows and the packing of the call, also after one that failed."""
         self._now = self._packing = None
 
     def _cache(self, body: Any, kwargs: dict[str, Any]) -> Any:
@@ -288,9 +297,7 @@ class Memory(nn.Module):
                 "expected a Cache of transformers"
             )
         if not isinstance(cache, EngramCache):
-            cache.__class__ = type(
-                "Remembering" + type(cache).__name__, (EngramCache, type(cache)), {}
-            )
+            cache.__class__ = type("Engram" + type(cache).__name__, (EngramCache, type(cache)), {})
             self._caches = [reference for reference in self._caches if reference() is not None] + [
                 weakref.ref(cache)
             ]
@@ -368,25 +375,28 @@ class MemoryCache:
 
 
 class EngramCache:
-    """Mixin for the class of one host cache: applies its operations to the memory's state, too."""
+    """Applies the operations on a host's cache to the memory's state, too, as a mixin."""
 
     rorqual_state: MemoryCache
     rorqual_memory: "weakref.ref[Memory]"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the sequences `beam_idx`, in that order, here and in the memory's state."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.rorqual_state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, numbers or a mask, here and in the memory's state."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.rorqual_state.select(
             indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence `repeats` times, here and in the memory's state."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = torch.arange(self.rorqual_state.cache.past.batch)
-        self.rorqual_state.select(rows.repeat_interleave(repeats))
+        sequences = torch.arange(self.rorqual_state.cache.past.batch)
+        self.rorqual_state.select(sequences.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Crops the memory's state by what the host's cache lost.
@@ -399,6 +409,7 @@ class EngramCache:
         self.rorqual_state.crop(min(lost, self.rorqual_state.columns.count))
 
     def reset(self) -> None:
+        """Removes all tokens, here and from the memory's state."""
         super().reset()  # type: ignore[misc]
         self.rorqual_state.reset()
 
@@ -538,7 +549,7 @@ class _Reached(Exception):
 
 
 def _check_hidden(model: nn.Module, body: nn.Module, blocks: nn.ModuleList) -> None:
-    """Checks that the first block takes [batch, time, width], or the streams that config tells.
+    """Checks that the first block takes [batch, time, width], or its streams.
 
     The check is a call of one token that stops at the block. ValueError for another shape. A model
     that cannot run such a call passes.
@@ -597,6 +608,7 @@ def streams_of(model: Any) -> int:
 
 
 def _vocab_size_of(model: Any, tokenizer: Tokenizer) -> int:
+    """Returns the rows of the model's embedding. ValueError if the tokenizer has more ids."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ValueError(

@@ -65,22 +65,27 @@ class RorqualConfig(PreTrainedConfig):
 
     @property
     def model(self) -> ModelConfig:
+        """The model's config, made of `shape`; ValueError for fields or values that it refuses."""
         return configs.from_dict(ModelConfig, self.shape or {})
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids, where transformers looks for it."""
         return self.model.vocab_size
 
     @property
     def hidden_size(self) -> int:
+        """Width of the hidden states, where transformers looks for it."""
         return self.model.dim
 
     @property
     def num_hidden_layers(self) -> int:
+        """Number of blocks, without those of MTP, where transformers looks for it."""
         return self.model.layers
 
     @classmethod
     def of(cls, config: ModelConfig, **fields: Any) -> "RorqualConfig":
+        """Makes the transformers config of a model's config; `fields` are any others of it."""
         return cls(shape=configs.to_dict(config), tie_word_embeddings=config.tied, **fields)
 
 
@@ -92,28 +97,34 @@ class RorqualCache(HubCache):
         self.cache, self.columns = cache, Columns()
 
     def __repr__(self) -> str:
-        return f"RorqualCache({self.batch_size} rows, {self.columns.count} tokens)"
+        return f"RorqualCache({self.batch_size} sequences, {self.columns.count} tokens)"
 
     def __len__(self) -> int:
         return len(self.cache.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of cached columns, padding included, the same for every layer."""
         return self.columns.count
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Returns -1, by which transformers says that the length has no limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Returns the columns that a mask covers, cached and new ones, and their offset, 0."""
         return self.columns.count + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the sequences `beam_idx`, in that order, as beam search does after a step."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, in that order."""
         self.cache.select(indices)
         self.columns.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence `repeats` times, one after another."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -130,27 +141,33 @@ class RorqualCache(HubCache):
         self.columns.crop(-tokens_to_remove)
 
     def reset(self) -> None:
+        """Removes all tokens and frees their memory."""
         self.cache.reset()
         self.columns.reset()
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences that are cached."""
         return self.cache.past.batch
 
     @property
     def is_compileable(self) -> bool:
+        """False, so that `generate` does not compile forward around this cache."""
         return False
 
     @property
     def is_initialized(self) -> bool:
+        """True: nothing has to be prepared before the first token."""
         return True
 
     @property
     def is_croppable(self) -> bool:
+        """True: the last tokens can be removed, as many as `Cache.crop` allows."""
         return True
 
     @property
     def is_sliding(self) -> list[bool]:
+        """False for every layer: no column of a mask is dropped, whatever a window forgets."""
         return [False] * len(self)
 
 
@@ -162,7 +179,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = False
     # The loss is a mean over one batch, whatever number of tokens a Trainer passes.
     accepts_loss_kwargs = False
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias", "image_bias")
     _no_split_modules = ("Block",)
 
     def __init__(self, config: RorqualConfig, model: LanguageModel | None = None) -> None:
@@ -191,7 +208,7 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As transformers' own, from safetensors only; Engram's addresses are derived and checked.
+        """Loads a model as transformers does, from safetensors only, and checks Engram's addresses.
 
         They are derived from the checkpoint's canonical map. ValueError where the checkpoint's
         multipliers, primes or map are not those of its config, and where a tensor is missing
@@ -199,36 +216,40 @@ class RorqualForCausalLM(PreTrainedModel, GenerationMixin):
         """
         options |= {"use_safetensors": True}
         wants_info = options.pop("output_loading_info", False)
-        face, info = super().from_pretrained(*args, **options, output_loading_info=True)
+        wrapper, info = super().from_pretrained(*args, **options, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             got = f"got no {missing[0].removeprefix('model.')!r} ({len(missing)} missing)"
             raise ValueError(
                 f"{args[0] if args else 'model'}: {got}, "
                 "expected all weights: open a run with rq.load"
             )
-        addresses = face.model.addresses
+        addresses = wrapper.model.addresses
         if addresses is not None:
             addresses.load_state_dict(addresses.state_dict())
-            addresses.to(face.model.embed.weight.device)
-        return (face, info) if wants_info else face
+            addresses.to(wrapper.model.embed.weight.device)
+        return (wrapper, info) if wants_info else wrapper
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
+        """Returns False, so that `generate` passes no cache: forward makes one of its own kind."""
         return False  # forward makes a cache of its own kind
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Does nothing: values come from LanguageModel's init or from a checkpoint."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
+        """Returns the embedding, which transformers and PEFT look up by this name."""
         return self.model.embed
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Raises ValueError, since resizing the vocabulary is not supported."""
         raise ValueError(
             "resizing the vocabulary is not supported: "
             "train a model with --model.vocab-size instead"
         )
 
     def get_output_embeddings(self) -> torch.nn.Module:
+        """Returns the head, which transformers and PEFT look up by this name."""
         return self.model.head
 
     def forward(

@@ -78,6 +78,10 @@ class Files:
                 self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def _paths(self) -> list[Path]:
+        """Returns the weight files: model.safetensors, or all that the index names.
+
+        ValueError without either, or where the index names a file that is not in the folder.
+        """
         whole = self.folder / "model.safetensors"
         index = self.folder / "model.safetensors.index.json"
         if whole.is_file():
@@ -125,6 +129,7 @@ class Files:
             table.update(values)
 
     def close(self) -> None:
+        """Closes the file that is open; the next `tensor` opens it again."""
         self._open = None
         self._read = 0
 
@@ -159,6 +164,7 @@ class Files:
 
 
 def _handle(path: Path) -> Any:
+    """Opens a safetensors file. ValueError if it cannot be read."""
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -166,6 +172,7 @@ def _handle(path: Path) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Reads a file as a JSON object. ValueError, with its path, for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -176,6 +183,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _some(names: list[str], limit: int = 8) -> str:
+    """Joins the first `limit` names with commas, and says how many more there are."""
     return ", ".join(names[:limit]) + (
         f" and {len(names) - limit} more" if len(names) > limit else ""
     )
@@ -243,7 +251,7 @@ def load(
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Reads the config of a published folder, and says what `load` would read past.
+    """Reads the config of a published folder, and logs what `load` would not read.
 
     Of the weights only the headers are read: they decide which blocks of MTP there are. A
     config.json without weights, or the path of one, is enough; then its fields decide.
@@ -272,6 +280,7 @@ def _state(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def _with_cache_formats(config: ModelConfig, wanted: Literal["none", "published"]) -> ModelConfig:
+    """Returns the config with the rounding of CSA2's caches replaced. ValueError without CSA2."""
     if config.csa2 is None:
         raise ValueError(
             f"cache_formats: got {wanted!r} for a model without csa2, expected none: its caches "
@@ -358,7 +367,7 @@ def _rows_of(files: Files, shards: list[tuple[str, int]], rows: int) -> TensorRo
 
 
 def _report(files: Files, config: ModelConfig, family: Family) -> None:
-    """Says in one line which parts of the folder are read past, and how large they are."""
+    """Logs in one line which parts of the folder are not read, and how large they are."""
     needed = family.places(config)
     scales = {files.scale_of(name) for name in files.where}
     sizes: Counter[str] = Counter()
@@ -382,10 +391,11 @@ def _report(files: Files, config: ModelConfig, family: Family) -> None:
         count = len(layers[label])
         some = f", {count} layer{'s' * (count > 1)}" if count else ""
         parts.append(f"{label}{some}, {size:,} parameters")
-    runtime.log(f"{files.folder}: read past: {'; '.join(parts)}")
+    runtime.log(f"{files.folder}: skipped: {'; '.join(parts)}")
 
 
 def _stored_dtype(files: Files, family: Family) -> torch.dtype:
+    """Returns the dtype of the stored embedding; bfloat16 if that has 8 bits a value."""
     dtype = files.tensor(family.EMBEDDING).dtype
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
@@ -502,6 +512,7 @@ def _fill(
 
 
 def _read(files: Files, name: str, block: Block | None) -> Tensor:
+    """Returns a stored tensor, multiplied by its scales if it is quantised."""
     scale = files.scale_of(name)
     if scale is None or files.dtypes[name] not in QUANTISED:
         return files.tensor(name)
@@ -561,10 +572,12 @@ def export(
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _bytes(tensor: Tensor) -> int:
+    """Returns the bytes that a tensor's values take."""
     return tensor.numel() * tensor.element_size()
 
 

@@ -256,6 +256,7 @@ def _dense_blocks(d: Mapping[str, Any], kind: str) -> tuple[int, tuple[int, ...]
 
 
 def _dsa_of(d: Mapping[str, Any], kind: str) -> DSAConfig:
+    """Reads the fields of the indexer of V3.2, or of GLM, whose rope pairs neighbours."""
     kinds = d.get("layer_types")
     if kinds is not None and set(kinds) != {"indexed_attention"}:
         raise ValueError(
@@ -295,6 +296,7 @@ def _shared_blocks(d: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _mla_of(d: Mapping[str, Any], size: Mapping[str, int]) -> MLAConfig:
+    """Reads the ranks and widths of latent attention."""
     return MLAConfig(
         heads=size["num_attention_heads"],
         q_lora_rank=None if d["q_lora_rank"] is None else whole(d, "q_lora_rank"),
@@ -307,6 +309,7 @@ def _mla_of(d: Mapping[str, Any], size: Mapping[str, int]) -> MLAConfig:
 
 
 def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
+    """Raises ValueError for a field whose value this code cannot compute."""
     for key, allowed in {**ONLY, **ONLY_OF[kind]}.items():
         if (value := description.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None) or "none"
@@ -324,6 +327,11 @@ def _refuse_unknown(description: Mapping[str, Any], kind: str) -> None:
 def _moe_of(
     d: Mapping[str, Any], kind: str, dense: tuple[int, tuple[int, ...]], names: Collection[str]
 ) -> MoEConfig:
+    """Reads the experts, their router and its losses.
+
+    `dense` are the blocks without experts, as `_dense_blocks` returns them; `names` the stored
+    tensors.
+    """
     shared = d["n_shared_experts"]
     router, balance = (
         (_softmax_router(d, kind), _v2_balance(d))
@@ -344,6 +352,7 @@ def _moe_of(
 
 
 def _sigmoid_router(d: Mapping[str, Any], kind: str, names: Collection[str]) -> RouterConfig:
+    """Reads V3's router, with a bias unless the weights of an A.X-K1 lack it."""
     # The released A.X-K1 has no bias; transformers then adds zeros.
     biased = any(name.endswith(".e_score_correction_bias") for name in names)
     return RouterConfig(
@@ -357,6 +366,7 @@ def _sigmoid_router(d: Mapping[str, Any], kind: str, names: Collection[str]) -> 
 
 
 def _softmax_router(d: Mapping[str, Any], kind: str) -> RouterConfig:
+    """Reads the router of V2 or Mistral 4; V2 has groups only with group_limited_greedy."""
     v2 = kind == "deepseek_v2"
     limited = not v2 or d["topk_method"] == "group_limited_greedy"
     return RouterConfig(
@@ -371,6 +381,7 @@ def _softmax_router(d: Mapping[str, Any], kind: str) -> RouterConfig:
 
 
 def _v2_balance(d: Mapping[str, Any]) -> BalanceConfig:
+    """Reads the coefficient of V2's expert loss, 0.001 if there is none, and no other loss."""
     alpha = 0.001 if d.get("aux_loss_alpha") is None else number(d, "aux_loss_alpha")
     return BalanceConfig(bias_rate=0.0, sequence=0.0, expert=alpha)
 
@@ -426,6 +437,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _mistral4_rope(description: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Returns the rotary fields as Mistral 4 has them, in rope_parameters with the query scale."""
     scale = config.rope.query_scale
     mla = config.mla
     assert scale is not None and mla is not None
@@ -475,7 +487,7 @@ def foreign(config: ModelConfig) -> list[str]:
 
 
 def _other_length(config: ModelConfig) -> bool:
-    """Whether the query scale and the stretching of rope disagree on the original length."""
+    """Returns whether the query scale and the stretching of rope differ in original length."""
     rope = config.rope
     kind = rope.yarn or rope.llama3 or rope.longrope
     return (
@@ -486,6 +498,7 @@ def _other_length(config: ModelConfig) -> bool:
 
 
 def _foreign_moe(config: ModelConfig) -> list[str]:
+    """Describes the parts of a model's experts that its kind of folder has not."""
     moe = config.moe
     kind = kind_of(config)
     mla = config.mla
@@ -518,6 +531,7 @@ def _foreign_moe(config: ModelConfig) -> list[str]:
 
 
 def _published_moe(config: ModelConfig, kind: str) -> dict[str, Any]:
+    """Returns the fields of the experts and their router; without experts every block is dense."""
     moe = config.moe
     every = range(config.layers)
     listed: dict[str, Any] = {}
@@ -606,7 +620,7 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past.
+    """Returns whether a tensor of a folder is not read.
 
     These are rotary frequencies, which the config gives, and norms that A.X-K1's dense blocks have
     and do not use.
@@ -633,6 +647,7 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+    """Returns the places of a block's tensors by published names, which begin with `theirs`."""
     assert config.mla is not None
     absent = (
         ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
@@ -665,6 +680,7 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
 
 
 def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+    """Returns the places of a mixture's tensors by published names, which begin with `theirs`."""
     moe = config.moe
     assert moe is not None
     table = {f"{theirs}.gate.weight": Place(f"{ours}.router.weight")}

@@ -106,6 +106,10 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
 
 
 def _moe_of(d: Mapping[str, Any], first: int, layers: int) -> MoEConfig:
+    """Reads the experts and their router.
+
+    From block `first` on those have experts whose index is a multiple of moe_layer_freq.
+    """
     period = max(1, whole(d, "moe_layer_freq"))
     alpha = d.get("aux_loss_alpha")
     dense = [i for i in range(first, min(layers, MANY)) if i % period] if period > 1 else []
@@ -247,6 +251,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 
 def _feed_forward(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+    """Returns the places of a block's feed-forward tensors by their published names."""
     moe = config.moe
     if moe is None or not config.has_experts(index):
         return {f"{theirs}.{name}.weight": Place(f"{ours}.{name}.weight") for name in SWIGLU}
@@ -297,5 +302,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past: rotary frequencies, which the config gives."""
+    """Returns whether a tensor is not read: rotary frequencies, which the config gives."""
     return name.endswith(".rotary_emb.inv_freq")

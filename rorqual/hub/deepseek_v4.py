@@ -322,6 +322,7 @@ def _ropes(d: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig,
 
 
 def _rope(d: Mapping[str, Any], rope: Mapping[str, Any], within: str) -> RopeConfig:
+    """Reads one of the model's two sets of rotary fields; `within` names it in errors."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPES:
         raise ValueError(
@@ -413,6 +414,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
+    """Returns rotary fields with YaRN's factor on cos and sin; `share` of a head is rotated."""
     base = {"rope_theta": rope.base, "partial_rotary_factor": share}
     fields = published_rope(rope)["rope_scaling"] or {"rope_type": "default"}
     left_out = ("type", "mscale", "mscale_all_dim")
@@ -488,6 +490,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 
 def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+    """Returns the places of a block's tensors by published names, which begin with `theirs`."""
     csa = config.csa
     moe = config.moe
     assert csa is not None and moe is not None
@@ -572,5 +575,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor that has no place is read past: draft layers, and rotary frequencies."""
+    """Returns whether a tensor without a place is not read: draft layers, rotary frequencies."""
     return name.startswith("mtp.") or name.endswith("inv_freq")

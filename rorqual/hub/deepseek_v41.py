@@ -7,7 +7,7 @@
     layers.1.attn.*                                 <->  blocks.1.attention.*, in the same names
 
 The config is composite: text_config is the language model's. Vision (vision_config, `vision.*`,
-`aligner.*`, `image_*`) and DSpark's draft layers (`mtp.*`) are read past, and their sizes are said;
+`aligner.*`, `image_*`) and DSpark's draft layers (`mtp.*`) are skipped, and their sizes are said;
 the bias that the router adds for image tokens is read. What the reference checks about a config is
 checked here, too.
 
@@ -174,6 +174,10 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
 
 
 def _refuse_unknown(d: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field whose value this code cannot compute.
+
+    `d` is text_config with its defaults, `description` the whole config.
+    """
     for key, allowed in ONLY.items():
         if (value := d.get(key)) not in allowed:
             expected = " or ".join(str(x) for x in allowed if x is not None)
@@ -189,6 +193,7 @@ def _refuse_unknown(d: Mapping[str, Any], description: Mapping[str, Any]) -> Non
 
 
 def _whole(fields: Mapping[str, Any], key: str, least: int = 0) -> int:
+    """Returns a whole number of text_config, from `least` on; ValueError for anything else."""
     value: Any = fields.get(key)
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if not number or value != value // 1 or value < least:
@@ -200,6 +205,7 @@ def _whole(fields: Mapping[str, Any], key: str, least: int = 0) -> int:
 
 
 def _list(fields: Mapping[str, Any], key: str) -> list[int]:
+    """Returns a list of numbers from 0 on of text_config; ValueError for anything else."""
     value = fields.get(key)
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
         raise ValueError(
@@ -209,6 +215,7 @@ def _list(fields: Mapping[str, Any], key: str) -> list[int]:
 
 
 def _csa_of(d: Mapping[str, Any]) -> CSAConfig:
+    """Reads the widths, the window and the indexer of the attention."""
     return CSAConfig(
         heads=_whole(d, "num_attention_heads", 1),
         head_dim=_whole(d, "head_dim", 1),
@@ -259,6 +266,7 @@ def _yarn_of(d: Mapping[str, Any]) -> YarnConfig | None:
 def _moe_of(
     d: Mapping[str, Any], description: Mapping[str, Any], names: Collection[str]
 ) -> MoEConfig:
+    """Reads the experts and their router, which has biases for image tokens if `names` do."""
     # A folder without vision may lack the biases of image tokens.
     images = not names or any(name.endswith(".gate.bias_vl") for name in names)
     limit = _number(d, "swiglu_limit")
@@ -281,12 +289,17 @@ def _moe_of(
 
 
 def _image_id(description: Mapping[str, Any]) -> int:
+    """Returns the id of image tokens, that of the released model if config.json has none."""
     return _whole({"image_token_id": IMAGE_TOKEN} | dict(description), "image_token_id")
 
 
 def _engram_of(
     d: Mapping[str, Any], description: Mapping[str, Any], layers: int
 ) -> EngramConfig | None:
+    """Reads the Engram of the first `layers` blocks; None if it is in none of them.
+
+    ValueError where the sizes of the tables do not fit the layers.
+    """
     every = _list(d, "engram_layer_ids")
     rows = d.get("engram_num_embeddings")
     if not every:
@@ -403,6 +416,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _published_engram(config: ModelConfig, canonical_ids: int | None) -> dict[str, Any]:
+    """Returns the fields of Engram; `canonical_ids` is the number of ids that it hashes."""
     engram = config.engram
     if engram is None:
         return {"engram_layer_ids": [], "engram_num_embeddings": []}
@@ -460,6 +474,7 @@ def foreign(config: ModelConfig) -> list[str]:
 
 
 def _foreign_engram(config: ModelConfig) -> list[str]:
+    """Describes the parts of a model's Engram that the released model has not."""
     engram = config.engram
     if engram is None:
         return []
@@ -492,6 +507,7 @@ def places(config: ModelConfig) -> dict[str, AnyPlace]:
 
 
 def _block(config: ModelConfig, index: int) -> dict[str, AnyPlace]:
+    """Returns the places of one block's tensors by their published names."""
     theirs = f"layers.{index}"
     ours = f"blocks.{index}"
     table: dict[str, AnyPlace] = {
@@ -533,6 +549,7 @@ def _attention(config: ModelConfig, index: int) -> list[str]:
 
 
 def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, AnyPlace]:
+    """Returns the places of a mixture's tensors by published names, which begin with `theirs`."""
     moe = config.moe
     assert moe is not None
     table: dict[str, AnyPlace] = {
@@ -607,5 +624,5 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past: vision, and the draft layers."""
+    """Returns whether a tensor of a folder is not read: vision, and the draft layers."""
     return name.startswith(tuple(PARTS))

@@ -14,13 +14,13 @@ from rorqual.model_config import ModelConfig
 
 @runtime_checkable
 class Family(Protocol):
-    """What a family's module defines."""
+    """The functions and constants that the module of a family of models defines."""
 
     MODEL_TYPES: tuple[str, ...]  # values of model_type in config.json
     MODEL_PARTS: tuple[str, ...]  # parts of a model that the format has, as ModelConfig names them
     EMBEDDING: str  # the published name of the embedding
     SIZES: Sizes
-    PARTS: Mapping[str, str]  # beginnings of names that are read past, and what has these tensors
+    PARTS: Mapping[str, str]  # beginnings of names that are skipped, and what has these tensors
 
     def config_of(self, description: Mapping[str, Any], names: Collection[str] = ()) -> ModelConfig:
         """Converts a published config.json; `names` are the folder's tensors.
@@ -56,7 +56,7 @@ class Family(Protocol):
         """Returns the published name of a tensor that another writer's folders call otherwise."""
 
     def skipped(self, name: str) -> bool:
-        """Whether a tensor of a folder that has no place is read past, as vision towers are."""
+        """Returns whether a tensor of a folder without a place is not read, as of vision towers."""
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -60,6 +60,6 @@ def scale_block(description: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def mtp_layers(description: Mapping[str, Any]) -> int:
-    """Returns the number of blocks of multi-token prediction that a config.json speaks of."""
+    """Returns the number of blocks of multi-token prediction that a config.json names."""
     key = next((key for key in MTP_LAYERS if description.get(key) is not None), None)
     return 0 if key is None else whole(description, key)

@@ -41,7 +41,7 @@ _SMALLEST_EXPONENT = 2.0**-126  # scales are normal float32 numbers
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether each byte holds two e2m1 numbers."""
+    """Returns whether each byte holds two e2m1 numbers."""
     return weight.dtype in (torch.int8, torch.uint8)
 
 
@@ -104,7 +104,7 @@ def decode(
 
 
 def _largest(values: Float[Tensor, "R C"], block: Block) -> Float[Tensor, "r c"]:
-    """Returns the largest magnitude of each block."""
+    """Returns the largest magnitude of each block of a matrix, as a matrix of blocks."""
     padded = torch.nn.functional.pad(
         values.abs(), (0, -values.shape[1] % block[1], 0, -values.shape[0] % block[0])
     )
@@ -112,7 +112,7 @@ def _largest(values: Float[Tensor, "R C"], block: Block) -> Float[Tensor, "r c"]
 
 
 def _spread(scale: Float[Tensor, "r c"], shape: torch.Size, block: Block) -> Float[Tensor, "R C"]:
-    """Returns each number's scale."""
+    """Repeats each block's scale for all of its numbers, [R, C]."""
     spread_scales = scale.repeat_interleave(block[0], 0)[: shape[0]]
     return spread_scales.repeat_interleave(block[1], 1)[:, : shape[1]]
 

@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """Moves the valid tokens of each row to its front, and results back to where they were."""
+    """Moves the valid tokens of each sequence to its front, and results back to where they were."""
 
     valid: Bool[Tensor, "B T"]
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens in each row."""
+        """The number of tokens in each sequence."""
         return self.valid.sum(1).tolist()
 
     def pack(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "B T ..."]:
-        """Returns x with the valid tokens of each row first, in their order."""
+        """Returns x with the valid tokens of each sequence first, in their order."""
         order = (~self.valid).long().argsort(dim=1, stable=True)
         return x[torch.arange(len(x), device=x.device)[:, None], order]
 
@@ -47,14 +47,14 @@ class Columns:
         self._valid: Tensor | None = None
 
     def append(self, batch: int, time: int, packing: Packing | None) -> None:
-        """Counts the columns of one call."""
+        """Counts `time` columns of one call, and which of them are padding."""
         if packing is not None:
             before = self._known(batch, packing.valid.device)
             self._valid = torch.cat([before, packing.valid], dim=1)
         self.count += time
 
     def tokens(self, count: int, batch: int) -> list[int]:
-        """Returns how many tokens of each row the last `count` columns hold."""
+        """Returns how many tokens of each sequence the last `count` columns hold."""
         remaining = self.count - count
         if self._valid is None or self._valid.shape[1] <= remaining:
             return [count] * batch
@@ -67,7 +67,7 @@ class Columns:
             self._valid = self._valid[:, : self.count]
 
     def select(self, index: Int[Tensor, " B"]) -> None:
-        """Keeps the rows `index`, in that order."""
+        """Keeps the sequences `index`, in that order."""
         if self._valid is not None:
             self._valid = self._valid[index]
 
@@ -77,6 +77,7 @@ class Columns:
         self._valid = None
 
     def _known(self, batch: int, device: torch.device) -> Bool[Tensor, "B L"]:
+        """Returns which of the columns so far are tokens and not padding."""
         valid = torch.ones(batch, self.count, dtype=torch.bool, device=device)
         if self._valid is not None:
             valid[:, : self._valid.shape[1]] = self._valid

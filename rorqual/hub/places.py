@@ -44,7 +44,7 @@ AnyPlace = Place | Joined
 
 
 def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) -> None:
-    """Copies a published tensor into our state dict."""
+    """Copies a published tensor to its place, or to its places, in our state dict."""
     parts = tensor_place.parts if isinstance(tensor_place, Joined) else (tensor_place,)
     row = 0
     for each in parts:
@@ -54,7 +54,7 @@ def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) ->
 
 
 class Sizes(NamedTuple):
-    """Patterns by which a folder's tensors tell how many layers and experts it has.
+    """Patterns of tensor names by which a folder's layers and experts are counted.
 
     They are compared with the config before a model, or the names of its tensors, are made: a wrong
     config.json must not allocate memory.

@@ -8,7 +8,7 @@
 
 `qwen4_exp` is the multimodal model, whose config has the text model's as `text_config` and whose
 tensors begin with model.language_model; `qwen4_exp_text` is the text model alone, which export
-writes. The vision tower and MTP's layers (visual.*, mtp.*) are read past, as transformers does.
+writes. The vision tower and MTP's layers (visual.*, mtp.*) are skipped, as transformers does.
 What our model cannot express is refused by name; fields of training and of generation are ignored.
 """
 
@@ -129,6 +129,7 @@ def _text_of(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_list(value: Any, name: str) -> None:
+    """Raises ValueError unless the field of this name is a list."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"config.json: {name}: got {value!r}, expected a list")
 
@@ -162,6 +163,11 @@ def _layer_types(d: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def _delta_of(d: Mapping[str, Any], types: list[str], eps: float) -> DeltaNetConfig:
+    """Reads the delta net, in blocks that `types` does not call indexed attention.
+
+    Where every n-th block has indexed attention, full_every is n; otherwise `layers` lists the
+    blocks with delta net.
+    """
     full = [index for index, kind in enumerate(types) if kind == "indexed_attention"]
     every = full[0] + 1 if full else len(types) + 1
     regular = full == [index for index in range(len(types)) if (index + 1) % every == 0]
@@ -179,6 +185,7 @@ def _delta_of(d: Mapping[str, Any], types: list[str], eps: float) -> DeltaNetCon
 
 
 def _gqa_of(d: Mapping[str, Any], eps: float) -> GQAConfig:
+    """Reads the full attention; partial_rotary_factor says how much of a head is rotated."""
     head_dim = whole(d, "head_dim")
     factor = _rope_fields(d).get("partial_rotary_factor", d.get("partial_rotary_factor"))
     rope_dim = head_dim
@@ -204,6 +211,7 @@ def _gqa_of(d: Mapping[str, Any], eps: float) -> GQAConfig:
 
 
 def _qsa_of(d: Mapping[str, Any]) -> QSAConfig:
+    """Reads the indexer. ValueError if one of its fields is missing."""
     if lacking := [key for key in INDEXER if d.get(key) is None]:
         raise ValueError(
             f"config.json: no {', '.join(lacking)}, expected all fields of the indexer that "
@@ -218,6 +226,10 @@ def _qsa_of(d: Mapping[str, Any]) -> QSAConfig:
 
 
 def _rope_fields(d: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the rotary fields, from rope_scaling or else from rope_parameters.
+
+    ValueError if they are no object.
+    """
     key = "rope_scaling" if d.get("rope_scaling") else "rope_parameters"
     rope = d.get(key) or {}
     if not isinstance(rope, Mapping):
@@ -247,6 +259,7 @@ def _rope_of(d: Mapping[str, Any]) -> RopeConfig:
 
 
 def _moe_of(d: Mapping[str, Any]) -> MoEConfig:
+    """Reads the experts, the shared one with its gate, and the coefficient of their loss."""
     return MoEConfig(
         routed=whole(d, "num_experts"),
         active=whole(d, "num_experts_per_tok"),
@@ -355,6 +368,7 @@ def published(config: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 
 def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
+    """Returns the rotary fields; `share` of a head is rotated."""
     fields = published_rope(rope)
     parameters = fields["rope_scaling"] or {"rope_type": "default"}
     parameters |= {"rope_theta": rope.base, "partial_rotary_factor": share}
@@ -365,6 +379,7 @@ def _published_rope(rope: RopeConfig, share: float) -> dict[str, Any]:
 
 
 def _published_qsa(config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of the indexer, all null without one."""
     if (qsa := config.qsa) is None:
         return dict.fromkeys(INDEXER)
     return {
@@ -377,6 +392,7 @@ def _published_qsa(config: ModelConfig) -> dict[str, Any]:
 
 
 def _published_engram(config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of Engram; its layers are counted from 1 there."""
     if (engram := config.engram) is None:
         return {"ple_layer_ids": []}
     return {
@@ -472,11 +488,13 @@ def places(config: ModelConfig) -> dict[str, Place]:
 
 
 def _mixer(theirs: str, ours: str) -> dict[str, Place]:
+    """Returns the places of one site of the streams by their published names."""
     names = ("hc_norm", "input_mix_weight_down", "input_mix_weight_up")
     return {f"{theirs}.{name}.weight": Place(f"{ours}.{name}.weight") for name in names}
 
 
 def _delta(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+    """Returns the places of a delta net's tensors by their published names."""
     delta = config.delta
     assert delta is not None
     linears = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "norm", "out_proj")
@@ -487,6 +505,7 @@ def _delta(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 def _attention(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+    """Returns the places of a full attention and its indexer by their published names."""
     assert config.gqa is not None
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     index = ("index_qk_proj", "q_layernorm", "k_layernorm")
@@ -498,6 +517,7 @@ def _attention(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+    """Returns the places of a mixture's tensors by their published names."""
     moe = config.moe
     assert moe is not None
     table = {
@@ -520,6 +540,7 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
 
 
 def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
+    """Returns the places of a block's Engram and of its table's shards by published names."""
     engram = config.engram
     width = config.streams * config.dim
     assert engram is not None
@@ -596,7 +617,7 @@ def canonical(name: str) -> str:
 
 
 def skipped(name: str) -> bool:
-    """Whether a tensor of a folder is read past.
+    """Returns whether a tensor of a folder is not read.
 
     That are the vision tower, MTP, rotary frequencies, and statistics of the hash.
     """

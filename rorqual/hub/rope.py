@@ -31,7 +31,7 @@ from rorqual.model_config import (
 )
 
 ORIGINAL = "original_max_position_embeddings"
-UNSTRETCHED = 4096  # what a folder says of its longest context if nothing tells
+UNSTRETCHED = 4096  # the longest context of a folder whose rope is not stretched
 
 
 def rope_of(
@@ -105,6 +105,7 @@ def _yarn(
     lengths: Mapping[str, Any],
     within: str,
 ) -> YarnConfig:
+    """Reads the fields of YaRN, with transformers' defaults for those that are absent."""
     # transformers ignores 0 and null.
     yarn = {key: value for key, value in fields.items() if value}
     factor = number(fields, "factor", within)
@@ -154,6 +155,7 @@ def _linear(
     lengths: Mapping[str, Any],
     within: str,
 ) -> LinearRopeConfig:
+    """Reads the factor of linear interpolation."""
     return LinearRopeConfig(factor=number(fields, "factor", within))
 
 
@@ -163,6 +165,7 @@ def _dynamic(
     lengths: Mapping[str, Any],
     within: str,
 ) -> DynamicRopeConfig:
+    """Reads the factor of dynamic NTK, which stretches beyond max_position_embeddings."""
     return DynamicRopeConfig(
         factor=number(fields, "factor", within),
         original_length=whole(description, "max_position_embeddings"),
@@ -175,6 +178,7 @@ def _llama3(
     lengths: Mapping[str, Any],
     within: str,
 ) -> Llama3RopeConfig:
+    """Reads the fields of Llama 3's stretching, whose turns are low and high frequency factors."""
     return Llama3RopeConfig(
         factor=number(fields, "factor", within),
         low_turns=number(fields, "low_freq_factor", within),
@@ -189,6 +193,7 @@ def _longrope(
     lengths: Mapping[str, Any],
     within: str,
 ) -> LongRopeConfig:
+    """Reads LongRoPE's lists of factors for short and long sequences. ValueError without them."""
     original = whole(lengths, ORIGINAL, within)
     ratio = number(description, "max_position_embeddings") / original
     factor = ratio if fields.get("factor") is None else number(fields, "factor", within)

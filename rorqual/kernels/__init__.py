@@ -130,6 +130,7 @@ class _On:
 
     @property
     def is_cpu(self) -> bool:
+        """Whether the device is the CPU, as tensors say it."""
         return self.device.type == "cpu"
 
 
@@ -144,6 +145,7 @@ class Kernel:
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
+        """The kernel itself; its module is imported when this is first read."""
         module, _, name = self.target.partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -209,6 +211,7 @@ class Choice:
         return None if kernel is None else kernel.function
 
     def _select(self, where: Sequence[Tensor | torch.device]) -> Kernel | None:
+        """Selects as a call would whose tensors are these, or float32 ones on these devices."""
         tensors = [_On(x) if isinstance(x, torch.device) else x for x in where]
         return self.select(tensors, range(len(tensors)))
 
@@ -305,6 +308,7 @@ def choice(name: str, module: str, **targets: str) -> Choice:
 
 
 def _register(made: Choice) -> None:
+    """Adds a choice under its name; that belongs to one module, which MODULES must list."""
     name = made.name
     module = made.module
     assert module in MODULES or not module.startswith("rorqual."), (
@@ -341,6 +345,7 @@ def available() -> dict[str, dict[str, bool | str]]:
 
 @functools.cache
 def _installed(package: str) -> bool:
+    """Returns whether a package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 

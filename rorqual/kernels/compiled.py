@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 
 def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
-    """Compiles a function at its first call.
+    """Compiles a function to machine code with numba, at its first call.
 
     The machine code is cached beside the source for later processes, where that can be written,
     until any kernel's source changes: numba itself looks at the time and size of the one file,
@@ -46,7 +46,7 @@ def sources() -> str:
 
 @intrinsic
 def pointer(context, address):
-    """In compiled code: converts an integer, such as data_ptr(), to the input of numba.carray."""
+    """Converts an integer, such as data_ptr(), to the input of numba.carray, in compiled code."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -65,7 +65,7 @@ def _fetch(builder, pointer):
 
 @intrinsic
 def prefetch_line(context, array, row, column):
-    """In compiled code: prefetches the cache line of a matrix element, without waiting for it."""
+    """Prefetches the cache line of a matrix element without waiting for it, in compiled code."""
 
     def generate(context, builder, signature, arguments):
         kind = signature.args[0]
@@ -81,7 +81,7 @@ def prefetch_line(context, array, row, column):
 
 @intrinsic
 def prefetch(context, address):
-    """In compiled code: prefetches the cache line at an address. Any address is allowed."""
+    """Prefetches the cache line at an address, any address, in compiled code."""
 
     def generate(context, builder, signature, arguments):
         _fetch(builder, builder.inttoptr(arguments[0], cgutils.voidptr_t))

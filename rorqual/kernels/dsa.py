@@ -83,6 +83,7 @@ def _choose(ordered, end, topk_indices):  # pragma: no cover
 
 @_loop
 def _fetch(base, step, topk_indices, n, width):  # pragma: no cover
+    """Prefetches the selected latents n .. n + 3, or as many of them as there are."""
     for k in range(n, min(n + 4, topk_indices.shape[0])):
         for i in range(0, width, 16):
             prefetch(base + topk_indices[k] * step + 4 * i)
@@ -154,7 +155,7 @@ def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no c
 def _tokens(
     query, index_query, weights, ends, places, length, top_k, scale, out, tied, first, last
 ):  # pragma: no cover
-    """Computes tokens first .. last of B T.
+    """Scores, selects and attends for the tokens first .. last of all B T.
 
     `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
     bytes from one column to the next. A token reads the first ends[b, t] columns. `tied` becomes

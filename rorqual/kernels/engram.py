@@ -131,13 +131,13 @@ def _mix(
 
 @compiled
 def _hash(
-    asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out, first, last,
+    fixed, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out, first, last,
 ):  # pragma: no cover  # fmt: skip
     """Fills out[:, first:last], with tokens counted over the batch; False if an id is unknown.
 
     The ids `new` are written to the cache first.
     """
-    canonical, multipliers, primes, offsets, layers, orders, heads, top = asked
+    canonical, multipliers, primes, offsets, layers, orders, heads, top = fixed
     width = orders * heads
     memory = numba.carray(pointer(ids), batch * stride, np.int64)
     if new:
@@ -196,17 +196,17 @@ def hash_rows(
     """Computes layers.addresses.hash_rows, bit for bit."""
     ids, stride = _plain(ids)
     reach_rows = None if reach is None else reach.long().contiguous()
-    asked = _ask(scratch, canonical_map, multipliers, primes, offsets)
+    fixed = _fixed_tensors(scratch, canonical_map, multipliers, primes, offsets)
     batch, width = ids.shape
     return _run(
-        asked,
+        fixed,
         0,
         0,
         ids.data_ptr(),
         stride,
-        asked.orders,
+        fixed.orders,
         batch,
-        width - asked.orders,
+        width - fixed.orders,
         reach_rows,
         pad,
         out,
@@ -226,11 +226,12 @@ def follow_rows(
     scratch: dict[str, Any] | None = None,
 ) -> Int[Tensor, "Lm B T R"]:
     """Computes layers.addresses.follow_rows, bit for bit."""
-    asked, (batch, time) = _ask(scratch, canonical_map, multipliers, primes, offsets), ids.shape
+    fixed = _fixed_tensors(scratch, canonical_map, multipliers, primes, offsets)
+    batch, time = ids.shape
     ids, stride = _plain(ids)
     if window_ids is None:
         return _run(
-            asked,
+            fixed,
             0,
             0,
             ids.data_ptr(),
@@ -244,16 +245,16 @@ def follow_rows(
         )
     width, reach_rows = window_ids.stride()
     assert window_ids.dtype is torch.int64 and reach_rows == 1
-    before = window_ids.data_ptr() + 8 * (column - asked.orders)
+    before = window_ids.data_ptr() + 8 * (column - fixed.orders)
     if batch * time <= _FEW:
         return _run(
-            asked, ids.data_ptr(), stride, before, width, asked.orders, batch, time, None, 0, out
+            fixed, ids.data_ptr(), stride, before, width, fixed.orders, batch, time, None, 0, out
         )
     window_ids[:, column : column + time] = ids
-    return _run(asked, 0, 0, before, width, asked.orders, batch, time, None, 0, out)
+    return _run(fixed, 0, 0, before, width, fixed.orders, batch, time, None, 0, out)
 
 
-class _Asked(NamedTuple):
+class _FixedTensors(NamedTuple):
     """The addresses and sizes of four tensors, cached.
 
     Reading them again costs more than the hash of a decoding step.
@@ -267,13 +268,13 @@ class _Asked(NamedTuple):
     width: int
 
 
-def _ask(
+def _fixed_tensors(
     scratch: dict[str, Any] | None,
     canonical_map: Tensor,
     multipliers: Tensor,
     primes: Tensor,
     offsets: Tensor,
-) -> _Asked:
+) -> _FixedTensors:
     """Returns the cached addresses and sizes, or reads them again where the tensors have moved."""
     pointers = (
         canonical_map.data_ptr(),
@@ -281,17 +282,17 @@ def _ask(
         primes.data_ptr(),
         offsets.data_ptr(),
     )
-    asked = scratch.get("asked") if scratch else None
-    if asked is not None and asked.pointers == pointers:
-        return asked
+    fixed = scratch.get("fixed") if scratch else None
+    if fixed is not None and fixed.pointers == pointers:
+        return fixed
     exact = (canonical_map, multipliers, primes, offsets)
     assert all(x.is_contiguous() for x in exact) and canonical_map.dtype is torch.int32
     layers, orders, heads = primes.shape
     numbers = (*pointers, layers, orders, heads, len(canonical_map))
-    asked = _Asked(exact, pointers, numbers, layers, orders, orders * heads)
+    fixed = _FixedTensors(exact, pointers, numbers, layers, orders, orders * heads)
     if scratch is not None:
-        scratch["asked"] = asked
-    return asked
+        scratch["fixed"] = fixed
+    return fixed
 
 
 def _plain(ids: Tensor) -> tuple[Tensor, int]:
@@ -301,19 +302,19 @@ def _plain(ids: Tensor) -> tuple[Tensor, int]:
     return (ids, stride) if reach_rows == 1 else (ids.contiguous(), ids.shape[1])
 
 
-def _run(asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out) -> Tensor:
-    """Computes the rows of `batch` times `time` tokens.
+def _run(fixed, new, new_stride, ids, stride, ids_before, batch, time, reach, pad, out) -> Tensor:
+    """Hashes `batch` times `time` tokens to rows, by several threads where that is worth it.
 
     The first token is `ids_before` ids after the address `ids`.
     """
     if out is None:
         # This takes half the time of torch.empty.
-        out = torch.from_numpy(np.empty((asked.layers, batch, time, asked.width), np.int64))
+        out = torch.from_numpy(np.empty((fixed.layers, batch, time, fixed.width), np.int64))
     else:
         assert out.is_contiguous()
     reach_rows = 0 if reach is None else reach.data_ptr()
     arguments = (
-        asked.numbers,
+        fixed.numbers,
         new,
         new_stride,
         ids,
@@ -325,7 +326,7 @@ def _run(asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pa
         pad,
         out.data_ptr(),
     )
-    size = asked.layers * batch * time * asked.width
+    size = fixed.layers * batch * time * fixed.width
     if size < 2 * _WORTH_A_THREAD:
         canonical = _hash(*arguments, 0, batch * time)
     else:
@@ -338,6 +339,7 @@ def _run(asked, new, new_stride, ids, stride, ids_before, batch, time, reach, pa
 
 
 def _by_threads(arguments: tuple[Any, ...], tokens: int, parts: int) -> bool:
+    """Runs `_hash` on equal shares of the tokens, each on a thread; False if any id is unknown."""
     step = math.ceil(tokens / parts)
     edges = [min(tokens, step * i) for i in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:

@@ -45,10 +45,9 @@ def _importance(weights, seen, each, per, importance):  # pragma: no cover
 
 @_loop
 def _choose(importance, own_block, index):  # pragma: no cover
-    """Selects the forced blocks and then the most important others before `own_block`; -1 fills the
-    rest.
+    """Selects the forced blocks, then the most important others before `own_block`.
 
-    Of equally important blocks the later one is selected.
+    Of equally important blocks the later one is selected; -1 fills the rest.
     """
     count = min(own_block + 1, 3)
     for n in range(index.shape[0]):
@@ -73,7 +72,7 @@ def _choose(importance, own_block, index):  # pragma: no cover
 def _attend(
     query, selected, positions, places, block_count, length, sizes, scale, out, first, last
 ):  # pragma: no cover
-    """Computes groups first .. last of B T G.
+    """Computes groups first .. last of all B T G: the three branches of a token and group.
 
     `places` of the compressed keys and values, the keys and values, and the window's: address, and
     bytes from one sequence, column and group to the next. `block_count` is the number of compressed
@@ -185,4 +184,5 @@ def attend_small_batch(
 
 
 def _sizes(config: Any) -> tuple[int, int, int, int, int]:
+    """Returns block, stride, select_block, top_k and window: compiled code takes no dataclass."""
     return config.block, config.stride, config.select_block, config.top_k, config.window

@@ -45,7 +45,7 @@ def _sum(several, order, starts, values, sums, start, end):  # pragma: no cover
 def _update(
     rows, first, second, updates, touched, gradient, corrections, rates, start, end
 ):  # pragma: no cover
-    """Updates the rows touched[start:end] in place.
+    """Applies Adam to the rows touched[start:end], in place.
 
     `rates`: float64 [lr, b1, b2, eps]. `corrections`: float32 [2, n], see `_corrections`.
     """

@@ -26,6 +26,7 @@ _loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vec
 
 @_loop
 def _line(address, width):  # pragma: no cover
+    """Views the `width` float32 numbers at an address as a vector."""
     return numba.carray(compiled.pointer(address), (width,), np.float32)
 
 
@@ -152,7 +153,7 @@ def scaled(query, scale, out):  # pragma: no cover
 def _attend(
     query, index, positions, key, value, length, block, scale, out, first, last
 ):  # pragma: no cover
-    """Computes selections first .. last of B T J.
+    """Computes the attention of selections first .. last of all B T J.
 
     `key` and `value`: address, and bytes from one sequence, column and group to the next.
     """

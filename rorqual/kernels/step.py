@@ -148,6 +148,8 @@ def scratch(sizes: Sizes, tokens: int, widest: int) -> Scratch:
 
 @intrinsic
 def _publish(context, address, value):
+    """Stores an int64 at an address after all earlier writes of this thread, in compiled code."""
+
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         builder.store_atomic(arguments[1], pointer, "release", 8)
@@ -157,7 +159,9 @@ def _publish(context, address, value):
 
 
 @intrinsic
-def _look(context, address):
+def _read_published(context, address):
+    """Reads an int64 that another thread published before any later read, in compiled code."""
+
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.load_atomic(pointer, "acquire", 8)
@@ -174,7 +178,7 @@ def _meet(clocks, me, phase):  # pragma: no cover
     _publish(clocks.ctypes.data + 8 * LINE * me, phase)
     for other in range(clocks.shape[0]):
         looks = 0
-        while _look(clocks.ctypes.data + 8 * LINE * other) < phase:
+        while _read_published(clocks.ctypes.data + 8 * LINE * other) < phase:
             looks += 1
             if looks % PATIENCE == 0:
                 _give_way()
@@ -182,26 +186,31 @@ def _meet(clocks, me, phase):  # pragma: no cover
 
 @compiled
 def _share(count, me, threads):  # pragma: no cover
+    """Returns the start and the end of thread `me`'s equal share of `count` items."""
     return count * me // threads, count * (me + 1) // threads
 
 
 @compiled
 def _vector(address, size):  # pragma: no cover
+    """Views the `size` float32 numbers at an address as a vector."""
     return matrix_at(address, 1, size)[0]
 
 
 @compiled
 def _ids_at(address, size):  # pragma: no cover
+    """Views the `size` int64 numbers at an address as a vector."""
     return numba.carray(pointer_at(address), (size,), np.int64)
 
 
 @compiled
 def _sigmoid(x):  # pragma: no cover
+    """Computes 1 / (1 + exp(-x)) of one float32 number."""
     return ONE / (ONE + math.exp(-x))
 
 
 @compiled
 def _inverse_rms(x, eps):  # pragma: no cover
+    """Computes 1 / sqrt(mean(x^2) + eps) of a vector, in a fixed order of sums."""
     total = ZERO
     for i in range(x.shape[0]):
         total += x[i] * x[i]
@@ -491,7 +500,7 @@ def _best_groups(biased, sizes):  # pragma: no cover
 
 @compiled
 def _score(logits, kind):  # pragma: no cover
-    """Applies the router's score function in place."""
+    """Applies the router's score function `kind` to one token's logits, in place."""
     best = logits[0]
     total = ZERO
     for e in range(logits.shape[0]):
@@ -707,7 +716,7 @@ def _step(
 ):  # pragma: no cover
     """Computes this thread's share of the parts from `first` to `last` of a decoding step.
 
-    Half 2 l is the attention of block l, half 2 l + 1 its feed-forward. The logits are computed
+    Part 2 l is the attention of block l, part 2 l + 1 its feed-forward. The logits are computed
     unless `logits` is empty. `places` [layers, PLACES] and `ends` are addresses; `widths` are those
     of each SwiGLU; `phase` is greater than that of every barrier so far.
     """
@@ -790,6 +799,7 @@ class Step:
 
     @staticmethod
     def keepable() -> bool:
+        """Returns whether numba has a folder where it can cache machine code."""
         return CODE.stats.cache_path is not None
 
     @staticmethod

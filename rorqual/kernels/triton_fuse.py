@@ -29,13 +29,14 @@ _LEAST = 4  # tokens a program, so that its weights are read for more than one
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _row(source, offset, inside):
+    """Loads numbers of a vector as float32; 0 outside of it."""
     return tl.load(source + offset, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 @inspect.unwrap
 def _normed(x, dim, eps):
-    """Returns x r, and r."""
+    """Returns x r and r, the reciprocal of the root mean square of x."""
     r = tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps)
     return x * r, r
 
@@ -60,6 +61,7 @@ def _forward(
     tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gated values of `span` tokens of one stream, and their norms with `conv_norm`."""
     first = tl.program_id(0) * span
     stream = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -91,6 +93,10 @@ def _backward(
     tokens, span, dim, scale, eps, conv_eps, STREAMS: tl.constexpr, COPYSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of `span` tokens of one stream.
+
+    Those of the norms' weights are sums over these tokens, which the caller adds up.
+    """
     run = tl.program_id(0)
     stream = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -143,6 +149,7 @@ def _backward(
 def _launch(
     kernel, tensors: tuple[Tensor | None, ...], shape: torch.Size, span: int, sign: str, *eps: float
 ) -> None:
+    """Runs a kernel with one program for each `span` tokens of each stream."""
     tokens, (streams, dim) = shape[0] * shape[1], shape[2:]
     block = triton.next_power_of_2(dim)
     with torch.cuda.device_of(tensors[0]):
@@ -154,6 +161,8 @@ def _launch(
 
 
 class _Fuse(torch.autograd.Function):
+    """Runs the forward and the backward kernel, and saves only the inputs between them."""
+
     @staticmethod
     def forward(
         ctx, hidden, key, value, query_norm, key_norm, conv_norm, lookup_mask, sign, eps, conv_eps

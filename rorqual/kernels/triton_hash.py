@@ -33,6 +33,7 @@ def _hash(
     ids, reach, canonical, multipliers, primes, offsets, out, strange, tokens, time, size, pad,
     ORDERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """Writes the rows of BLOCK tokens in one layer, of all orders and heads."""
     layer = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens

@@ -5,10 +5,10 @@ function read the streams once. The S x S matrices, Sinkhorn's iterates among th
 registers: backward recomputes them from the logits and keeps the divisor of each step. With
 P = c dL/dc a step c' = c / d has the backward P <- P - c' sum P, c <- c' d.
 
-    collapse   d x_i  = pre_i du         d pre_i = <du, x_i>
-               then through the sigmoids and Sinkhorn to the logits
-    write      d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>
-               d out  = sum_k post_k dy_k          d post_k = <dy_k, out>
+    pre_mapping    d x_i  = pre_i du         d pre_i = <du, x_i>
+                   then through the sigmoids and Sinkhorn to the logits
+    post_mapping   d x_j  = sum_k comb[j, k] dy_k      d comb[j, k] = <x_j, dy_k>
+                   d out  = sum_k post_k dy_k          d post_k = <dy_k, out>
 """
 
 import inspect
@@ -70,6 +70,7 @@ def _pre_mapping(
     tokens, dim, eps, floor, iterations, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Writes u, pre, post and comb of ROWS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     in_range = (s < S)[None, :] & (n < tokens)[:, None]
@@ -152,6 +153,7 @@ def _pre_mapping_backward(
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of the streams, m scale + base, and `handed_on`, of ROWS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     in_range = (s < S)[None, :] & (n < tokens)[:, None]
@@ -197,6 +199,7 @@ def _post_mapping(
     streams, out, post, comb, made,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Writes post_k out + sum_j comb[j, k] x_j of ROWS tokens; comb None is the identity."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     here = n < tokens
@@ -232,6 +235,7 @@ def _post_mapping_backward(
     streams, out, post, comb, d_made, d_streams, d_out, d_post, d_comb,
     tokens, dim, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of the streams, out, post and comb, of ROWS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     s = tl.arange(0, P)
     here = n < tokens
@@ -276,6 +280,7 @@ def _post_mapping_backward(
 
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: int) -> None:
+    """Runs a kernel with one program for each tile of tokens; `tensors` begin with the streams."""
     tokens, streams, dim = tensors[0].shape
     if not tensors[0].numel():
         return
@@ -288,14 +293,17 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], *rest: float, **constants: in
         )
 
 
-def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Makes tensors contiguous; None stays None."""
     return tuple(x if x is None else x.contiguous() for x in tensors)
 
 
 class _PreMapping(torch.autograd.Function):
+    """Runs the kernels of pre_mapping, and saves only the inputs between them."""
+
     @staticmethod
     def forward(ctx, streams, m, scale, base, handed_on, iterations, eps):
-        arguments = _whole(streams, m, scale, base, handed_on)
+        arguments = _contiguous(streams, m, scale, base, handed_on)
         ctx.save_for_backward(*arguments)
         ctx.rest = (eps, 0.0 if eps else _TINY, iterations)
         tokens, count, dim = streams.shape
@@ -315,7 +323,7 @@ class _PreMapping(torch.autograd.Function):
             None if handed_on is None else torch.empty_like(handed_on),
         )  # fmt: skip
         steps = triton.next_power_of_2(2 * ctx.rest[-1] - 1)
-        saved = (streams, m, scale, base, handed_on, *_whole(*changes))
+        saved = (streams, m, scale, base, handed_on, *_contiguous(*changes))
         _launch(_pre_mapping_backward, (*saved, *made), *ctx.rest, STEPS=steps)
         d_streams, d_logits, d_handed = made
         parts = (streams.shape[1], streams.shape[1], m.shape[0] - 2 * streams.shape[1])
@@ -325,9 +333,11 @@ class _PreMapping(torch.autograd.Function):
 
 
 class _PostMapping(torch.autograd.Function):
+    """Runs the kernels of post_mapping, and saves only the inputs between them."""
+
     @staticmethod
     def forward(ctx, streams, out, post, comb):
-        arguments = _whole(streams, out, post, comb)
+        arguments = _contiguous(streams, out, post, comb)
         ctx.save_for_backward(*arguments)
         made = torch.empty_like(arguments[0])
         _launch(_post_mapping, (*arguments, made))

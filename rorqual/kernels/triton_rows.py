@@ -25,6 +25,7 @@ _SHARE = tl.constexpr(32)  # values that share a scale
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
 def _e4m3(byte):
+    """Decodes bytes of e4m3 to float32."""
     exponent = (byte >> 3) & 15
     mantissa = byte & 7
     large = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
@@ -36,6 +37,7 @@ def _e4m3(byte):
 @triton.jit
 @inspect.unwrap
 def _lookup(records, ids, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes BLOCK values of the rows `ids`, each multiplied by its scale."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < count
     column = offset % WIDTH

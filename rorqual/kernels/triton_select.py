@@ -64,6 +64,7 @@ def _keys(
 @triton.jit
 @inspect.unwrap
 def _dot(left, right, EXACT: tl.constexpr):
+    """Multiplies two matrices without rounding them to TF32; EXACT is for Triton's interpreter."""
     # Triton's interpreter multiplies bfloat16 as if it were integers.
     if EXACT:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
@@ -89,6 +90,7 @@ def _forward(
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Writes the outputs of one token's heads of one selection, and their log sums."""
     batch = (tl.program_id(1) // choices).to(tl.int64)
     choice = tl.program_id(1) % choices
     token = batch * time + tl.program_id(0)
@@ -138,6 +140,7 @@ def _backward_queries(
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of one token's queries of one selection, and <d out, out> of each."""
     batch = (tl.program_id(1) // choices).to(tl.int64)
     choice = tl.program_id(1) % choices
     token = batch * time + tl.program_id(0)
@@ -183,6 +186,10 @@ def _backward_keys(
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Writes the gradients of a piece of a block's keys and values.
+
+    They are summed over all tokens that selected the block, in the order of `order`.
+    """
     pieces = tl.cdiv(block, PIECE)
     which = tl.program_id(0) // pieces
     first = tl.program_id(0) % pieces * PIECE
@@ -226,10 +233,12 @@ def _backward_keys(
 
 
 def _padded(size: int) -> int:
+    """Returns the power of two that is not below `size`, at least _LEAST."""
     return max(_LEAST, triton.next_power_of_2(size))
 
 
 def _constants(query: Tensor, value: Tensor, choices: int, block: int) -> dict[str, int]:
+    """Returns the sizes for which the kernels are compiled, the widths as powers of two."""
     piece = min(_PIECE, _padded(block))
     heads = query.shape[2] // choices
     return {
@@ -260,6 +269,8 @@ def _by_block(
 
 
 class _Selected(torch.autograd.Function):
+    """Runs the forward and the two backward kernels; saves the inputs, outputs and log sums."""
+
     @staticmethod
     def forward(ctx, query, key, value, index, positions, block, scale):
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))

@@ -25,6 +25,7 @@ def matrix_at(address, rows, columns):  # pragma: no cover
 
 
 def _any_order(function):
+    """Compiles a function whose sums may be in any order, so that it uses vector instructions."""
     return compiled(function, any_order=True)
 
 
@@ -94,7 +95,7 @@ def powers(scores, bits, best):  # pragma: no cover
 
 @_any_order
 def softmax(scores, bits):  # pragma: no cover
-    """Applies the softmax in place."""
+    """Applies the softmax to one row of scores, in place; `bits` is memory for as many numbers."""
     share = ONE / powers(scores, bits, largest(scores))
     for l in range(scores.shape[0]):
         scores[l] *= share
@@ -113,17 +114,20 @@ _NINE = types.void(*[types.int64] * 9)
 
 
 def _load(builder, address, more, kind=_VECTOR):
+    """Emits a read of a vector, or another `kind`, at address + more, in bytes."""
     pointer = builder.inttoptr(builder.add(address, more), kind.as_pointer())
     return builder.load(pointer, align=4)
 
 
 def _store(builder, value, address, more):
+    """Emits a write of a vector at address + more, in bytes."""
     builder.store(
         value, builder.inttoptr(builder.add(address, more), value.type.as_pointer()), align=4
     )
 
 
 def _picked(builder, one, other, lanes):
+    """Emits a shuffle: lane i is the one numbered lanes[i], counted through both vectors."""
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
     return builder.shuffle_vector(one, other, mask)
 
@@ -161,7 +165,8 @@ def _across(builder, vectors):
     return total
 
 
-def _step(builder, bytes_apart, count):
+def _offsets(builder, bytes_apart, count):
+    """Emits the products of `bytes_apart` with 0, 1, ..., count - 1."""
     return [builder.mul(bytes_apart, ir.Constant(_WHOLE, n)) for n in range(count)]
 
 
@@ -175,7 +180,7 @@ def _dots(heads):
         def generate(context, builder, signature, arguments):
             queries, apart, a, b, c, d, chunks, out, out_apart = arguments
             zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            more = _step(builder, apart, heads)
+            more = _offsets(builder, apart, heads)
             totals = [cgutils.alloca_once_value(builder, zero) for _ in range(4 * heads)]
             with cgutils.for_range(builder, chunks) as loop:
                 pointer = builder.mul(loop.index, ir.Constant(_WHOLE, 4 * LANES))
@@ -187,7 +192,7 @@ def _dots(heads):
                         builder.store(
                             builder.fadd(builder.load(total), product, flags=_FUSED), total
                         )
-            for h, at_h in enumerate(_step(builder, out_apart, heads)):
+            for h, at_h in enumerate(_offsets(builder, out_apart, heads)):
                 ours = [builder.load(total) for total in totals[4 * h : 4 * h + 4]]
                 _store(builder, _across(builder, ours), out, at_h)
             return context.get_dummy_value()
@@ -206,8 +211,8 @@ def _sums(heads):
     def typed(context, weights, apart, a, b, c, d, chunks, out, out_apart):
         def generate(context, builder, signature, arguments):
             weights, apart, a, b, c, d, chunks, out, out_apart = arguments
-            stride = _step(builder, apart, heads)
-            more = _step(builder, out_apart, heads)
+            stride = _offsets(builder, apart, heads)
+            more = _offsets(builder, out_apart, heads)
             fours = [_load(builder, weights, at_h, _FOUR) for at_h in stride]
             lanes = [ir.Constant(ir.IntType(32), k) for k in range(4)]
             shares = [
@@ -248,9 +253,9 @@ def _columns(heads, vectors):
                     cgutils.alloca_once_value(builder, _load(builder, out, builder.add(at_h, more)))
                     for more in beside
                 ]
-                for at_h in _step(builder, out_apart, heads)
+                for at_h in _offsets(builder, out_apart, heads)
             ]
-            stride = _step(builder, apart, heads)
+            stride = _offsets(builder, apart, heads)
             with cgutils.for_range(builder, count) as loop:
                 row = builder.add(first, builder.mul(loop.index, step))
                 values = [_load(builder, row, more) for more in beside]
@@ -263,7 +268,7 @@ def _columns(heads, vectors):
                         builder.store(
                             builder.fadd(builder.load(total), product, flags=_FUSED), total
                         )
-            for h, at_h in enumerate(_step(builder, out_apart, heads)):
+            for h, at_h in enumerate(_offsets(builder, out_apart, heads)):
                 for total, more in zip(totals[h], beside, strict=True):
                     _store(builder, builder.load(total), out, builder.add(at_h, more))
             return context.get_dummy_value()

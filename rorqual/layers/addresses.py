@@ -25,9 +25,8 @@ from rorqual.model_config import head_primes
 from rorqual.model_config import row_totals as row_totals
 from rorqual.tables.staging import Staging
 
-WORTH_KEEPING = (
-    4096  # from so many tokens on, the memory of their row ids is kept for the next call
-)
+# From so many tokens on, the memory of their row ids is kept for the next call.
+WORTH_KEEPING = 4096
 
 
 def find_primes(config: EngramConfig) -> np.ndarray:
@@ -142,7 +141,7 @@ def follow_rows(
 
 
 def _strange(ids: Tensor, canonical_map: Tensor) -> Tensor:
-    """Marks the ids that the tokenizer does not have."""
+    """Marks the ids that have no canonical id: outside of the map, or -1 in it."""
     top = len(canonical_map) - 1
     return (ids < 0) | (ids > top) | (canonical_map[ids.clamp(0, top)] < 0)
 
@@ -245,6 +244,12 @@ class Addresses(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes a checkpoint's canonical map if this model has none, and refuses other addresses.
+
+        Multipliers, primes and the map decide which rows an n-gram reads, so with other ones the
+        model would look up other rows. ValueError names those that differ; tensors on the meta
+        device are not compared.
+        """
         saved = {
             name: state_dict[prefix + name] for name in self._exact if prefix + name in state_dict
         }

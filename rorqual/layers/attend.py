@@ -83,7 +83,7 @@ def attend_shared(
 
 
 def _blocks_are_faster(query: Tensor, key: Tensor) -> bool:
-    """Whether the loop over blocks is faster than the fused path.
+    """Returns whether the loop over blocks is faster than the fused path.
 
     The fused path of a CPU processes 512 keys at a time, so up to that length it computes
     everything above the diagonal too.

@@ -50,21 +50,21 @@ def visibility(ctx: Context) -> tuple[Tensor | None, bool]:
 
 @dataclass(eq=False)
 class MLACache(Bundle):
-    """MLA's cache: [latent | rotated key] of every token."""
+    """Caches [latent | rotated key] of every token."""
 
     latent: Appended
 
 
 @dataclass(eq=False)
 class GQACache(Bundle):
-    """GQA's cache: keys and values of every token."""
+    """Caches keys and values of every token."""
 
     keys: Appended
     values: Appended
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention.
+    """Multi-head latent attention: one latent and one rotary key a token, shared by all heads.
 
     Projections are named and laid out as in DeepSeek's checkpoints: q per head [nope | rope], kv_a
     [latent | rope], kv_b per head [nope | value]. DSA is a subclass that selects keys.
@@ -142,7 +142,7 @@ class MLA(nn.Module):
     def queries(
         self, query_latent: Float[Tensor, "B T R"], ctx: Context
     ) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B T H P"]]:
-        """Returns the unrotated queries and the rotated ones."""
+        """Returns the queries of each head: the part without position, and the rotated part."""
         c = self.config
         query = self.q_proj(query_latent) if c.q_lora_rank is None else self.q_b_proj(query_latent)
         query = query.unflatten(-1, (c.heads, -1))
@@ -155,14 +155,17 @@ class MLA(nn.Module):
         return nope, ctx.rotate(rope, self.interleaved)
 
     def absorbs(self, ctx: Context) -> bool:
-        """Whether the new tokens attend in the absorbed form: after a cache, if it is cheaper."""
+        """Returns whether the new tokens attend in the absorbed form.
+
+        They do after a cache, where it takes fewer products.
+        """
         return ctx.past > 0 and self._absorbing_is_cheaper(ctx.positions.shape[1])
 
     def _absorbing_is_cheaper(self, time: int) -> bool:
-        """Whether the absorbed form takes no more products per key and head than the expanded form.
+        """Returns whether the absorbed form takes no more products than the expanded one.
 
-        The absorbed form takes `time` wider products; the expanded form expands the key once and
-        takes `time` narrower ones.
+        That is per key and head. The absorbed form takes `time` wider products; the expanded form
+        expands the key once and takes `time` narrower ones.
         """
         c = self.config
         expanded = c.kv_lora_rank * (c.nope_dim + c.value_dim) + time * (
@@ -173,6 +176,7 @@ class MLA(nn.Module):
     def expanded(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
     ) -> Float[Tensor, "B T H Q"]:
+        """Attends in the expanded form: each latent is projected to every head's key and value."""
         return attend(*self.expand(nope, rope, latent), self.scale, mask, causal)
 
     def expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,6 +191,7 @@ class MLA(nn.Module):
     def absorbed(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Float[Tensor, "B T H Q"]:
+        """Attends in the absorbed form: the queries of every head multiply the latents directly."""
         query, value_up = self.absorb(nope, rope)
         return self.lift(attend_shared(query, latent, self.scale, mask), value_up)
 
@@ -201,6 +206,7 @@ class MLA(nn.Module):
         return torch.cat([torch.einsum("bthn,hnr->bthr", nope, key_up), rope], dim=-1), value_up
 
     def lift(self, summed: Tensor, value_up: Tensor) -> Float[Tensor, "B T H Q"]:
+        """Maps each head's sum of latents [B, T, H, R] to its value; the rotary part is dropped."""
         return torch.einsum("bthr,hvr->bthv", summed[..., : self.config.kv_lora_rank], value_up)
 
     def _up_weight(self) -> Float[Tensor, "HQ R"]:
@@ -308,6 +314,11 @@ class GQA(nn.Module):
         return query, key, value, gate
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
+        """Attends to all keys, or to those of the config's window, with the sinks if there are any.
+
+        Where all sequences have one length, the keys before every window are not read at all;
+        otherwise the mask excludes them.
+        """
         window = self.config.window
         time = query.shape[1]
         if window is None or key.shape[1] <= window:

@@ -86,16 +86,18 @@ def max_violation(counts: Num[Tensor, " E"]) -> float:
 
 
 def _tokens(routing: Routing) -> Int[Tensor, " B"] | int:
+    """Returns the number of tokens of a sequence: T, or with padding that of each, at least 1."""
     return routing.scores.shape[1] if routing.valid is None else routing.valid.sum(1).clamp_min(1)
 
 
 def _per_token(summed: Tensor, routing: Routing) -> Float[Tensor, "B X"]:
+    """Divides sums over the tokens of each sequence by the number of its valid tokens."""
     tokens = _tokens(routing)
     return summed / (tokens[:, None] if isinstance(tokens, Tensor) else max(tokens, 1))
 
 
 def _over_time(values: Float[Tensor, "B T E"], routing: Routing) -> Float[Tensor, "B E"]:
-    """Averages over valid tokens."""
+    """Averages values over the valid tokens of each sequence."""
     masked = values if routing.valid is None else values * routing.valid[..., None]
     return _per_token(masked.sum(1), routing)
 

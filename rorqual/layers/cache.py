@@ -9,6 +9,7 @@ padding in front. Columns from a sequence's length on hold nothing that is ever 
     Recent     the last few tokens              values that a convolution looks back at
     Blocks     one value per complete block     layers/sparse.py
     Recurrent  a state that all tokens change   layers/delta_net.py
+    Ties       whether equal scores decided     layers/dsa.py
 
 Containers that forget tokens have a `slack`, how many of the last tokens a crop may remove.
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 @runtime_checkable
 class NewTokens(Protocol):
-    """What a container needs to know about the new tokens of a call; Context is one."""
+    """Defines what a container reads of the new tokens of a call; Context has it."""
 
     @property
     def past(self) -> int:
@@ -51,7 +52,7 @@ Lengths = tuple[Sequence[int], Sequence[int]]
 
 
 class State(Protocol):
-    """The methods of every container."""
+    """Defines the methods of every container."""
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps these sequences of the batch, in this order; none is longer than `length`."""
@@ -66,7 +67,7 @@ class State(Protocol):
         ...
 
     def clear(self) -> None:
-        """Frees the buffer."""
+        """Frees the memory; the container is as new."""
         ...
 
 
@@ -81,10 +82,11 @@ class BatchMemory:
     _memory: Tensor | None = None  # [R, C, ...], R >= B
 
     def clear(self) -> None:
-        """Frees the memory."""
+        """Frees the memory; the next call allocates it for a batch of any size."""
         self.buffer = self._memory = None
 
     def _store_in(self, memory: Tensor, batch: int) -> Tensor:
+        """Replaces the memory [R, C, ...]; returns its first `batch` sequences."""
         self._memory = memory
         self.buffer = memory[:batch]
         return self.buffer
@@ -172,10 +174,12 @@ class Appended(BatchMemory):
         return self.buffer[_places(ctx.starts, 0, self.before + time)]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
         if self.buffer is not None:
             self._keep_sequences(index)
 
     def join(self, other: "Appended", lengths: Lengths) -> None:
+        """Appends the sequences of `other`; becomes empty if either has stored nothing yet."""
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
@@ -185,6 +189,7 @@ class Appended(BatchMemory):
         self._more_sequences(len(other.buffer))[batch:, :second] = other.buffer[:, :second]
 
     def load(self, other: "Appended", length: int) -> None:
+        """Becomes a copy of the first `length` tokens of `other` and of the columns before them."""
         self.clear()
         if other.buffer is not None:
             size = self.before + length
@@ -236,7 +241,7 @@ class Recent(BatchMemory):
         return torch.cat([buffer[:, column:], buffer[:, : column + count - size]], 1)
 
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
-        """Stores the new tokens; `before` has been called."""
+        """Stores the new tokens in place of the oldest; `before` has been called."""
         assert self.buffer is not None
         buffer = self.buffer
         time = new.shape[1]
@@ -258,10 +263,12 @@ class Recent(BatchMemory):
         buffer[sequences, columns] = torch.where(earlier, buffer[sequences, columns], latest)
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
         if self.buffer is not None:
             self._keep_sequences(index)
 
     def join(self, other: "Recent", lengths: Lengths) -> None:
+        """Appends the sequences of `other`, of any slack; empty if either stored nothing."""
         if self.buffer is None or other.buffer is None:
             self.clear()
             return
@@ -269,6 +276,7 @@ class Recent(BatchMemory):
         self._copy(other.buffer, self._more_sequences(len(other.buffer))[batch:], lengths[1])
 
     def load(self, other: "Recent", length: int) -> None:
+        """Becomes a copy of the last tokens of `other` before `length` that both have space for."""
         self.clear()
         if other.buffer is not None:
             self.before(_Start(), other.buffer)
@@ -287,7 +295,7 @@ class Recent(BatchMemory):
 
 
 class _Start:
-    """The context of a call before any token."""
+    """Stands for the context of a call before any token."""
 
     past = 0
     starts = None
@@ -303,7 +311,7 @@ class Past:
         self.reset()
 
     def reset(self) -> None:
-        """Removes all tokens."""
+        """Removes all tokens of all sequences, and their document ids."""
         self.lengths = [0] * self.batch
         # The longest that each sequence has been, as far as containers may have forgotten for it.
         self.longest = [0] * self.batch
@@ -408,9 +416,9 @@ class Bundle:
 
 @dataclass(eq=False)
 class BlockCache(Bundle):
-    """The cache of one block."""
+    """The cache of one block: that of its attention, and of Engram's convolution."""
 
-    attention: Any  # MLACache or GQACache
+    attention: Any  # what the attention's new_cache returns: MLACache, GQACache, CSACache ...
     engram: Any = None  # Recent, or what `attach` uses in its place
 
 
@@ -478,6 +486,10 @@ class Cache:
         return sum(storages.values())
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
+        """Keeps the sequences `index` of the batch, in this order; one may occur several times.
+
+        Rows of tables that are being fetched for announced ids are dropped.
+        """
         sequences = index.tolist()
         self.announced = []
         for state in self.states():
@@ -576,6 +588,7 @@ class Cache:
             draft.past.crop([max(0, more - length) for more, length in extra])
 
     def _draft_states(self) -> list[Any]:
+        """Returns the containers of every MTP depth."""
         return [state for draft in self.drafts for state in draft.states()]
 
     def reserve_slack(self, k: int) -> None:

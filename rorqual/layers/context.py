@@ -91,7 +91,7 @@ class Context:
 
     @property
     def valid(self) -> Bool[Tensor, "B T"] | None:
-        """False at padding; None if there is no padding."""
+        """Mask of the new tokens that is False at padding; None without padding."""
         if self.lengths is None:
             return None
         steps = torch.arange(self.positions.shape[1], device=self.lengths.device)
@@ -199,7 +199,7 @@ def _count(document_ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
 
 
 class Span(NamedTuple):
-    """Where the new tokens go: behind `past` cached ones, or `starts` in each sequence."""
+    """The columns of new tokens: behind `past` cached ones, or `starts` in each sequence."""
 
     past: int
     starts: Int[Tensor, " B"] | None

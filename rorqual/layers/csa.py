@@ -83,7 +83,7 @@ class SharedKVCache(Bundle):
 
 @dataclass(eq=False)
 class EntryCache(Bundle):
-    """The cache of a compressor: what is not yet compressed or overlaps, and the entries."""
+    """The cache of a compressor: its entries, and the tokens of which the next one is made."""
 
     tokens: Recent
     entries: Blocks
@@ -481,7 +481,7 @@ class HCA(SharedKV):
         return HCACache(window, self.compressor.new_cache(capacity))
 
     def compressed(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Entries:
-        """Returns the compressed entries of all tokens."""
+        """Compresses the new tokens and returns the entries of all tokens."""
         cache = ctx.cache
         compressor = self.compressor
         cache = None if cache is None else cache.attention.entries
@@ -521,7 +521,7 @@ class CSA(HCA):
         return CSACache(Recent(self.config.window - 1), *caches, ties=ties)
 
     def index_keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B M I"]:
-        """Returns the indexer's keys of all entries."""
+        """Returns the indexer's keys of all entries, from its own compressor of detached inputs."""
         cache = ctx.cache
         compressor = self.indexer.compressor
         cache = None if cache is None else cache.attention.index
@@ -565,10 +565,10 @@ class EntrySelection(NamedTuple):
     # With `as_topk`: the first entry of each query's document, and the one after its last, of which
     # topk selects. None: all entries.
     spans: Int[Tensor, "B T 2"] | None = None
-    ties: Ties | None = None  # where it is noted that they were
+    ties: Ties | None = None  # where queries are recorded whose selection `as_topk` decided
 
     def gathers(self, count: int) -> bool:
-        """Whether copying the selected ones of `count` entries costs less than masking others."""
+        """Returns whether copying the selected of `count` entries costs less than a mask."""
         return count > GATHERING * self.top_k
 
     def scores(self, run: slice, count: int) -> Float[Tensor, "B T M"]:
@@ -649,7 +649,7 @@ def entry_loss(
 
 
 def mean_entry_loss(losses: list[EntryLoss]) -> IndexerLoss:
-    """Returns the means over the queries of all runs; the recall is 1 where none had to choose."""
+    """Returns the means over the queries of all runs; the recall is 1 where none had to select."""
     total = EntryLoss(*(torch.stack(sums).sum() for sums in zip(*losses, strict=True)))
     share = torch.where(total.choosing > 0, total.captured / total.choosing.clamp_min(1), 1.0)
     count = total.queries.clamp_min(1)

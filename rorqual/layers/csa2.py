@@ -109,7 +109,7 @@ def visible_entries(ctx: Context, ratio: int) -> Visible:
 
 
 class NewEntries(NamedTuple):
-    """Where the entries go that new tokens complete, E a sequence."""
+    """The entries that new tokens complete, E a sequence: their last tokens and numbers."""
 
     steps: Int[Tensor, "#B E"]  # the new token that completes each
     numbers: Int[Tensor, "#B E"]  # of the entries
@@ -117,13 +117,13 @@ class NewEntries(NamedTuple):
     complete: Bool[Tensor, "#B E"]  # False where a sequence completes fewer than E
 
     def of(self, x: Float[Tensor, "B T P"]) -> Float[Tensor, "B E P"]:
-        """Returns the values of the completing tokens."""
+        """Returns, of the values of all new tokens, those of the tokens that complete an entry."""
         index = self.steps.expand(len(x), -1)
         return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def new_entries(ctx: Context, ratio: int) -> NewEntries:
-    """Returns which entries the new tokens complete."""
+    """Returns the entries that the new tokens complete, at most E in each sequence."""
     end = visible_entries(ctx, ratio).end
     positions = ctx.positions[: len(end)]
     if ratio == 1:
@@ -207,7 +207,8 @@ class PlainCompressor(nn.Module):
         """
         if self.wgate is None:
             return self.wkv(hidden)
-        tokens = torch.cat([self._wide(self.wkv, hidden), self._wide(self.wgate, hidden)], dim=-1)
+        both = [self._project(linear, hidden) for linear in (self.wkv, self.wgate)]
+        tokens = torch.cat(both, dim=-1)
         before = self.ratio - 1
         if ctx.cache is None:
             tokens = F.pad(tokens, (0, 0, before, 0))
@@ -220,7 +221,8 @@ class PlainCompressor(nn.Module):
         values, scores = torch.stack(groups, dim=2).chunk(2, dim=-1)  # [B, E, r, P]
         return (values * scores.softmax(2)).sum(2).to(hidden.dtype)
 
-    def _wide(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
+    def _project(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
+        """Projects in float32 at least, outside of autocast."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(dtype), linear.weight.to(dtype))
@@ -243,7 +245,7 @@ class SharedIndexer(nn.Module):
             self.k_norm = RMSNorm(config.index_dim, eps)
 
     def queries(self, latent: Float[Tensor, "B T R"]) -> Float[Tensor, "B T J C"]:
-        """Returns the queries, not rotated yet."""
+        """Projects the query latent to the queries of all index heads, not rotated yet."""
         return self.wq_b(latent).unflatten(-1, (self.config.index_heads, -1))
 
     def weights(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T J"]:
@@ -265,7 +267,7 @@ def shared_scores(
 
 
 class TieRule(NamedTuple):
-    """Which of equal scores are selected, and where it is noted that some were not."""
+    """The rule by which some of equal scores are selected, and the record of where it decided."""
 
     rule: Literal["last", "topk"]
     noted: Ties | None = None  # the block's cache of it
@@ -343,7 +345,7 @@ class CSA2(SharedKV):
     def __init__(
         self, shares: CSA2Config, config: CSAConfig, dim: int, eps: float = 1e-6, index: int = 0
     ) -> None:
-        """Builds the attention of block `index`."""
+        """Builds the attention of block `index`; sources have a compressor, some an indexer."""
         ratio = shares.ratio(index)
         super().__init__(config, dim, eps, compresses=ratio > 0)
         self.shares = shares
@@ -538,6 +540,6 @@ def rotate_entries(
 
 
 def entry_mask(selected: Int[Tensor, "B T K"], count: int) -> Bool[Tensor, "B T M"]:
-    """Returns which of `count` entries are selected."""
+    """Returns True at the entries whose numbers are selected, of the first `count`."""
     mask = torch.zeros(*selected.shape[:2], count + 1, dtype=torch.bool, device=selected.device)
     return mask.scatter_(-1, selected.where(selected >= 0, count), True)[..., :count]

@@ -69,7 +69,7 @@ class Writes(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """What chunked returns: outputs, the state after all tokens, and one on the way."""
+    """What `chunked` returns: outputs, the state after all tokens, and one between two chunks."""
 
     out: Float[Tensor, "B T H V"] | None
     state: Float[Tensor, "B H K V"]
@@ -195,7 +195,7 @@ class Recurrent:
         return self.state
 
     def _roll(self, like: Writes, counts: Int[Tensor, " B"]) -> Float[Tensor, "B H K V"]:
-        """Returns the state so many tokens after `base`."""
+        """Returns the state `counts` tokens after `base`, computed from the stored writes."""
         assert self.base is not None and self.base_lengths is not None
         buffer = self.writes.buffer
         longest = int(counts.max())
@@ -221,7 +221,7 @@ class Recurrent:
         between: Float[Tensor, "B H K V"],
         ctx: NewTokens,
     ) -> None:
-        """Stores the writes of the new tokens, the state after them and the one on the way."""
+        """Stores the writes of the new tokens, the state after them, and one between chunks."""
         assert self.lengths is not None and self.base is not None
         assert self.base_lengths is not None
         packed = writes.pack().detach()
@@ -244,6 +244,7 @@ class Recurrent:
             self.base_lengths = self.base_lengths + advance
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order."""
         if self.state is None or self.base is None:
             return
         assert self.lengths is not None and self.base_lengths is not None
@@ -255,6 +256,7 @@ class Recurrent:
         self.writes.select(index, length)
 
     def join(self, other: "Recurrent", lengths: Lengths) -> None:
+        """Appends the sequences of `other`; becomes empty if either has read nothing yet."""
         if self.state is None or other.state is None:
             self.clear()
             return
@@ -263,6 +265,7 @@ class Recurrent:
         self.writes.join(other.writes, lengths)
 
     def load(self, other: "Recurrent", length: int) -> None:
+        """Becomes a copy of `other`, which the next call brings to the first `length` tokens."""
         self.clear()
         if other.state is not None:
             for name in ("state", "base", "lengths", "base_lengths"):

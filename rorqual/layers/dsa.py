@@ -77,7 +77,7 @@ class Indexer(nn.Module):
 
     def keys(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L P"]:
         """Returns k of every token, cached ones first, and appends the new ones to the cache."""
-        new = self._turn(self.k_norm(self.wk(hidden.detach())), ctx)
+        new = self._rotated(self.k_norm(self.wk(hidden.detach())), ctx)
         if ctx.cache is None:
             return new
         cached = ctx.cache.attention.index_keys.append(new, ctx)
@@ -103,14 +103,15 @@ class Indexer(nn.Module):
         # With one document a sequence the columns of the queries say which keys they see.
         ragged = ctx.starts is not None and ctx.key_document_ids is None
         ends = ctx.columns + 1 if ragged else None
-        asked = self._turn(query, ctx), weights, key
+        asked = self._rotated(query, ctx), weights, key
         selection = IndexerSelection(*asked, ctx.mask, self.config.top_k, ends)
         if self.config.ties == "last":
             return selection
         cached = None if ctx.cache is None else ctx.cache.attention.ties
         return selection._replace(ties=key.shape[1], spans=ctx.spans(), cached_ties=cached)
 
-    def _turn(self, x: Tensor, ctx: Context) -> Tensor:
+    def _rotated(self, x: Tensor, ctx: Context) -> Tensor:
+        """Rotates the first rope_dim values by the position of each token; the others stay."""
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         assert ctx.cos is not None and ctx.sin is not None
         turned = rotate(turned, ctx.cos, ctx.sin, interleaved=self.config.interleaved)
@@ -130,20 +131,23 @@ class Ties:
 
     @property
     def tied(self) -> bool:
-        """Whether it had to for any sequence of the batch."""
+        """Whether torch.topk had to choose for any sequence of the batch."""
         return self.noted is not None and bool(self.noted.any())
 
     def note(self, tied: Bool[Tensor, "B T"]) -> None:
+        """Records the sequences with a tied token, besides those of earlier calls."""
         sequences = tied.any(-1)
         if self.noted is not None and len(self.noted) == len(sequences):
             sequences = sequences | self.noted
         self.noted = sequences
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
+        """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
         if self.noted is not None:
             self.noted = self.noted[index.to(self.noted.device)]
 
     def join(self, other: "Ties", lengths: Lengths) -> None:
+        """Appends the sequences of `other`; one in which nothing was recorded has no ties."""
         if self.noted is None and other.noted is None:
             return
         both = zip((self, other), lengths, strict=True)
@@ -154,9 +158,11 @@ class Ties:
         self.noted = torch.tensor(noted[0] + noted[1], device=device)
 
     def load(self, other: "Ties", length: int) -> None:
+        """Becomes a copy of `other`, whose ties may be of tokens after the first `length`."""
         self.noted = other.noted
 
     def clear(self) -> None:
+        """Forgets all ties."""
         self.noted = None
 
 
@@ -187,7 +193,7 @@ class DSA(MLA):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> DSACache:
-        """Returns an empty cache for `capacity` tokens."""
+        """Returns an empty cache for `capacity` tokens; with an indexer it has its keys, too."""
         if self.indexer is None:
             return DSACache(Appended(capacity), None)
         ties = Ties() if self.indexer.config.ties == "topk" else None
@@ -269,17 +275,21 @@ class DSA(MLA):
     def _returned(
         self, out: Tensor, loss: IndexerLoss | None, selection: "IndexerSelection"
     ) -> tuple:
+        """Projects the heads' outputs and returns them with the loss, as `forward` does.
+
+        If the next block attends to the same keys, the selected columns are third.
+        """
         out = self.o_proj(out.flatten(2))
         return (out, loss, selection.indices) if self.publishes else (out, loss)
 
     def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""
         c = self.config
-        dearer = GATHERING
+        factor = GATHERING
         time = selection.query.shape[1]
         if not absorbing:
-            dearer *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
-        keys = int(selection.top_k * max(dearer, 1.0))
+            factor *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
+        keys = int(selection.top_k * max(factor, 1.0))
         return min(max(keys - (selection.key.shape[1] - time), 0), time)
 
 
@@ -296,7 +306,7 @@ class IndexerSelection(NamedTuple):
     top_k: int  # keys that a query may select
     # The number of keys that each query sees, if `mask` only says that these are the first ones.
     ends: Int[Tensor, "B T"] | None = None
-    # Of equal keys those are selected that torch.topk returns for a row of so many columns, those
+    # Of equal keys those are selected that torch.topk returns for scores of so many columns, those
     # that a query may not see among them; None: the latest.
     ties: int | None = None
     # With `ties`: the first column of each query's document, and the one after its last. torch.topk
@@ -305,7 +315,7 @@ class IndexerSelection(NamedTuple):
     # The columns of the selected keys, those that a query may not see among them; None: the keys of
     # largest score.
     indices: Int[Tensor, "B T K"] | None = None
-    cached_ties: "Ties | None" = None  # where queries are noted whose selection `ties` decided
+    cached_ties: "Ties | None" = None  # records the sequences where `ties` decided
 
     @property
     def selects(self) -> bool:
@@ -328,11 +338,12 @@ class IndexerSelection(NamedTuple):
         return (slice(column, min(column + step, time)) for column in range(0, time, step))
 
     def end(self, run: slice) -> int:
+        """Returns the number of keys up to the last query of the slice `run`."""
         return self.key.shape[1] - self.query.shape[1] + run.stop
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
         """Returns the keys that the queries may see, selected or not."""
-        end = self.key.shape[1] - self.query.shape[1] + run.stop
+        end = self.end(run)
         count = run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]
@@ -349,8 +360,8 @@ class IndexerSelection(NamedTuple):
         """Returns the selected keys of each query, and which of them it may see (None: all).
 
         Returns None if every key is selected. `scores` are those of index_scores, if they are
-        already known. What a query may not see may be at any column, at one below `end` unless
-        `every_column` is True.
+        computed already. Selected keys that a query may not see are clamped to columns below `end`
+        unless `every_column` is True.
         """
         end = self.end(run)
         count = run.stop - run.start

@@ -85,7 +85,7 @@ def norm_weight(stored: Tensor, offset: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, with one weight for each stream, in float32."""
+    """Computes the RMS norm over the last axis, with a weight for each stream, in float32."""
     return F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight.float()
 
 
@@ -144,7 +144,7 @@ def fuse(
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks, its own or global ones."""
+    """Returns whether the module has hooks, its own or global ones."""
     hooked = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -178,7 +178,7 @@ class Engram(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Resets the parameters so that at first out = v.
+        """Resets the parameters so that at first the output is the gated value alone.
 
         Projections are normal with deviation `std`, biases 0, norms multiply by 1, the convolution
         is 0.
@@ -229,7 +229,7 @@ class Engram(nn.Module):
     def _fuse(
         self, hidden: Tensor, key: Tensor | None, value: Tensor, lookup_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the gated value and its norm.
+        """Computes the value times each stream's gate, and its norm before the convolution.
 
         They are one fused operation if every stream has its own gate and the gate has no hooks.
         """
@@ -244,6 +244,11 @@ class Engram(nn.Module):
         return fuse(hidden, key, value, *norms, lookup_mask, *constants)
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
+        """Applies the causal convolution to the normed values, within each document.
+
+        Values before the first token are those of earlier calls, from the cache, or zeros without
+        one.
+        """
         cache = None if ctx.cache is None else ctx.cache.engram
         halo = self.config.halo
         window = (

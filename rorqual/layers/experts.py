@@ -80,7 +80,7 @@ def _windows(ends: Tensor) -> list[tuple[int, int, int, int, int]]:
 
 
 def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiplies group by group in ascending order.
+    """Multiplies group by group in ascending order, in windows of a few shapes that recur.
 
     What a window writes after its own rows is overwritten by the next group.
     """
@@ -94,7 +94,7 @@ def _by_window(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """Multiplies group by group; rows of a window that belong to another group meet zeros."""
+    """Multiplies group by group; rows of other groups in a window are multiplied by 0."""
     out = grad.new_zeros(len(ends), rows.shape[0], grad.shape[1])
     for group, first, last, start, end in _windows(ends):
         product = grad.new_zeros(end - start, grad.shape[1])
@@ -104,11 +104,14 @@ def _gradient_by_window(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
 
 
 def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of a grouped product with respect to its rows and its weight."""
     grad = grad.contiguous()  # the grouped product does not take an expanded one
     return _multiply(grad, weight.transpose(1, 2), ends), _multiply(rows.T, grad, ends)
 
 
 class _Product(torch.autograd.Function):
+    """Multiplies rows by their groups' matrices; its backward is two more grouped products."""
+
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         rows = rows.contiguous()
@@ -124,6 +127,7 @@ class _Product(torch.autograd.Function):
 # it does not know, so it calls these operators.
 @torch.library.custom_op("rorqual::grouped_product", mutates_args=())
 def _traced(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Computes the grouped product as one operator, which torch.compile calls as it is."""
     return _multiply(rows.contiguous(), weight, ends)
 
 
@@ -131,24 +135,29 @@ def _traced(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _traced_gradients(
     grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of `_traced` as one operator, too."""
     return _gradients(grad, rows.contiguous(), weight, ends)
 
 
 @_traced.register_fake
 def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Returns an empty tensor of the shape that `_traced` returns, for the compiler."""
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @_traced_gradients.register_fake
 def _(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns empty tensors of the shapes that `_traced_gradients` returns, for the compiler."""
     return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
 
 
 def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    """Saves all inputs of `_traced` for its backward."""
     ctx.save_for_backward(*inputs)
 
 
 def _traced_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Returns the gradients of rows and weight; the ends of the groups have none."""
     return *_traced_gradients(grad, *ctx.saved_tensors), None
 
 
@@ -193,5 +202,6 @@ class Experts(nn.Module):
 
 
 def _dtype(rows: Tensor) -> torch.dtype:
+    """Returns the dtype to compute in: autocast's where it is on for the device, else the rows'."""
     kind = rows.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype

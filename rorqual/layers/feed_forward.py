@@ -1,6 +1,8 @@
-"""SwiGLU, the feed-forward layer of dense blocks and of every expert, arXiv:2002.05202.
+"""SwiGLU, the feed-forward layer of dense blocks and of every expert.
 
-swiglu(x) = W_down (silu(W_gate x) * W_up x)        both factors may be clipped
+    swiglu(x) = W_down (silu(W_gate x) * W_up x)        both factors may be clipped
+
+GLU Variants Improve Transformer, arXiv:2002.05202.
 """
 
 import torch.nn.functional as F

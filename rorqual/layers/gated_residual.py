@@ -33,7 +33,7 @@ class GatedResidual(nn.Module):
         self.block_inject_weight = nn.Linear(config.streams * dim, config.streams, bias=False)
 
     def reset_parameters(self) -> None:
-        """Resets the weights as `GatedReduction` does, those of the output alike."""
+        """Resets the mixer, and draws the weights of the output with the same deviation."""
         self.mixer.reset_parameters()
         nn.init.normal_(self.block_inject_weight.weight, std=self.mixer.std)
 
@@ -47,14 +47,14 @@ class GatedResidual(nn.Module):
         return self.mixer.reduce(normed), mapping
 
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
-        """Computes x_i + post_i out."""
+        """Adds the output to each stream by its own weight: x_i + post_i out."""
         assert mapping.post is not None
         written = post_mapping(mapping.streams, out.flatten(0, 1), mapping.post, None)
         return Streams(written.unflatten(0, mapping.shape))
 
 
 class GatedReduction(nn.Module):
-    """Reduces the streams to one hidden state: the reading half of a site, and the exit."""
+    """Reduces the streams to one hidden state: the reading half of a site, and the model's end."""
 
     def __init__(self, config: HyperConfig, dim: int):
         super().__init__()
@@ -80,7 +80,7 @@ class GatedReduction(nn.Module):
         return self.hc_norm(values.flatten(2))
 
     def reduce(self, normed: Float[Tensor, "B T E"]) -> Float[Tensor, "B T D"]:
-        """Computes u of the normed streams."""
+        """Computes u, the weighted mean of the streams that are normed already."""
         narrow = F.silu(self.input_mix_weight_down(normed) / self.streams)
         weights = torch.sigmoid(self.input_mix_weight_up(narrow))
         return (weights * normed).unflatten(-1, (self.streams, -1)).mean(2)

@@ -87,7 +87,7 @@ class Read(NamedTuple):
 
 
 def unrounded(streams: Tensor) -> torch.autocast:
-    """Disables autocast.
+    """Disables autocast for a `with` block.
 
     Autocast would round coefficients, and the products that mix the streams, to bfloat16.
     """
@@ -95,7 +95,7 @@ def unrounded(streams: Tensor) -> torch.autocast:
 
 
 class Manifold(nn.Module):
-    """Computes the coefficients of mHC.
+    """Computes the coefficients of mHC, with comb doubly stochastic.
 
     Parameters are as in DeepSeek-V4: rows pre | post | comb, the last row-major [j, k]. At the
     start pre sums to 1 and post is 1 up to scale * noise, so equal streams make a plain residual
@@ -129,7 +129,7 @@ class Manifold(nn.Module):
     def forward(
         self, streams: Float[Tensor, "N S D"], handed_on: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """Computes u, pre, post and comb [S, S, N] or None, in wide precision.
+        """Computes u, pre, post and comb [S, S, N] or None, in float32 at least.
 
         u is read with the pre-mapping `handed_on` if it is given.
         """
@@ -178,7 +178,7 @@ class Unconstrained(nn.Module):
     def forward(
         self, streams: Float[Tensor, "N S D"], handed_on: Float[Tensor, "S N"] | None = None
     ) -> Read:
-        """Computes u, pre, post and comb in wide precision; `handed_on` must be None.
+        """Computes u, pre, post and comb, in float32 at least; `handed_on` must be None.
 
         comb[j, k] is A_r's row of stream j.
         """
@@ -254,7 +254,7 @@ class Residual(nn.Module):
         return x.values[:, :, 0], Mapping(x.values.flatten(0, 1), (batch, time))
 
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
-        """Computes x + out."""
+        """Adds the output to the only stream: x + out."""
         return Streams(mapping.streams.unflatten(0, mapping.shape) + out[:, :, None])
 
 
@@ -318,6 +318,7 @@ class StreamReduction(nn.Module):
             return read(flat, pre).view_as(streams[:, :, 0])
 
     def _weights(self, flat: Float[Tensor, "N S D"]) -> Float[Tensor, "S N"]:
+        """Computes the weight of each stream in the result of kind mhc, in float32 at least."""
         assert self.config is not None
         precision = coefficient_dtype(flat.dtype)
         m = project(flat.flatten(1).to(precision), self.fn.to(precision), self.config.norm_eps)
@@ -371,7 +372,7 @@ class Health(NamedTuple):
 
 
 def health(model: nn.Module, call: Callable[[], object]) -> Health | None:
-    """Measures the streams while `call` runs the model.
+    """Measures the gains and the spread of the streams while `call` runs the model.
 
     Returns None if it reaches no block with hyper-connections. Hooks record every mixer in the
     order in which they run, and the streams that the last block returns. Sites that do not mix

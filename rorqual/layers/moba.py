@@ -1,11 +1,11 @@
 """Mixture of Block Attention (MoBA): each query attends to its own block and the best earlier ones.
 
     score[t, i] = <q_t, mean of the keys of block i>           float32, per query head, unscaled
-    chosen[t]   = own block and the best (chosen - 1) of the blocks before it in the document
-    out_t       = softmax over the keys of the chosen blocks, up to t
+    blocks[t]   = own block and the best (top_k - 1) of the blocks before it in the document
+    out_t       = softmax over the keys of these blocks, up to t
 
-The selection is hard: no gradient passes through scores or means. chosen >= the number of blocks is
-full causal attention, chosen = 1 is block-diagonal. Blocks are counted from the start of each
+The selection is hard: no gradient passes through scores or means. top_k >= the number of blocks is
+full causal attention, top_k = 1 is block-diagonal. Blocks are counted from the start of each
 document, so that a packed document gives the same result as alone.
 
 MoBA: Mixture of Block Attention, arXiv:2502.13189. `choice="tile"`, where the first of 128 queries
@@ -192,6 +192,7 @@ class MoBA(GQA):
 
 
 def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:
+    """Averages the l keys of each block, in float32 at least."""
     return keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(-2)
 
 

@@ -43,7 +43,7 @@ class Slots(NamedTuple):
 def sort_by_expert(
     topk_indices: Int[Tensor, " slots"], experts: int
 ) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"], Int[Tensor, " E"]]:
-    """Sorts slots by expert.
+    """Sorts slots by expert, those of one expert in their order.
 
     Returns the slot of each row, the row of each slot, and the end of each expert's rows; slots of
     no expert (E) come last.
@@ -149,7 +149,7 @@ class MoE(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B T D"], ctx: Context | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """Returns the output and the routing.
+        """Returns the sum of shared and routed experts for each token, and the routing.
 
         Padding uses no routed expert; token ids select the experts where the config wants that.
         Both come from the context.
@@ -184,7 +184,7 @@ class MoE(nn.Module):
         return (out if self.norm is None else self.norm(out)), routing
 
     def _few(self, routing: Routing) -> bool:
-        """Whether one product for each slot is cheaper than sorting.
+        """Returns whether one product for each slot is cheaper than sorting.
 
         That is so for a token or two of decoding, on a device where reading the selected experts
         does not wait.

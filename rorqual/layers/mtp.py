@@ -48,9 +48,10 @@ def ahead(
 
 
 class MTP(nn.Module):
-    """One depth: two norms, a projection, one block of the model's kind, and its own final norm.
+    """One depth of multi-token prediction: two norms, a projection, a block and a final norm.
 
-    With a `reduction`, which leaves one of several streams, `block` is one of streams.
+    The block is of the model's kind. With a `reduction`, which leaves one of several streams, it
+    works on streams.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
 """Root-mean-square norms, which compute in float32.
 
-RMSNorm(x)        = x / sqrt(mean(x^2) + eps) * weight
-CentredRMSNorm(x) = x / sqrt(mean(x^2) + eps) * (1 + weight), over groups of values
+    RMSNorm(x)        = x / sqrt(mean(x^2) + eps) * weight
+    CentredRMSNorm(x) = x / sqrt(mean(x^2) + eps) * (1 + weight), over groups of values
+
+Root Mean Square Layer Normalization, arXiv:1910.07467.
 """
 
 import torch
@@ -23,7 +25,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMS norm with an explicit backward. Once differentiable.
+    """Computes the RMS norm with an explicit backward, once differentiable.
 
     Autograd would record seven operations forward and a dozen backward.
     """

@@ -55,7 +55,7 @@ from rorqual.model_config import NSAConfig as NSAConfig
 
 
 class Compressed(NamedTuple):
-    """The compressed blocks of each sequence.
+    """The compressed blocks of each sequence, and where their keys are.
 
     Without documents, block i is the keys i d .. i d + l - 1.
     """
@@ -88,7 +88,7 @@ class Compression(nn.Module):
 
 @dataclass(eq=False)
 class KeysAndValues(Bundle):
-    """A pair of containers of one kind."""
+    """A container of keys and one of values, of one kind."""
 
     keys: Any
     values: Any

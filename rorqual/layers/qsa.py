@@ -8,9 +8,10 @@
 
 Blocks have `block` keys and are counted from the start of a document. The block that a query
 completes is one among the others; only an incomplete one is always seen. Of blocks with equal
-scores (0 where no head likes them) those are selected that torch.topk returns for the scores of
-this query alone. The selection carries no gradient. This is the attention of Qwen3.8-Flash-Next,
-every fourth block of it; the idea of an indexer: DeepSeek-V3.2, arXiv:2512.02556.
+scores (0 where every head's product is negative) those are selected that torch.topk returns for the
+scores of this query alone. The selection carries no gradient. This is the attention of
+Qwen3.8-Flash-Next, every fourth block of it; the idea of an indexer: DeepSeek-V3.2,
+arXiv:2512.02556.
 """
 
 from dataclasses import dataclass
@@ -65,12 +66,12 @@ class Indexer(nn.Module):
     def project(
         self, hidden: Float[Tensor, "B T D"], ctx: Context
     ) -> tuple[Float[Tensor, "B T J P"], Float[Tensor, "B L P"]]:
-        """Returns the queries of the new tokens, and what all tokens give to their blocks."""
+        """Returns the queries of the new tokens, and the keys of all tokens that blocks average."""
         both = self.index_qk_proj(hidden.detach()).unflatten(-1, (-1, self.config.dim))
         query = self.q_layernorm(both[:, :, :-1])
         key = both[:, :, -1]
         assert ctx.cos is not None and ctx.sin is not None
-        query = self._turn(query, ctx.cos, ctx.sin)
+        query = self._rotated(query, ctx.cos, ctx.sin)
         if ctx.cache is not None:
             cached = ctx.cache.attention.index_keys.append(key, ctx)
             key = cached if ctx.past else key
@@ -101,12 +102,13 @@ class Indexer(nn.Module):
         if ctx.key_positions is not None:
             positions = ctx.key_positions.gather(1, positions)
         tables = rope_tables(self.rope, self.rope_dim, positions)
-        new = self._turn(self.k_layernorm(pooled), *tables)
+        new = self._rotated(self.k_layernorm(pooled), *tables)
         if segment is not None or cache is None:
             return IndexBlocks(new, segment)
         return IndexBlocks(cache.put(new, numbers, real, ctx))
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates the first rope_dim values by these tables; the others stay."""
         turned, rest = x.split([self.rope_dim, self.config.dim - self.rope_dim], dim=-1)
         return torch.cat([rotate(turned, cos, sin, self.rope.interleaved), rest], dim=-1)
 
@@ -228,12 +230,13 @@ def best_complete(
 
 @torch.library.custom_op("rorqual::best_complete", mutates_args=())
 def _best_complete(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Tensor:
-    """Is `best_complete` to a compiler, which cannot trace its loop over what is tied."""
+    """Runs `best_complete` for a compiler, which cannot trace its loop over ties."""
     return best_complete(scores, first, end, top_k)
 
 
 @_best_complete.register_fake
 def _(scores: Tensor, first: Tensor, end: Tensor, top_k: int) -> Tensor:
+    """Returns an empty tensor of the shape that `_best_complete` returns, for the compiler."""
     return torch.empty((*scores.shape[:-1], top_k), dtype=torch.int64, device=scores.device)
 
 

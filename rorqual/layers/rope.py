@@ -1,8 +1,10 @@
-"""Rotary positions (arXiv:2104.09864), and the frequencies that longer contexts need.
+"""Rotary positions, and the frequencies that longer contexts need.
 
-rotate(x) = (a cos - b sin, a sin + b cos) for each pair (a, b)
-YaRN      = frequencies stretched where they are slow, arXiv:2309.00071
-            (and linear, dynamic, llama3 and longrope, see rope_frequencies)
+    rotate(x) = (a cos - b sin, a sin + b cos) for each pair (a, b)
+    YaRN      = frequencies stretched where they are slow
+                (and linear, dynamic, llama3 and longrope, see rope_frequencies)
+
+RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864; YaRN, 2309.00071.
 """
 
 import math
@@ -113,7 +115,7 @@ def rope_tables(
 
 
 def rope_factor(config: RopeConfig) -> float:
-    """Returns the factor on cos and sin.
+    """Returns the factor that cos and sin are multiplied by: YaRN's, LongRoPE's, or 1.
 
     It is mscale(s, mscale) / mscale(s, mscale_all_dim) with YaRN, the attention factor with
     LongRoPE, and else 1.
@@ -155,7 +157,7 @@ def rotate(
 
 
 def softmax_factor(config: RopeConfig) -> float:
-    """Returns YaRN's factor on the softmax scale.
+    """Returns the factor that YaRN multiplies the softmax scale by; 1 without YaRN.
 
     It is mscale(s, mscale_all_dim)^2 (1.8739 for DeepSeek-V3), or 1 without YaRN.
     """

@@ -45,7 +45,7 @@ class Routing(NamedTuple):
     whole: Any = None
 
     def select(self, sequences: Int[Tensor, "B 1"], columns: Int[Tensor, "B T2"]) -> "Routing":
-        """Returns the routing of these tokens."""
+        """Returns the routing of the tokens at these sequences and columns."""
         return Routing(
             self.topk_indices[sequences, columns],
             self.weights[sequences, columns],
@@ -56,10 +56,11 @@ class Routing(NamedTuple):
         )
 
     def taken(self) -> Bool[Tensor, "B T K"]:
+        """Marks the slots whose expert is computed: those with a weight other than 0."""
         return self.weights != 0
 
     def counts(self) -> Int[Tensor, " E"]:
-        """Counts the tokens of each expert, without padding."""
+        """Counts the slots of each expert that are taken, without padding."""
         taken = self.taken().flatten().long()
         return taken.new_zeros(self.scores.shape[-1]).scatter_add_(
             0, self.topk_indices.flatten(), taken
@@ -183,7 +184,7 @@ class Router(nn.Module):
         ids: Int[Tensor, "B T"] | None = None,
         valid: Bool[Tensor, "B T"] | None = None,
     ) -> Routing:
-        """Computes the routing of every token.
+        """Selects the experts of every token and computes their weights.
 
         `ids` are needed in layers that select by them; `valid` is False at padding.
         """
@@ -210,11 +211,18 @@ class Router(nn.Module):
         return self
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        """Computes the logits in float32 at least, also under autocast."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(dtype), self.weight.to(dtype))
 
     def _topk_indices(self, scores: Tensor, ids: Tensor | None) -> Tensor:
+        """Selects the K experts of each token, [B, T, K].
+
+        Where the layer has a table it is those of the token's id, else the K largest of scores +
+        bias in the best groups, best first; image tokens have a bias of their own. ValueError where
+        ids are needed and there are none.
+        """
         if self.table is not None:
             if ids is None:
                 raise ValueError(
@@ -232,6 +240,10 @@ class Router(nn.Module):
         return allowed.topk(self.active, -1).indices
 
     def _weights(self, scores: Tensor, topk_indices: Tensor, valid: Tensor | None) -> Tensor:
+        """Computes the weights of the selected experts from their scores, without the bias.
+
+        Padding and slots beyond the adaptive mass get 0.
+        """
         weights = scores.gather(-1, topk_indices)
         if self.config.adaptive_mass is not None:
             allowed = within_mass(

@@ -51,7 +51,7 @@ def runs(time: int) -> Iterator[slice]:
 
 
 def segments(ctx: Context, block: int) -> Int[Tensor, "B L"] | None:
-    """Returns the block of its sequence that each key is in; None if columns say it.
+    """Returns the block of its sequence that each key is in; None where its column determines it.
 
     Blocks are numbered through the documents of a sequence in order. With o = own_blocks(...)[t],
     block m belongs to the document of query t when o - positions[t] // block <= m <= o.
@@ -62,7 +62,7 @@ def segments(ctx: Context, block: int) -> Int[Tensor, "B L"] | None:
 
 
 def own_blocks(ctx: Context, segment: Int[Tensor, "B L"] | None, block: int) -> Int[Tensor, "B T"]:
-    """Returns the block of each new token."""
+    """Returns the block that each new token is in, counted through its sequence's documents."""
     if segment is None:
         return ctx.positions // block
     return segment.gather(1, ctx.columns)
@@ -171,7 +171,7 @@ class Blocks:
         self.values.select(index, self.count(length))
 
     def clear(self) -> None:
-        """Removes all blocks."""
+        """Removes all blocks and frees their memory."""
         self.values.clear()
 
     def join(self, other: "Blocks", lengths: Lengths) -> None:
@@ -198,7 +198,7 @@ def full_attention(
     ctx: Context,
     scale: float,
 ) -> Float[Tensor, "B T H Q"]:
-    """Attends to every visible key."""
+    """Attends to every visible key, a slice of queries at a time where that needs a mask."""
     if ctx.mask is None and query.shape[1] == 1:
         return attend(query, key, value, scale)
     if ctx.mask is None and not ctx.past:
@@ -259,7 +259,7 @@ def tile_queries(ctx: Context) -> Int[Tensor, " N"]:
 
 
 def _aligned(ctx: Context) -> bool:
-    """Whether a tile starts at the same column in all sequences."""
+    """Returns whether a tile starts at the same column in all sequences."""
     return ctx.key_document_ids is None and ctx.starts is None
 
 
@@ -303,7 +303,7 @@ def _begun(
 ) -> Int[Tensor, "B T J E"]:
     """Returns the blocks that a token's tile has begun since its first query.
 
-    The index is -1 where it has begun fewer than it may.
+    It is -1 where the tile has begun fewer than a whole tile spans.
     """
     aligned = block % TILE == 0 or TILE % block == 0
     back = torch.arange(

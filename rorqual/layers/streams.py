@@ -127,7 +127,7 @@ def squash(
     streams: int,
     eps: float,
 ) -> tuple[Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "L N"]]:
-    """Computes pre, post and the logits of comb.
+    """Computes pre, post and the logits of comb from the projections m.
 
     Rows of m and base: S of pre, S of post, the rest of comb.
     """
@@ -141,7 +141,7 @@ def squash(
 
 
 def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
-    """Computes u = sum_i pre_i x_i.
+    """Computes the sublayer's input, u = sum_i pre_i x_i.
 
     It is summed in the precision of pre and returned in the dtype of the streams.
     """
@@ -165,7 +165,7 @@ def pre_mapping(
 ) -> tuple[
     Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
 ]:
-    """Computes u, pre, post and comb, with K = 2S + S*S.
+    """Computes u, pre, post and comb of one site, with K = 2S + S*S projections.
 
     comb's rows are row-major [j, k]. u is read with the pre-mapping `handed_on` if it is given.
     """
@@ -184,7 +184,7 @@ def post_mapping(
     post: Float[Tensor, "S N"],
     comb: Float[Tensor, "S S N"] | None,
 ) -> Float[Tensor, "N S D"]:
-    """Computes x_k <- post_k out + sum_j comb[j, k] x_j.
+    """Writes a sublayer's output back: x_k <- post_k out + sum_j comb[j, k] x_j.
 
     It is summed in the precision of post and returned in the dtype of the streams. comb None is the
     identity. A compiler gets one sum for each stream, which it fuses into one pass over all of

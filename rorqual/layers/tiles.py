@@ -90,9 +90,9 @@ def flex_tiles(
 
 
 def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int) -> flex.BlockMask:
-    """Builds the mask of FlexAttention.
+    """Builds FlexAttention's mask: selected blocks in full, the tile's own up to each query.
 
-    Selected blocks before the tile are seen in full, the tile's own blocks up to each query.
+    The selected blocks are those before the tile.
     """
     batch, count, choices, _ = tiles.shape
     width = -(-time // block)
@@ -116,9 +116,11 @@ def block_mask(tiles: Int[Tensor, "B N J K"], time: int, heads: int, block: int)
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Says which keys FlexAttention shows to a query: those up to its own column."""
     return key <= query
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
+    """Returns FlexAttention, which torch compiles once a process, at its first call."""
     return torch.compile(flex.flex_attention)

@@ -22,7 +22,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the answer by seconds, the reading of the prompt included."""
+        """Tokens of the answer a second, the time to read the prompt included."""
         return self.tokens / max(self.seconds, 1e-9)
 
 

@@ -581,7 +581,7 @@ def read(
 def read_config(where: Path) -> ModelConfig:
     """Reads the config of a local folder, of the kind that its config.json names.
 
-    What `read` would read past of a published folder is said in a line. The path of a config.json,
+    The log says in a line what `read` would skip of a published folder. The path of a config.json,
     of whatever name, stands for the file alone, without the weights beside it.
     """
     file = where if where.is_file() else where / "config.json"

@@ -116,7 +116,7 @@ class Request:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the output of every token of the prompt is needed, as in `Watch.reads_prompt`."""
+        """Whether every token's output is needed, for log-probabilities or what is watched."""
         return self.sampling.prompt_logprobs or self.watch.reads_prompt
 
 

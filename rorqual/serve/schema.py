@@ -328,7 +328,7 @@ class Generation(Input):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Generation":
-        """Refuses more tokens at least than at most, and options of a stream without one."""
+        """Refuses min_tokens above the limit, and stream_options without a stream."""
         least = self.min_tokens or 0
         limit = self.new_tokens
         if limit is not None and least > limit:
@@ -400,7 +400,7 @@ class CompletionRequest(Generation):
 
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":
-        """Refuses more than MAXIMUM choices in all, a truncated echo, and 0 tokens without echo."""
+        """Refuses more than MAXIMUM choices, an echo of a truncated prompt, and 0 tokens alone."""
         if self.copies * len(self.prompt) > MAXIMUM:
             got = f"n: got {self.copies} for each of {len(self.prompt)} prompts"
             raise refuse("n", f"{got}, expected at most {MAXIMUM} in all")

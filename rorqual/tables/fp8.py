@@ -57,7 +57,7 @@ def width_of(record: int) -> int:
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of a row.
+    """Returns the bytes that a row of this width and dtype takes in a file.
 
     ValueError for a dtype that no table has, or a width that fp8 cannot store.
     """

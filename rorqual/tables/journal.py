@@ -82,7 +82,7 @@ class Journal:
             raise TableError(f"{path}: got {error.strerror}, expected room for notes") from error
 
     def mark(self, step: int) -> None:
-        """Makes the table as it is on the disk now a mark."""
+        """Makes the table, as it is on the disk now, the newest mark, and drops old ones."""
         self.close()
         # A file of this name belongs to an earlier mark of the same step.
         (self.folder / f"undo-{step}").unlink(missing_ok=True)
@@ -145,6 +145,7 @@ class Journal:
         return ids, np.frombuffer(body, np.uint8, offset=8 * count).reshape(count, self.size)
 
     def _save(self, marks: list[int]) -> None:
+        """Writes the marks to marks.json and keeps them in memory."""
         write_json(self.folder / "marks.json", marks)
         self.marks = marks
 
@@ -188,4 +189,5 @@ def read_marks(folder: Path) -> list[int]:
 
 
 def _seal(head: bytes) -> bytes:
+    """Returns the checksum of an entry's head, which tells a damaged entry from one that is cut."""
     return _SEAL.pack(xxhash.xxh3_64_intdigest(head))

@@ -82,7 +82,7 @@ def open_table(
     hot: Tensor | None = None,
     thread: BackgroundThread | None = None,
 ) -> Table:
-    """Opens one table.
+    """Opens one table in the placement of the config: copied to memory, or read on the disk.
 
     hot: row ids, most wanted first. thread: that of other tables.
     """

@@ -67,7 +67,7 @@ class RecordFile:
         return torch.from_numpy(records[:, : 4 * self.width])
 
     def records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"]:
-        """Returns whole records of rising ids."""
+        """Returns whole records of rising ids: values, averages and numbers of updates."""
         records = np.empty((len(ids), self.record_bytes), np.uint8)
         self._records.read(ids, records)
         return records
@@ -81,7 +81,7 @@ class RecordFile:
     def updated(
         self, before: UInt8[np.ndarray, "K record"], gradient: Float[Tensor, "K W"], update: Update
     ) -> UInt8[np.ndarray, "K record"]:
-        """Returns the records after one update."""
+        """Returns the records after one update of their values and state; nothing is written."""
         after = before.view(np.float32).copy()
         # The update takes three matrices, and a vector of counts.
         parts = after[:, :-1].reshape(-1, 3, self.width).transpose(1, 0, 2)
@@ -141,6 +141,7 @@ class RecordFile:
         self.mark(step)
 
     def _fill(self, first: int, values: Tensor) -> None:
+        """Writes new records from row `first` on: these values, with averages and counts of 0."""
         records = np.zeros((len(values), self.record_bytes // 4), np.float32)
         records[:, : self.width] = values.numpy()
         self._write_new(first, records)
@@ -151,6 +152,7 @@ class RecordFile:
             write_all_at(self._records.file, records.data.cast("B"), first * self.record_bytes)
 
     def _resize(self, rows: int) -> None:
+        """Sets the size of the file to so many records; those that are new are 0."""
         with self._explained(f"at row {rows}"):
             os.ftruncate(self._records.file, rows * self.record_bytes)
 
@@ -202,6 +204,10 @@ def read_records(folder: Path, rows: range, width: int) -> UInt8[np.ndarray, "K 
 
 
 def _release(file: int, journal: Journal, lock: BaseFileLock) -> None:
+    """Closes the file and the journal, and releases the lock.
+
+    It is no method, since a finalizer must not refer to its object.
+    """
     os.close(file)
     journal.close()
     lock.release(force=True)

@@ -42,14 +42,17 @@ class RecordShard(NamedTuple):
 
     @property
     def first(self) -> int:
+        """First row of the table that this rank has."""
         return min(self.rank * self.each, self.rows)
 
     @property
     def size(self) -> int:
+        """Rows of this rank, which may be none."""
         return min(self.each, self.rows - self.first)
 
     @property
     def folder(self) -> Path:
+        """Folder of this rank's records: ROOT itself if there is one rank."""
         if self.world == 1:
             return self.root
         return self.root / f"rank{self.rank}-of-{self.world}"
@@ -59,7 +62,7 @@ class RecordShard(NamedTuple):
         return [self._replace(rank=rank, world=world) for rank in range(world)]
 
     def marked(self, step: int) -> bool:
-        """Whether every rank of this world has marked the step."""
+        """Returns whether every rank of this world has marked the step."""
         return all(step in read_marks(shard.folder) for shard in self.of(self.world))
 
     def others(self, step: int) -> "list[RecordShard]":
@@ -145,6 +148,7 @@ class RecordShard(NamedTuple):
         return torch.from_numpy(np.ascontiguousarray(values)).view(torch.float32)
 
     def _between(self, first: int, end: int) -> Iterator[UInt8[np.ndarray, "K record"]]:
+        """Yields the records of rows first..end in order, from all ranks of this world."""
         for source in self.of(self.world):
             start = max(first, source.first) - source.first
             stop = min(end, source.first + source.size) - source.first

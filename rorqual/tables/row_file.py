@@ -48,7 +48,7 @@ _THREADS = 32  # threads that share more reads, so that the disk can order many 
 
 
 class TableError(ValueError):
-    """A table's file that cannot be used; the message names the file and the reason."""
+    """An error: a table's file cannot be used. The message names the file and the reason."""
 
 
 class FileRows:
@@ -180,7 +180,7 @@ def read_rows(
 
 
 def _read_run(file: int, into: memoryview, offset: int, wait: bool) -> int:
-    """Returns how many bytes were read."""
+    """Reads a run of rows, waiting for the disk or not, and returns how many bytes were read."""
     if wait:
         return read_at(file, into, offset)
     got = 0
@@ -269,6 +269,7 @@ class Shard(TensorShard):
         return [n for n, digest in enumerate(digests) if digest != noted[16 * n : 16 * n + 16]]
 
     def _pieces(self, size: int) -> Iterator[memoryview]:
+        """Yields the bytes of all rows in pieces of one buffer, which the next piece overwrites."""
         buffer = memoryview(bytearray(_PIECE))
         for start in range(0, size, _PIECE):
             piece = buffer[: min(_PIECE, size - start)]
@@ -303,7 +304,7 @@ class RowFile:
         self._failed: np.ndarray | None = None
 
     def read(self, ids: Int[np.ndarray, " K"]) -> UInt8[Tensor, "K bytes"]:
-        """Returns rows as they are stored."""
+        """Returns the rows `ids` as they are stored, whatever shard each is in."""
         raw = np.empty((len(ids), self.row_bytes), np.uint8)
         try:
             read_from(self.shards, self._first_rows, ids, raw)
@@ -367,7 +368,7 @@ class RowFile:
                 offset += got
 
     def close(self) -> None:
-        """Closes all files."""
+        """Closes the files of all shards; later reads are refused."""
         for shard in self.shards:
             shard.close()
 
@@ -453,7 +454,7 @@ def _in_order(path: Path, shards: list[Shard]) -> list[Shard]:
 
 
 def _fp8_width(path: Path, metadata: Mapping[str, str], columns: int) -> int:
-    """Returns the width of rows in fp8 records.
+    """Returns the numbers of a row that is stored as an fp8 record of `columns` bytes.
 
     TableError unless format and width fit the records.
     """
@@ -526,6 +527,7 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], Mapping[str, str]]:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dict of a JSON object's pairs. ValueError if a name occurs twice."""
     named = dict(pairs)
     if len(named) < len(pairs):
         raise ValueError("a name stands twice")
@@ -533,7 +535,7 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Returns where a tensor's bytes begin and end.
+    """Returns the bytes of the data between which a tensor lies, checked against its shape.
 
     TableError for an entry that contradicts itself.
     """
@@ -557,10 +559,11 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 def _short(word: str) -> str:
-    """Shortens a text from a file to a part of one line."""
+    """Shortens a text from a file to 40 letters of one line, with special ones escaped."""
     return repr(word[:40])[1:-1]
 
 
 def _bytes_at(file: int, size: int, offset: int) -> bytes:
+    """Reads up to `size` bytes at an offset of an open file."""
     data = bytearray(size)
     return bytes(data[: read_at(file, memoryview(data), offset)])

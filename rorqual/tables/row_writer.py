@@ -150,6 +150,10 @@ class _Build:
         return folder
 
     def _shard_rows(self) -> int:
+        """Returns the rows of a shard: those asked for, else a GiB.
+
+        ValueError for shards whose checksums a header cannot hold.
+        """
         if self.shard_rows is None:
             return max(1, (1 << 30) // self.row_bytes)
         rows = min(self.shard_rows, self.rows)
@@ -201,6 +205,7 @@ class _Build:
                 self.progress(end * self.row_bytes)
 
     def _write_shard(self, path: Path, first: int, end: int) -> None:
+        """Writes rows first..end as one shard, and then their checksums into its header."""
         blocks = -(-(end - first) * self.row_bytes // CHECKED_BYTES)
         with atomic_write(path) as beside, beside.open("wb") as file:
             file.write(self._header(first, end, BLANK * blocks))
@@ -242,6 +247,7 @@ class _Build:
 
 
 def _remove_shards(partial: Path) -> None:
+    """Removes everything from the folder of a build but the note of what it is made of."""
     for file in partial.iterdir():
         if file.name != _ORIGIN:
             file.unlink()

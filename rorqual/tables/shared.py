@@ -69,11 +69,12 @@ def shared_rows(file: RowFile, name: str) -> Tensor:
 
 
 def _mapped(path: Path, size: int) -> Tensor:
+    """Maps a file of `size` bytes into memory that all processes with this file share."""
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
 def _typed(raw: Tensor, file: RowFile) -> Tensor:
-    """Views bytes as rows in the type they are stored in."""
+    """Views bytes as rows in the type that the file stores, fp8 records as bytes."""
     rows = raw.view(file.rows, file.row_bytes)
     return rows if file.dtype == FP8 else rows.view(file.dtype)
 

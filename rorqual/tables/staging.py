@@ -29,7 +29,7 @@ class Staging:
         return Staging, (self.pinned,)
 
     def take(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Returns an uninitialised [rows, width] on the CPU.
+        """Returns an uninitialised tensor [rows, width] on the CPU, in memory that is reused.
 
         Nothing else uses its memory while a view lives.
         """
@@ -41,7 +41,7 @@ class Staging:
         return torch.from_numpy(lease).view(dtype).view(rows, width)
 
     def _lease(self, size: int) -> np.ndarray:
-        """Returns the bytes of a free block.
+        """Returns the bytes of a free block, or of a new one if none is large enough.
 
         Tensors hold the array; the block is free when it dies.
         """

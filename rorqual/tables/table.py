@@ -154,7 +154,7 @@ class Table(nn.Module):
         cached_rows: Int[Tensor, " H"] | None = None,
         **options: Any,
     ) -> "Table":
-        """Opens read-only rows on the disk.
+        """Opens read-only rows on the disk, with a cache of some of them in memory.
 
         They are tensor `name` of a safetensors file, or a folder of shards. cached_rows: ids, most
         wanted first; as many of them as `cache_bytes` hold are read now and stay in memory. Without
@@ -241,6 +241,7 @@ class Table(nn.Module):
         return lambda: self._wait(future)
 
     def _wait(self, future: "Future[Tensor]") -> Tensor:
+        """Waits for a fetch, and adds the seconds to the counts."""
         began = time.perf_counter()
         values = future.result()
         self._counts["wait_seconds"] += time.perf_counter() - began
@@ -289,12 +290,13 @@ class Table(nn.Module):
         return rows
 
     def _numbers(self, stored: Tensor) -> Tensor:
-        """Converts stored rows to numbers."""
+        """Converts rows from the form in which they are stored to numbers [K, width]."""
         if isinstance(self.file, RowFile):
             return self.file.numbers(stored)
         return dequantise(stored, self.width) if self.dtype == FP8 else stored.view(self.dtype)
 
     def _fetch_from_memory(self, ids: Tensor) -> Tensor:
+        """Looks up rows in host memory without gradients, for the background thread."""
         with torch.no_grad():
             return self._lookup(ids)
 
@@ -317,6 +319,10 @@ class Table(nn.Module):
         return gather(weight, row_ids, self.width, self._staging)
 
     def _count(self, rows: int, different: int, read: int) -> None:
+        """Adds a lookup to the counts that `metrics` returns.
+
+        `rows` were asked for, `different` of them are distinct, and `read` were not cached.
+        """
         self._counts["rows"] += rows
         self._counts["different"] += different
         self._counts["hits"] += max(0, different - read)
@@ -353,6 +359,7 @@ class Table(nn.Module):
         self._writing = self._run(file.replace, ids, before, after)
 
     def _record_file(self) -> RecordFile:
+        """Returns the file of rows that are trained on the disk. ValueError for any other table."""
         if not isinstance(self.file, RecordFile):
             raise ValueError(
                 f"table: got rows on the {self.placement}, expected rows trained on a disk"
@@ -453,6 +460,7 @@ class Table(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Loads rows in memory; those on the disk are in their files."""
         if self.placement != "disk":
             super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -45,10 +45,12 @@ class Columns(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row in these shards."""
         return self.shards[0].row_bytes
 
     @property
     def rows(self) -> int:
+        """Rows of all shards together."""
         return int(self.first_rows[-1])
 
 
@@ -112,6 +114,7 @@ class TensorRows(RowFile):
             raise
 
     def _check(self, scales: Sequence[Source], rows: int | None) -> None:
+        """Sets width, dtype and rows, and opens the scales. TableError if they do not fit."""
         values = self._columns[0]
         first = values.shards[0]
         self.width = first.columns
@@ -166,6 +169,7 @@ class TensorRows(RowFile):
         return self._joined(pieces) if complete else None
 
     def _joined(self, pieces: list[np.ndarray]) -> Tensor:
+        """Puts the bytes of the values and of their scales side by side, row by row."""
         return torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1))
 
     def numbers(self, stored: UInt8[Tensor, "K bytes"]) -> Float[Tensor, "K width"]:

@@ -21,6 +21,7 @@ class BackgroundThread:
         self._reset()
 
     def _reset(self) -> None:
+        """Starts anew without a thread, as in a process that was forked from another."""
         self._slots = threading.BoundedSemaphore(self._pending)
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
@@ -32,7 +33,7 @@ class BackgroundThread:
         return self._executor is not None
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        """Queues a call and returns its future."""
+        """Queues a call behind those before it and returns its future."""
         if self._process != os.getpid():
             self._reset()
         self._slots.acquire()

@@ -71,7 +71,7 @@ class DataConfig:
 
     @property
     def shares(self) -> dict[str, Fraction]:
-        """The sources and the share of rows of each; they sum to 1."""
+        """The sources and the share of sequences of each; they sum to 1."""
         return read_mixture(self.mixture) if self.mixture else {self.source: Fraction(1)}
 
     def is_streamed(self, source: str) -> bool:

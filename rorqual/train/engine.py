@@ -12,6 +12,7 @@
 OLMo-core's own checkpoints are pickles; SafetensorsCheckpointer never reads or writes them.
 """
 
+import math
 import netrc
 import os
 import secrets
@@ -159,9 +160,8 @@ class Loader(DataLoaderBase):
 
     def get_mock_batch(self) -> dict[str, Any]:
         """Returns a batch of the usual shape for the dry run, one document a sequence."""
-        rows = self.stream.batch_size
-        length = self.stream.seq_len
-        ids = (torch.arange(rows * length) % self.vocab_size).view(rows, length)
+        shape = self.stream.batch_size, self.stream.seq_len
+        ids = (torch.arange(math.prod(shape)) % self.vocab_size).view(shape)
         document_ids = torch.zeros_like(ids)
         return {
             "ids": ids,

@@ -36,16 +36,15 @@ from rorqual.train.optim import Role, roles
 FLOAT = 4  # bytes; parameters, gradients and moments are float32
 INDEX = 8  # bytes of a row's id
 
-# Operations that fill an existing tensor with values.
+# Operations that give values alone: their result has the shape of the tensor they are called on.
 FILLING = (
-    *(
-        torch.Tensor.mul,
-        torch.Tensor.normal_,
-        torch.Tensor.uniform_,
-        torch.Tensor.fill_,
-        torch.Tensor.zero_,
-    ),
-    *(torch.Tensor.copy_, torch.Tensor.__setitem__),
+    torch.Tensor.mul,
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    torch.Tensor.fill_,
+    torch.Tensor.zero_,
+    torch.Tensor.copy_,
+    torch.Tensor.__setitem__,
 )
 
 

@@ -67,7 +67,7 @@ COUNTED = ("skipped_steps", "rows_touched", "bytes_exchanged")  # whole numbers
 VALIDATIONS = 10  # of a run, where the config names no interval
 LEAST_INTERVAL = 10  # steps between two validations
 # Fields of a line that no two runs share, however equal.
-MEASURED = (*("seconds", "seconds_left", "tokens_per_second", "data_wait", "mfu", "memory"),)
+MEASURED = ("seconds", "seconds_left", "tokens_per_second", "data_wait", "mfu", "memory")
 
 
 class StepTime(NamedTuple):

@@ -28,17 +28,20 @@ from rorqual.io import lock, remove_partial, write_json
 from rorqual.train.config import TrainConfig
 
 FIXED = (  # options that a resumed run may not change
-    *(
-        "model",
-        "optim",
-        "data",
-        "needles",
-        "init_from",
-        "batch_size",
-        "seq_len",
-        "micro_batch_size",
-    ),
-    *("seed", "dtype", "placement", "bias_rest", "mtp_late", "indexer_alone"),
+    "model",
+    "optim",
+    "data",
+    "needles",
+    "init_from",
+    "batch_size",
+    "seq_len",
+    "micro_batch_size",
+    "seed",
+    "dtype",
+    "placement",
+    "bias_rest",
+    "mtp_late",
+    "indexer_alone",
 )
 SAMPLED_BY = ("steps", "validate_every", "validation_tokens")  # they select the validation text
 CONFIG = "train.json"

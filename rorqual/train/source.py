@@ -59,7 +59,7 @@ class TextSource:
     """A tokenized text, or several.
 
     tokens    all of them together, but what is streamed: of that, only what validates
-    text      what is trained on, row by row
+    text      what is trained on, sequence by sequence
     """
 
     tokenizer: Tokenizer
@@ -89,8 +89,8 @@ class TextSource:
     def stream(self, config: TrainConfig) -> Stream:
         """Returns this rank's endless training batches."""
         rank, world = _data_rank(config)
-        rows = config.batch_size // world
-        return Stream(self.text, rows, config.seq_len, config.seed, rank, world)
+        batch_size = config.batch_size // world
+        return Stream(self.text, batch_size, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the loss over all held-out documents, or over a sample that never changes."""
@@ -107,8 +107,10 @@ class TextSource:
         label.
         """
         rank, world = _data_rank(config)
-        rows = config.batch_size // world
-        batches = validation_batches(self.tokens.validation, rows, config.seq_len, rank, world)
+        batch_size = config.batch_size // world
+        batches = validation_batches(
+            self.tokens.validation, batch_size, config.seq_len, rank, world
+        )
         tokens_per_batch = config.batch_size * config.seq_len
         if config.validation_tokens is not None:
             count = -(-config.validation_tokens // tokens_per_batch)
@@ -173,8 +175,8 @@ class NeedleSource(NamedTuple):
     def stream(self, config: TrainConfig) -> NeedleStream:
         """Returns this rank's endless training batches."""
         rank, world = _data_rank(config)
-        rows = config.batch_size // world
-        return NeedleStream(self.needles, rows, config.seq_len, config.seed, rank, world)
+        batch_size = config.batch_size // world
+        return NeedleStream(self.needles, batch_size, config.seq_len, config.seed, rank, world)
 
     def score(self, model: nn.Module, config: TrainConfig, *, whole: bool) -> dict[str, float]:
         """Returns the shares of right answers to the held-out questions; always to all of them."""

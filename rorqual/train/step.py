@@ -29,7 +29,7 @@ from rorqual.train.spikes import SpikeDetector
 STREAM_INTERVAL = 50  # steps between two measurements of the residual streams and of the gates
 STREAM_METRICS = ("row_gain", "column_gain", "stream_spread")
 
-Batch = Mapping[str, Tensor]  # "ids", "labels" and "documents", each [rows, length]
+Batch = Mapping[str, Tensor]  # "ids", "labels" and "document_ids", each [batch_size, seq_len]
 
 
 class Diverged(RuntimeError):

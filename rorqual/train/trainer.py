@@ -36,9 +36,18 @@ from rorqual.train.step import Diverged, TrainStep
 # Options of a model that neither its weights' shapes nor what they compute once trained depend on.
 # The tokenizer sets the last two.
 TRAINING_ONLY = (
-    *("init_std", "moe.balance.", "moe.router.noise", "moba.full_from", "mtp.weight"),
-    *("dsa.dense", "dsa.warmup", "dsa.weight", "csa.warmup", "csa.weight"),
-    *("engram.pad_id", "engram.eos_id"),
+    "init_std",
+    "moe.balance.",
+    "moe.router.noise",
+    "moba.full_from",
+    "mtp.weight",
+    "dsa.dense",
+    "dsa.warmup",
+    "dsa.weight",
+    "csa.warmup",
+    "csa.weight",
+    "engram.pad_id",
+    "engram.eos_id",
 )
 
 
@@ -212,10 +221,10 @@ def _train(
 
         def estimate() -> float:
             _, parts = config.distributed.data_rank(distributed.rank(), distributed.world())
-            rows = config.batch_size // parts
-            micro_batch_size = min(config.micro_batch_size or rows, rows)
+            batch_size = config.batch_size // parts
+            micro_batch_size = min(config.micro_batch_size or batch_size, batch_size)
             return estimate_step_seconds(
-                model, source.vocab_size, rows, micro_batch_size, config.seq_len, step.dtype
+                model, source.vocab_size, batch_size, micro_batch_size, config.seq_len, step.dtype
             )
 
         writer = metrics.MetricsWriter(config, on_metrics, estimate)

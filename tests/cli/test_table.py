@@ -298,7 +298,7 @@ def test_bench_compares_every_placement(
     page = write_report([tmp_path / "run"], tmp_path / "page.html", texts=("a whale",)).read_text(
         encoding="utf-8"
     )
-    assert "Where rows live" in page
+    assert "Speed by placement of the rows" in page
     assert "disk warm, hot rows" in page
     assert main(["table", "bench", "--rows", "0"]) == 2
     assert "rows: got 0, expected at least 1" in capsys.readouterr().err

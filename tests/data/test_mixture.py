@@ -1,4 +1,4 @@
-"""Tests mixture.py: exact shares, rows as functions of their numbers, bad words."""
+"""Tests mixture.py: exact shares, sequences as functions of their numbers, bad words."""
 
 from fractions import Fraction
 
@@ -33,7 +33,10 @@ def test_words_and_their_weights() -> None:
         (["wordnet:nan"], "expected TEXT:WEIGHT"),
         (["wordnet:1/0"], "expected a weight above 0"),
         (["wordnet:1,gcide:1,wordnet:2"], "got 'wordnet' twice"),
-        (["wordnet:0.123456789", "gcide:1"], "exact in .* rows only, .*give them fewer digits"),
+        (
+            ["wordnet:0.123456789", "gcide:1"],
+            "exact in .* sequences only, .*give them fewer digits",
+        ),
     ],
 )
 def test_bad_words_are_named(words: list[str], message: str) -> None:
@@ -46,22 +49,22 @@ def test_bad_words_are_named(words: list[str], message: str) -> None:
 def test_a_period_has_the_exact_shares_wherever_it_begins(weights: list[int], start: int) -> None:
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     pattern = Pattern(shares)
-    rows = [pattern(start + n) for n in range(pattern.period)]
+    parts = [pattern(start + n) for n in range(pattern.period)]
     for text, share in enumerate(shares):
-        own_rows = [number for index, number in rows if index == text]
-        assert len(own_rows) == share * pattern.period
-        assert own_rows == list(range(own_rows[0], own_rows[0] + len(own_rows))), "none is left out"
+        of_text = [number for index, number in parts if index == text]
+        assert len(of_text) == share * pattern.period
+        assert of_text == list(range(of_text[0], of_text[0] + len(of_text))), "none is left out"
 
 
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.integers(1, 30), min_size=1, max_size=5))
-def test_no_text_is_ever_a_whole_row_ahead_or_much_behind(weights: list[int]) -> None:
+def test_no_text_is_ever_a_whole_sequence_ahead_or_much_behind(weights: list[int]) -> None:
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     pattern = Pattern(shares)
     made = [0] * len(shares)
-    for row in range(2 * pattern.period):
-        text, number = pattern(row)
+    for position in range(2 * pattern.period):
+        text, number = pattern(position)
         assert number == made[text]
         made[text] += 1
-        lags = [share * (row + 1) - n for share, n in zip(shares, made, strict=True)]
+        lags = [share * (position + 1) - n for share, n in zip(shares, made, strict=True)]
         assert all(-1 < lag < len(shares) for lag in lags)

@@ -141,7 +141,7 @@ def test_texts_grow_while_batches_keep_their_size():
     ]
 
 
-def test_rows_are_shared_among_the_tasks():
+def test_sequences_are_shared_among_the_tasks():
     stream = NeedleStream(SMALL, 8, 32)
     assert (next(stream)["tasks"] == TASKS.index("multi-query")).all(), (
         "the first is multi-query alone"
@@ -151,7 +151,7 @@ def test_rows_are_shared_among_the_tasks():
     )
     stream = NeedleStream(SMALL, 1, 32)
     seen = [next(stream)["tasks"][0, 0].item() for _ in range(5)][1:]
-    assert sorted(seen) == [0, 1, 2, 3], "one row a batch: the tasks take turns"
+    assert sorted(seen) == [0, 1, 2, 3], "one sequence a batch: the tasks take turns"
 
 
 def test_a_stream_goes_on_where_it_stood_and_no_two_are_alike():

@@ -88,7 +88,7 @@ def test_every_epoch_reads_and_foretells_every_token_once(
 ) -> None:
     side = some(count, seed % 1000)
     ids, labels, document_ids = endless(side, seq_len, 2, seed)
-    assert labels[:-1] == ids[1:], "a label is the next token, across rows and epochs"
+    assert labels[:-1] == ids[1:], "a label is the next token, across sequences and epochs"
     for epoch in range(2):
         chunk = slice(epoch * len(side), (epoch + 1) * len(side))
         assert sorted(ids[chunk]) == sorted(side.ids.tolist())
@@ -114,7 +114,7 @@ def test_the_order_changes_with_epoch_and_seed() -> None:
     assert len({tuple(first), tuple(second), tuple(other), tuple(side.ids.tolist())}) == 4
 
 
-def test_rows_of_a_batch_come_from_all_over_the_text() -> None:
+def test_sequences_of_a_batch_come_from_all_over_the_text() -> None:
     """A long document does not fill a batch by itself."""
     side = tokens(*[list(range(d, d + 1000)) for d in range(10)])
     batch = next(Stream(side, 32, 16, seed=1))
@@ -165,7 +165,7 @@ def test_resume_goes_on_with_the_very_next_batch(
     assert resumed.state_dict() == Stream.state_dict(resumed)
 
 
-def test_a_state_fits_another_number_of_rows_and_ranks() -> None:
+def test_a_state_fits_another_batch_size_and_number_of_ranks() -> None:
     side = some(40)
     alone = Stream(side, 6, 8, 1)
     take(alone, 4)
@@ -331,7 +331,7 @@ def test_a_mixture_has_exact_shares_of_each_text_in_its_own_order() -> None:
     alone = [Stream(text, 1, 6, 3 + n) for n, text in enumerate(mixture.texts)]
     for batch in take(stream, 3):
         texts = (batch["document_ids"] % 3).tolist()
-        assert all(len(set(row)) == 1 for row in texts), "a row is of one text"
+        assert all(len(set(row)) == 1 for row in texts), "a sequence is of one text"
         assert [sum(row[0] == n for row in texts) for n in range(3)] == [5, 2, 3]
         for row, ids in zip(texts, batch["ids"], strict=True):
             assert torch.equal(ids, next(alone[row[0]])["ids"][0])

@@ -1,4 +1,4 @@
-"""Tests streamed.py, with a local folder as the dataset: the same rows after any stop."""
+"""Tests streamed.py, with a local folder as the dataset: the same sequences after any stop."""
 
 import json
 from pathlib import Path

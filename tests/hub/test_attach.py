@@ -681,7 +681,7 @@ def test_caches_are_given_back_as_they_were(llama, tokenizer):
     for cache in caches:
         llama(prompt(), past_key_values=cache)
         assert isinstance(cache, type(cache).__mro__[2]) and type(cache).__name__.startswith(
-            "Remembering"
+            "Engram"
         )
     names = set(vars(DynamicCache(config=llama.config)))
     memory.detach()

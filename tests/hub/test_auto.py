@@ -30,6 +30,7 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
 from rorqual.layers.mtp import MTPConfig
+from rorqual.layers.router import RouterConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.presets import preset
 from rorqual.serve.decoding import decode
@@ -246,6 +247,15 @@ def test_half_precision_keeps_router_biases_whole(face, tmp_path):
         if name.endswith("e_score_correction_bias"):
             assert buffer.dtype == torch.float32
     assert torch.isfinite(loaded(torch.tensor([PROMPTS[0]])).logits).all()
+
+
+def test_half_precision_keeps_the_bias_of_image_tokens_whole(tmp_path):
+    moe = MoEConfig(routed=4, active=2, width=16, router=RouterConfig(image_ids=(5,)))
+    model = LanguageModel(ModelConfig(**SMALL, moe=moe))
+    expected = model.blocks[1].ffn.router.image_bias.normal_()
+    RorqualForCausalLM.of(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(loaded.model.blocks[1].ffn.router.image_bias, expected)
 
 
 def test_pipeline(face, model, tokenizer):

@@ -101,7 +101,10 @@ def test_published_names_are_read(tmp_path: Path) -> None:
 
 
 # What is stored as e4m3 in blocks of 128 by 128; experts are mxfp4.
-DENSE = re.compile(r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight|shared_experts\.w\d\.")
+DENSE = re.compile(
+    r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight|\.[eh]_proj\.weight"
+    r"|shared_experts\.w\d\."
+)
 
 
 def quantised(folder: Path, model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -157,8 +160,8 @@ def test_published_formats_are_read_exactly(tmp_path: Path) -> None:
         for name, each in deepseek_v4.places(config).items()
         if not torch.equal(each.of(model.state_dict()), numbers[name])
     ]
-    # 4 layers of 5 projections, 2 indexers, 3 matrices of 5 experts.
-    assert len(changed) == 4 * 5 + 2 + 4 * 3 * 5
+    # 4 layers and MTP's of 5 projections, 2 indexers, 3 matrices of 5 experts; MTP's own two.
+    assert len(changed) == 5 * 5 + 2 + 5 * 3 * 5 + 2
     ours = rq.load(tmp_path / "a", dtype="float32", device="cpu").model
     for name, each in deepseek_v4.places(config).items():
         assert torch.equal(each.of(ours.state_dict()), numbers[name]), name

@@ -180,7 +180,7 @@ def test_what_is_read_past_is_said_in_one_line(tmp_path, capsys):
     save_file(tensors, tmp_path / "model.safetensors")
     draft = 3 * 48 + 48 * 144 + 32 * 64 + 800
     vision = 3 + 48 * 3 + 48
-    line = f"read past: DSpark draft, 3 layers, {draft:,} parameters; vision, {vision:,} parameters"
+    line = f"skipped: DSpark draft, 3 layers, {draft:,} parameters; vision, {vision:,} parameters"
     checkpoints.load(tmp_path)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].endswith(line)

@@ -182,7 +182,7 @@ def parts() -> tuple[dict[str, Tensor], dict]:
 
 @torch.no_grad()
 def test_the_text_model_of_a_multimodal_folder(tmp_path):
-    """Its tensors have a prefix, and a vision tower and MTP's layers are read past."""
+    """Its tensors have a prefix, and a vision tower and MTP's layers are skipped."""
     tensors, text = parts()
     named = {
         name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()

@@ -141,7 +141,7 @@ def words(config, tmp_path) -> Path:
 
 
 def test_a_mixture_of_texts_ids_and_a_stream(config, text, words, tmp_path, capsys):
-    """All three kinds of sources, each with its share of the rows, from a YAML file."""
+    """All three kinds of sources, each with its share of the sequences, from a YAML file."""
     pytest.importorskip("datasets")
     tokenizer = Tokenizer.load(words)
     whales = [f"{n} whales sing of the sea" for n in range(80)]
