@@ -83,17 +83,17 @@ def environment(interpreter: str, torch: str | None, wheel: Path, folder: Path) 
     return python
 
 
-def smoke(python: Path, folder: Path) -> str:
+def smoke(python: Path, folder: Path, checkout: Path) -> str:
     """Runs what every version has to do; returns the last line of the tests; raises Failed."""
     run(python, "-c", IMPORT_ALL, cwd=folder)
     for words in (("params", "tiny-engram", "moe-27b"), ("doctor",), GENERATE, TRAIN):
         printed = run(python, "-m", "rorqual", *words, cwd=folder)
         if words == GENERATE:
             print("   ", printed.strip(), flush=True)
-    # The tests read the files around them, as the pages whose examples they run; the package
-    # itself is the installed one.
-    ignored = shutil.ignore_patterns(".git", ".venv", "rorqual", "runs", "site", "build", ".*cache")
-    tests = shutil.copytree(ROOT, folder / "tests", ignore=ignored, dirs_exist_ok=True)
+    # Those that belong to the wheel, and what they read around them; the package itself is the
+    # installed one.
+    ignored = shutil.ignore_patterns("rorqual")
+    tests = shutil.copytree(checkout, folder / "tests", ignore=ignored, dirs_exist_ok=True)
     printed = run(python, "-m", "pytest", "-q", "-n", "2", *TESTS, cwd=tests)
     return PASSED.findall(printed)[-1]
 
@@ -117,7 +117,7 @@ def main() -> int:
             try:
                 python = environment(interpreter, torch or None, wheel, folder)
                 versions = run(python, "-c", VERSIONS, cwd=folder).strip()
-                result = smoke(python, folder)
+                result = smoke(python, folder, Path(scratch) / "checkout")
             except (Failed, OSError) as error:
                 failed = True
                 versions = pair
