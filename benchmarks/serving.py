@@ -12,6 +12,7 @@ interleaved; medians are printed.
     chunks              99th percentile of the time between two tokens of 4 requests that decode
                         while a prompt of 3,000 tokens is read: `ratio` over the median of that
                         time, `undisturbed ratio` over the median before the prompt came
+    chunks_32, _16, _8  the same with chunks of so many tokens in place of 64 (--prefill-chunk)
     together            seconds to read prompts of 3,000 and of 4 tokens together, over both apart
     prefix              seconds to the first token of a prompt that shares 1,000 tokens with an
                         earlier one, and 20 more, over those without the earlier one
@@ -71,9 +72,9 @@ def batch(ours: LanguageModel, theirs: PreTrainedModel, size: int) -> dict[str, 
     }
 
 
-def chunks(model: LanguageModel) -> dict[str, float]:
+def chunks(model: LanguageModel, size: int) -> dict[str, float]:
     """Returns the milliseconds between two tokens while a long prompt is read."""
-    engine = Engine(model, max_batch_size=5, context=CONTEXT)
+    engine = Engine(model, max_batch_size=5, context=CONTEXT, prefill_chunk=size)
     for prompt in draw(40, 50, 60, 70):
         engine.submit(prompt, max_new_tokens=2000)
     for _ in range(20):
@@ -155,8 +156,9 @@ def small(size: int) -> dict[str, Callable]:
 def measure(
     name: str, ours: LanguageModel, theirs: PreTrainedModel, rounds: int
 ) -> dict[str, float]:
-    if name == "chunks":
-        rounds_of = [chunks(ours) for _ in range(rounds)]
+    if name.startswith("chunks"):
+        size = int(name.removeprefix("chunks").lstrip("_") or 64)
+        rounds_of = [chunks(ours, size) for _ in range(rounds)]
         return {key: statistics.median(one[key] for one in rounds_of) for key in rounds_of[0]}
     if name.startswith("batch_"):
         size = int(name.removeprefix("batch_"))
@@ -170,12 +172,13 @@ def measure(
     return backbone.compare(steps.pop("ours"), steps, rounds)
 
 
+SMALLER = ("chunks_32", "chunks_16", "chunks_8")
 NAMES = ("batch_8", "batch_16", "chunks", "together", "prefix", "small_1", "small_8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="*", choices=NAMES + SMALLER, default=NAMES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -14,15 +14,12 @@ twenty steps that read other rows each. Linux alone: /proc is read.
 
 import argparse
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
+from workers import run_ranks, write_whales
 
 from rorqual import distributed
 from rorqual.distributed_config import DistributedConfig
@@ -98,29 +95,6 @@ def rank_bytes(sizes: list[int], counts: list[int], width: int) -> list[dict[str
     return results
 
 
-def as_ranks(world: int, *arguments: str) -> list:
-    """Runs this file as `world` processes, and returns what each printed as JSON."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, __file__, *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit("a rank failed; what it said stands above")
-    return [json.loads(output) for output in outputs]
-
-
 def show_memory(options: argparse.Namespace) -> None:
     size = f"--rows={options.rows}", f"--width={options.width}"
     print(f"a table of {options.rows:,} x {options.width} rows, MiB of rank 0")
@@ -128,7 +102,7 @@ def show_memory(options: argparse.Namespace) -> None:
     print("ranks " + "".join(f"{name:>11}" for name in names))
     results = {}
     for world in (1, options.ranks):
-        results[world] = as_ranks(world, "--as-rank", "memory", *size)[0]
+        results[world] = run_ranks(__file__, world, "--as-rank", "memory", *size)[0]
         print(f"{world:5} " + "".join(f"{results[world][name]:11.0f}" for name in names))
     shared = ("rows", "optimizer")
     one, several = (sum(results[world][name] for name in shared) for world in (1, options.ranks))
@@ -138,7 +112,7 @@ def show_memory(options: argparse.Namespace) -> None:
 def show_bytes(options: argparse.Namespace) -> None:
     print(f"bytes that rank 0 of {options.ranks} sends a step, rows of {options.width} float32")
     print(f"{'table rows':>12}{'ids':>10}{'distinct':>10}{'sent':>14}{'a distinct id':>15}")
-    results = as_ranks(options.ranks, "--as-rank", "bytes", f"--width={options.width}")
+    results = run_ranks(__file__, options.ranks, "--as-rank", "bytes", f"--width={options.width}")
     for line in results[0]:
         each = line["sent"] / line["distinct"]
         print(
@@ -188,21 +162,17 @@ def show_train(options: argparse.Namespace) -> None:
     rows = options.train_rows
     with tempfile.TemporaryDirectory(prefix="rows-") as name:
         folder = Path(name)
-        text = "".join(
-            json.dumps({"text": f"The {n}th whale met {n % 97} seals and {n % 89} boats."}) + "\n"
-            for n in range(20_000)
-        )
-        (folder / "text.jsonl").write_text(text)
+        write_whales(folder, 20_000)
         size = f"--rows={rows}", f"--width={options.width}"
         arguments = ("--as-rank", "train", f"--folder={folder}", *size)
-        result = as_ranks(1, *arguments)[0]
+        result = run_ranks(__file__, 1, *arguments)[0]
         print(
             f"{STEPS} steps, two checkpoints and a model with {result['rows']:,} x "
             f"{options.width} rows, {result['table']:.0f} MiB: peak {result['peak']:.0f} MiB"
         )
         # A run without its model goes on from its last checkpoint.
         (folder / "run" / "model.safetensors").unlink()
-        result = as_ranks(1, *arguments)[0]
+        result = run_ranks(__file__, 1, *arguments)[0]
         print(f"resumed from its last checkpoint: peak {result['peak']:.0f} MiB")
 
 
@@ -239,7 +209,7 @@ def rank_build(whole: bool) -> dict[str, float]:
 
 def show_build(options: argparse.Namespace) -> None:
     for way in ("whole", "shards"):
-        result = as_ranks(options.ranks, "--as-rank", "build", f"--way={way}")[0]
+        result = run_ranks(__file__, options.ranks, "--as-rank", "build", f"--way={way}")[0]
         print(
             f"a model of {result['model']:.0f} MiB, its largest tensor {result['largest']:.0f}, on "
             f"{options.ranks} ranks, {way} at first: {result['peak']:.0f} MiB at most, "

@@ -9,9 +9,10 @@ template; 4 requests at once, 8 in the queue), and prints
     same         answers (greedy, seeded, chat, log-probabilities) that differ after all of it
     bodies       fuzzed bodies sent, and those that were answered with status 500 or not at all
     hang-ups     clients that left in the middle, and what is still cached 5 s after the last
-    overload     requests of a Poisson process, twice as many a second (--times) as the server did
-                 just before with its batch full: whole, refused (429), other failures; resident
-                 memory at first, at its highest, at the end
+    overload     what the server does in a closed loop with its batch full, and then an open loop
+                 of twice as many requests a second (--times) at random times: whole, refused (429),
+                 other failures, answers that are not those of the request alone; resident memory
+                 at first, in the middle, at the end; pages that are free when it is over
     refusals     answers that need a key or another host, without them
 
 The exit code is 1 where any of it is not as it should be.
@@ -53,7 +54,9 @@ SERVER = [
     f"--api-key={KEY}",
 ]
 HEADERS = {"authorization": f"Bearer {KEY}"}
+PROMPTS = 24  # different ones under overload
 GROWTH = 1.25  # how much resident memory may grow while the server is overloaded
+LATE_GROWTH = 1.05  # and in the second half of that time
 BODY: dict[str, Any] = {
     "prompt": "A whale is",
     "max_tokens": 4,
@@ -191,7 +194,8 @@ def hang_ups(url: str, count: int, at_once: int = 8) -> dict[str, float]:
 
 def gauges(url: str) -> dict[str, float]:
     text = httpx.get(url + "/metrics", headers=HEADERS, trust_env=False).text
-    names = ("requests_running", "requests_waiting", "cached_tokens")
+    names = ("requests_running", "requests_waiting", "cached_tokens", "cache_pages")
+    names += ("cache_capacity_pages", "cache_allocated_bytes")
     return {name: float(re.search(rf"^rorqual_{name} (\S+)", text, re.M)[1]) for name in names}
 
 
@@ -207,15 +211,21 @@ def resident(process: int) -> float:
 
 
 def overload(url: str, process: int, seconds: float, times: float) -> dict[str, Any]:
-    """Sends `times` the requests that the server can do, and watches its memory."""
+    """Offers `times` the requests that the server can do, and watches memory and answers."""
     server = Server(url, api_key=KEY)
     options = {"ignore_eos": True, "temperature": 0}
+    prompts = random_prompts(PROMPTS, 32, server.vocab_size)
 
     def load(count: int, **limits: Any) -> Load:
-        prompts = random_prompts(count, 32, server.vocab_size, seed=count)
-        return Load(prompts=prompts, output_tokens=32, options=options, **limits)
+        sent = [prompts[number % PROMPTS] for number in range(count)]
+        return Load(prompts=sent, output_tokens=32, options=options, texts=True, **limits)
 
-    done, took = measure(server, load(100, concurrency=BATCH))
+    # The answers of requests alone.
+    outcomes, took = measure(server, load(PROMPTS, concurrency=1))
+    alone = ["".join(one.texts or ()) for one in outcomes]
+    # A closed loop that keeps the batch full, for a tenth of the time.
+    count = max(4 * BATCH, int(0.1 * seconds * BATCH * PROMPTS / took / 2))
+    done, took = measure(server, load(count, concurrency=2 * BATCH))
     capacity = summarise(done, took)["request_throughput"]
     memory = [resident(process)]
     ended = threading.Event()
@@ -232,19 +242,34 @@ def overload(url: str, process: int, seconds: float, times: float) -> dict[str, 
     finally:
         ended.set()
         watching.join()
+    memory.append(resident(process))
     figures = summarise(outcomes, took)
+    differ = sum(
+        one.failure is None and "".join(one.texts or ()) != alone[number % PROMPTS]
+        for number, one in enumerate(outcomes)
+    )
+    time.sleep(1)
+    state = gauges(url)
+    total = state["cache_capacity_pages"]
+    middle = memory[len(memory) // 2]
     return {
-        "requests a second at capacity": round(capacity, 2),
+        "requests a second in a closed loop": round(capacity, 2),
         "seconds": round(took, 1),
-        "sent a second": round(rate, 2),
+        "sent a second": round(len(outcomes) / took, 2),
         "sent": len(outcomes),
         "whole": figures["completed"],
         "refused (429)": figures["failures"].pop("429", 0),
         "other failures": figures["failures"],
+        "answers unlike those alone": differ,
         "whole a second": round(figures["request_throughput"], 2),
+        "sent over whole": round(len(outcomes) / max(figures["completed"], 1), 2),
         "p99 of the time to first token, ms": round(figures["p99_ttft_ms"] or math.nan, 1),
-        "MiB": [round(value, 1) for value in (memory[0], max(memory), memory[-1])],
-        **gauges(url),
+        "MiB at first, in the middle, at the end": [
+            round(value, 1) for value in (memory[0], middle, memory[-1])
+        ],
+        "MiB at most": round(max(memory), 1),
+        "pages free at the end": [total - state["cache_pages"], total],
+        **state,
     }
 
 
@@ -285,15 +310,18 @@ def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             result["answers that differ"] = sum(a != b for a, b in zip(before, after, strict=True))
     loaded = result["overload"]
     left = result["hang-ups"]
+    first, middle, end = loaded["MiB at first, in the middle, at the end"]
     wrong = {
         "a body was answered with 5xx or not at all": any(
             not status.startswith(("2", "4")) for status in result["bodies"]
         ),
         "tokens are still cached": bool(left["cached_tokens"] or loaded["cached_tokens"]),
+        "pages are not free": bool(left["cache_pages"] or loaded["cache_pages"]),
         "requests are still there": bool(left["requests_running"] or left["requests_waiting"]),
         "nothing was refused": not loaded["refused (429)"],
         "a request failed otherwise": bool(loaded["other failures"]),
-        "memory grows": loaded["MiB"][1] >= GROWTH * loaded["MiB"][0],
+        "memory grows": loaded["MiB at most"] >= GROWTH * first or end >= LATE_GROWTH * middle,
+        "answers under overload differ": bool(loaded["answers unlike those alone"]),
         "a check of key or host": list(result["refusals"].values()) != [401, 401, 400, 200],
         "answers differ": bool(result["answers that differ"]),
     }

@@ -46,6 +46,7 @@ from typing import Any
 import kills
 import torch
 from safetensors import safe_open
+from workers import write_whales
 
 from rorqual import checkpoint
 from rorqual import config as configs
@@ -117,11 +118,7 @@ def run_config(folder: Path, name: str, **options: Any) -> TrainConfig:
 
 
 def write_text(folder: Path) -> None:
-    lines = [
-        json.dumps({"text": f"The {n}th whale met {n % 7} seals, {n % 5} boats and a {n % 11}."})
-        for n in range(400)
-    ]
-    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_whales(folder, 400)
     prepare(run_config(folder, "none").data)
 
 

@@ -487,10 +487,10 @@ def save_model(folder: str | os.PathLike, model: LanguageModel, tokenizer: Any =
         with atomic_write(path) as beside:
             write_tensors(beside, state, {"format": "pt"})
     else:
-        _write_together(path, state)
+        write_together(path, state)
 
 
-def _write_together(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_together(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file by all ranks. OSError on every rank where one cannot write."""
     layout = Layout(state, {"format": "pt"})
     with ExitStack() as atomic:

@@ -92,10 +92,10 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
 
     products = blocks.matrices - unused + embedding  # the head multiplies, tied or not
     deltas = sum(config.has_delta(index) for index in range(config.layers))
-    products += (config.layers - deltas) * _attention_products(config, context)
+    products += (config.layers - deltas) * attention_products(config, context)
     if config.delta is not None:
-        products += deltas * _delta_products(config.delta)
-    products += _hyper_products(config) + _engram_products(config)
+        products += deltas * delta_products(config.delta)
+    products += hyper_products(config) + engram_products(config)
     return Costs(
         total=total,
         activated=activated - input_embedding,
@@ -169,17 +169,17 @@ def flops_by_block(config: ModelConfig, context: int = 4096) -> tuple[list[Block
     active = 0
     if config.moe is not None:
         active = 2 * config.moe.active * _swiglu(config.dim, config.moe.width)
-    attended = 2 * _attention_products(config, context)
-    mixed = 2 * _hyper_products(config) // config.layers
+    attended = 2 * attention_products(config, context)
+    mixed = 2 * hyper_products(config) // config.layers
     engram_blocks = 1 if config.engram is None else len(config.engram.layers)
-    looked_up = 2 * _engram_products(config) // engram_blocks
+    looked_up = 2 * engram_products(config) // engram_blocks
     blocks: list[BlockFlops] = []
     for index in range(config.layers):
         experts = active * config.has_experts(index)
         unused = _unused_experts(config) * config.has_experts(index)
         total = 2 * (_block(config, index).matrices - unused) + mixed
         if config.delta is not None and config.has_delta(index):
-            total += 2 * _delta_products(config.delta)
+            total += 2 * delta_products(config.delta)
         else:
             total += attended
         blocks.append(BlockFlops(total + looked_up * config.has_engram(index), experts))
@@ -446,7 +446,7 @@ def _mtp(config: ModelConfig, depth: int) -> int:
     return 5 * config.dim + 2 * config.dim * config.dim + block.matrices + block.others + streams
 
 
-def _attention_products(config: ModelConfig, context: int) -> int:
+def attention_products(config: ModelConfig, context: int) -> int:
     """Counts the products of one token in one block besides its projections.
 
     It is the mean over the tokens of a context and over the blocks with attention.
@@ -577,7 +577,7 @@ def _qsa_products(qsa: QSAConfig, gqa: GQAConfig, context: int) -> int:
     return attended + qsa.heads * qsa.dim * context // (2 * qsa.block)
 
 
-def _delta_products(delta: DeltaNetConfig) -> int:
+def delta_products(delta: DeltaNetConfig) -> int:
     """Counts the products of one step of delta net: the state is read twice and written once.
 
     They are k S, the write and q S; the convolution comes before.
@@ -600,7 +600,7 @@ def _moba_products(moba: MoBAConfig, gqa: GQAConfig, context: int) -> int:
     return gqa.heads * (2 * gqa.head_dim * scored + _widths(gqa) * seen) // (2 * context)
 
 
-def _hyper_products(config: ModelConfig) -> int:
+def hyper_products(config: ModelConfig) -> int:
     """Counts two sites a block and the reduction.
 
     They compute coefficients, read S streams into one, write one to S and mix S with S.
@@ -627,7 +627,7 @@ def _hyper_products(config: ModelConfig) -> int:
     return sites * (coefficients + S * D + mixed) + reads * S * D + leaving
 
 
-def _engram_products(config: ModelConfig) -> int:
+def engram_products(config: ModelConfig) -> int:
     """Counts the key and value projections, the gates and what they scale, and the convolution."""
     if config.engram is None:
         return 0

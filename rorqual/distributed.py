@@ -17,6 +17,7 @@ one process with the batches of all ranks concatenated.
 import argparse
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -297,12 +298,15 @@ def build(
 def _without_values() -> Iterator[None]:
     """Leaves parameters that are made in the block without memory, but for those of tables.
 
-    Buffers, which are small and are computed when a module is made, have theirs.
+    Buffers, which are small and are computed when a module is made, have theirs. Modules that other
+    threads make meanwhile are left alone: torch calls the hook for all of the process.
     """
+    thread = threading.get_ident()
 
     def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         del name
-        if isinstance(module, Table) or parameter.is_meta:
+        others = threading.get_ident() != thread
+        if others or isinstance(module, Table) or parameter.is_meta:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 

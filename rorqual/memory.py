@@ -41,7 +41,7 @@ FORMAT = "rorqual-edits-1"
 # The attribute in which `attach` stores a memory. Its module is not imported, since it loads
 # transformers, which is not needed here.
 _ATTACHED = "rorqual_memory"
-_KEPT = 2**18  # distinct n-grams counted per order; beyond twice that the rarest are dropped
+MAX_NGRAMS = 2**18  # distinct n-grams counted per order; beyond twice that the rarest are dropped
 _STORED = ("rows", "before", "after")
 _BATCH = 4096  # n-grams hashed at a time
 
@@ -289,7 +289,7 @@ def difference(
 class _Counts:
     """Counts the n-grams of a corpus by order as its documents are added.
 
-    Of each order the rarest are dropped when there are more than twice `_KEPT` distinct ones.
+    Of each order the rarest are dropped when there are more than twice `MAX_NGRAMS` distinct ones.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
@@ -305,8 +305,8 @@ class _Counts:
         for order, counter in self.of.items():
             whole = zip(*(ids[k:] for k in range(order)), strict=False)
             counter.update(ngram for ngram in whole if not dead.intersection(ngram))
-            if len(counter) > 2 * _KEPT:
-                self.of[order] = Counter(dict(counter.most_common(_KEPT)))
+            if len(counter) > 2 * MAX_NGRAMS:
+                self.of[order] = Counter(dict(counter.most_common(MAX_NGRAMS)))
         return ids
 
 

@@ -10,8 +10,8 @@ of the error.
 """
 
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -73,39 +73,67 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raises an error of the block on every rank, so that none waits for one that has ended.
 
     Every rank runs the block. Where several fail, all raise the error of the first of them. What
-    waits for other ranks within the block may fail on all of them only.
+    waits for other ranks within the block may fail on all of them only. An interrupted rank
+    interrupts all; where one exits, the others raise RuntimeError.
     """
-    error = None
+    error: BaseException | None = None
     try:
         yield
-    except Exception as raised:
+    except BaseException as raised:
         error = raised
     raise_together(error, group)
 
 
-def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raises the error of one rank on every rank; returns where no rank has one."""
+def raise_together(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raises the error of one rank on every rank; returns where no rank has one.
+
+    A rank that is interrupted or exits does so whatever others raise, and whether or not they are
+    still there: ctrl-C reaches all ranks, and some may have ended.
+    """
     if world(group) == 1:
         if error is not None:
             raise error
         return
-    failed = torch.tensor(int(error is not None))
-    dist.all_reduce(failed, group=group)
-    if not failed:
+    if error is not None and not isinstance(error, Exception):
+        with suppress(RuntimeError):
+            _errors_of_all(error, group)
+        raise error
+    errors = _errors_of_all(error, group)
+    number, first = next(
+        ((number, each) for number, each in enumerate(errors) if each is not None), (0, None)
+    )
+    if first is None:
         return
-    errors: list[Exception | None] = [None] * world(group)
-    dist.all_gather_object(errors, _to_send(error), group=group)
-    number = next(number for number, each in enumerate(errors) if each is not None)
-    first = error if number == rank(group) else errors[number]
-    assert first is not None
+    if error is not None and number == rank(group):
+        # It has its traceback, which the copy that was sent lacks.
+        error.add_note(f"raised on rank {number}")
+        raise error
     first.add_note(f"raised on rank {number}")
-    if first is error:
-        raise first
     raise first from error
 
 
-def _to_send(error: Exception | None) -> Exception | None:
-    """Returns an error that another process can read: itself, or a ValueError with its text."""
+def _errors_of_all(
+    error: BaseException | None, group: dist.ProcessGroup | None
+) -> Sequence[BaseException | None]:
+    """Returns the error of each rank; none where no rank has one."""
+    failed = torch.tensor(int(error is not None))
+    dist.all_reduce(failed, group=group)
+    if not failed:
+        return ()
+    errors: list[BaseException | None] = [None] * world(group)
+    dist.all_gather_object(errors, _to_send(error), group=group)
+    return errors
+
+
+def _to_send(error: BaseException | None) -> BaseException | None:
+    """Returns an error that another process can read and raise.
+
+    That is itself, or a ValueError with its text. Only the rank that exits does so.
+    """
+    if isinstance(error, SystemExit):
+        return RuntimeError(f"a rank has exited: SystemExit({error.code!r})")
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(*error.args)
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

@@ -9,8 +9,10 @@ has the whole table, its gradient or its optimizer's state: an optimizer updates
 rank owns. A gradient is the mean over ranks, as FSDP's are.
 
 Exchanges run in order on one background thread, by a process group that nothing else uses, so that
-every rank makes the same ones in the same order, while the model computes. Conditional Memory via
-Scalable Lookup, section 2.5, arXiv:2601.07372, shards tables so.
+every rank makes the same ones in the same order, while the model computes. An error of one rank,
+such as a read that fails, is sent along with what is exchanged anyway, and raised on all.
+
+Conditional Memory via Scalable Lookup, section 2.5, arXiv:2601.07372, shards tables so.
 """
 
 import os
@@ -28,9 +30,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from rorqual.ranks import together
+from rorqual.ranks import raise_together, together
 from rorqual.tables import Handle, Table
 from rorqual.tables.draw import draw_rows
+from rorqual.tables.fp8 import FP8
 from rorqual.tables.record_file import RecordFile
 from rorqual.tables.record_shards import RecordShard
 from rorqual.tables.table import Placement, check_ids
@@ -91,6 +94,33 @@ class RowExchange:
         self.bytes_sent += count * tensor[:1].numel() * tensor.itemsize
         return out
 
+    def all_to_all_of(
+        self,
+        make: Callable[[], Shaped[Tensor, "N ..."]],
+        like: Shaped[Tensor, "..."],
+        sent: Sequence[int],
+        received: Sequence[int],
+    ) -> Shaped[Tensor, "M ..."]:
+        """Sends the entries that `make` returns; its error on one rank is raised on all.
+
+        Behind its entries each rank gets one more, which says whether there are any. `like` has the
+        shape, dtype and device of an entry.
+        """
+        error: Exception | None = None
+        try:
+            entries = make()
+        except Exception as raised:
+            error = raised
+            entries = like.new_zeros(sum(sent), *like.shape)
+        failed = like.new_full((1, *like.shape), error is not None)
+        pieces = [piece for rows in entries.split(list(sent)) for piece in (rows, failed)]
+        counts = [count + 1 for count in received]
+        arrived = self.all_to_all(torch.cat(pieces), [count + 1 for count in sent], counts)
+        by_rank = arrived.split(counts)
+        if torch.cat([rows[-1:] for rows in by_rank]).any():
+            raise_together(error, self.group)
+        return torch.cat([rows[:-1] for rows in by_rank])
+
     def mesh(self, device: torch.device) -> DeviceMesh:
         """Returns the ranks as the mesh of DTensors on such devices."""
         if device.type not in self._meshes:
@@ -148,7 +178,8 @@ class ShardedTable(Table):
     def prefetch(self, row_ids: Int[Tensor, "*B"]) -> Handle:
         """Starts fetching rows from their ranks. Every rank calls it, and for the same tables.
 
-        ValueError from `wait`, on all ranks, for ids outside the table on any of them.
+        ValueError from `wait`, on all ranks, for ids outside the table on any of them; TableError
+        where rows of one of them cannot be read.
         """
         # The caller may write to its ids before they are used.
         ids = row_ids.detach().clone()
@@ -165,36 +196,67 @@ class ShardedTable(Table):
     def _fetch_rows(self, ids: Int[Tensor, "*B"]) -> tuple[Float[Tensor, "N W"], Route]:
         """Fetches rows from the ranks that own them; returns the route of their gradients, too."""
         route = self._route(ids.reshape(-1))
-        rows = super().prefetch(route.local_ids).wait()
-        values = self.exchange.all_to_all(rows, route.served, route.asked)
+        read = super().prefetch
+        values = self._send(
+            lambda: read(route.local_ids).wait(), ids.device, route.served, route.asked
+        )
         return values.index_select(0, route.inverse), route
+
+    def _send(
+        self,
+        make: Callable[[], Float[Tensor, "N W"]],
+        device: torch.device,
+        sent: Sequence[int],
+        received: Sequence[int],
+    ) -> Float[Tensor, "M W"]:
+        """Sends the rows, or gradients of rows, that `make` returns.
+
+        Its error is raised on all ranks, but where everything is on an accelerator: the host would
+        have to wait for what arrives.
+        """
+        if device.type == "cpu" or self.placement == "disk":
+            dtype = torch.float32 if self.dtype == FP8 else self.dtype
+            like = torch.empty(self.width, dtype=dtype, device=device)
+            return self.exchange.all_to_all_of(make, like, sent, received)
+        return self.exchange.all_to_all(make(), sent, received)
 
     def _route(self, ids: Int[Tensor, " N"]) -> Route:
         """Asks the owners of the distinct ids for their rows.
 
-        Ranks with ids outside the table ask for nothing and say so, and all raise ValueError.
+        A rank with ids outside the table, or another error, asks for nothing and says so, and all
+        raise its error.
         """
-        wrong = _wrong_ids(ids, self.rows)
-        if wrong is not None:
-            ids = ids[:0]
+        error: Exception | None = None
+        try:
+            _check_ids(ids, self.rows)
+            order, starts, inverse, sizes, wanted = self._sorted(ids)
+        except Exception as raised:
+            error = raised
+            order, starts, inverse, sizes, wanted = self._sorted(ids[:0])
+        header = torch.stack([sizes, torch.full_like(sizes, error is not None)], dim=1)
+        one_each = [1] * self.exchange.world
+        headers = self.exchange.all_to_all(header, one_each, one_each)
+        served, failed = headers.T.tolist()
+        if any(failed):
+            raise_together(error, self.exchange.group)
+        asked = sizes.tolist()
+        local_ids = self.exchange.all_to_all(wanted, asked, served).to(torch.int64)
+        return Route(order, starts, inverse, asked, served, local_ids)
+
+    def _sorted(self, ids: Int[Tensor, " N"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Returns order, starts and inverse of a route, and what is asked of each rank.
+
+        That is the number of its rows, [ranks], and their numbers within its shard, rank by rank.
+        """
         by_id, order = ids.to(torch.int64).sort(stable=True)
         distinct, counts = torch.unique_consecutive(by_id, return_counts=True)
         bounds = torch.arange(self.exchange.world + 1, device=ids.device) * self.shard_rows
         sizes = torch.searchsorted(distinct, bounds).diff()
-        header = torch.stack([sizes, torch.full_like(sizes, wrong is not None)], dim=1)
-        one_each = [1] * self.exchange.world
-        headers = self.exchange.all_to_all(header, one_each, one_each)
-        served, refused = headers.T.tolist()
-        if any(refused):
-            rank = refused.index(1)
-            raise ValueError(wrong or f"got row ids outside the table on rank {rank}: see there")
-        asked = sizes.tolist()
         # Ids within a shard are small numbers.
         wanted = (distinct % self.shard_rows).to(torch.int32)
-        local_ids = self.exchange.all_to_all(wanted, asked, served).to(torch.int64)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(distinct), device=ids.device).repeat_interleave(counts)
-        return Route(order, counts.cumsum(0) - counts, inverse, asked, served, local_ids)
+        return order, counts.cumsum(0) - counts, inverse, sizes, wanted
 
     def gradient(self, grad: Float[Tensor, "*B W"], route: Route) -> Tensor:
         """Sends the gradients of looked up rows to their ranks; returns that of this rank's rows.
@@ -202,9 +264,14 @@ class ShardedTable(Table):
         It is sparse, [rows of this rank, width], with an entry for every rank that asked for a row.
         """
         grad = grad.reshape(-1, self.width)
-        # A bag for each distinct row reads and adds in one pass; index_add adds slice by slice.
-        sums = F.embedding_bag(route.order, grad, route.starts, mode="sum") if len(grad) else grad
-        arrived = self.exchange.all_to_all(sums, route.asked, route.served)
+
+        def sums() -> Tensor:
+            if not len(grad):
+                return grad
+            # A bag for each distinct row reads and adds in one pass; index_add adds slice by slice.
+            return F.embedding_bag(route.order, grad, route.starts, mode="sum")
+
+        arrived = self._send(sums, grad.device, route.asked, route.served)
         arrived = arrived.div_(self.exchange.world).to(self.weight.device)
         local_ids = route.local_ids.to(self.weight.device)
         return torch.sparse_coo_tensor(
@@ -215,7 +282,8 @@ class ShardedTable(Table):
     def draw(self, std: float) -> None:
         """Draws this rank's rows of a table that is the same for any number of ranks."""
         if self.placement == "disk":
-            self._record_file().draw(std, self.first, self.rows)
+            with self._together():
+                self._record_file().draw(std, self.first, self.rows)
             return
         end = self.first + self.count
         for start, values in draw_rows(self.rows, self.width, std, self.first, end):
@@ -281,15 +349,10 @@ class _RowGradient(torch.autograd.Function):
         return sent.result(), None, None, None
 
 
-def _wrong_ids(ids: Int[Tensor, " N"], rows: int) -> str | None:
-    """Returns what is wrong with ids that are not all rows of the table; None if they are."""
+def _check_ids(ids: Int[Tensor, " N"], rows: int) -> None:
+    """Raises ValueError for ids that are not all rows of the table, on an accelerator too."""
     if not len(ids):
-        return None
+        return
     low, high = (int(bound) for bound in ids.aminmax())
-    if low >= 0 and high < rows:
-        return None
-    try:
+    if low < 0 or high >= rows:
         check_ids(ids.cpu(), rows)
-    except ValueError as error:
-        return str(error)
-    return None

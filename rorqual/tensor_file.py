@@ -39,7 +39,8 @@ DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
 }
-_PIECE = 16 << 20  # bytes of a tensor that are read, or written by pieces, at a time
+# Bytes of a tensor that are read, or written by pieces, at a time: the allocator keeps several.
+PIECE = 4 << 20
 
 
 class Layout:
@@ -107,7 +108,7 @@ def write_tensors(
                 layout.write(file, name, tensor)
                 continue
             row_bytes = prod(tensor.shape[1:]) * tensor.dtype.itemsize
-            step = max(1, _PIECE // max(1, row_bytes))
+            step = max(1, PIECE // max(1, row_bytes))
             for first in range(0, len(tensor), step):
                 end = min(first + step, len(tensor))
                 layout.write(file, name, pieces[name](first, end), first)
@@ -140,7 +141,7 @@ def read_pieces(
     rows, *rest = [slice(0, size) for size in shape] if slices is None else slices
     count = rows.stop - rows.start
     row_bytes = 8 * prod(other.stop - other.start for other in rest)
-    step = max(1, _PIECE // max(1, row_bytes))
+    step = max(1, PIECE // max(1, row_bytes))
     for start in range(0, count, step):
         end = min(start + step, count)
         yield slice(start, end), stored[(slice(rows.start + start, rows.start + end), *rest)]

@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,11 @@ MAY_DISTRIBUTE = {
     "checkpoint.py",
     "train",
 }  # nothing else may know that there are other ranks
+PRIVATE_IN_TESTS = {
+    # torch's name for the values of a sparse gradient, which these tests spoil in place
+    "tests/train/test_step.py": {"_values"},
+    "tests/train/test_trainer.py": {"_values"},
+}
 
 
 def name(path: Path) -> str:
@@ -159,6 +165,54 @@ def test_no_file_imports_the_public_names() -> None:
                 target = PACKAGE / module.removeprefix("rorqual.")
                 if not target.is_dir() and not target.with_suffix(".py").is_file():
                     wrong.append(f"{name(path)}: {module}")
+    assert not wrong
+
+
+def is_private(word: str) -> bool:
+    return word.startswith("_") and not word.startswith("__") and word != "_"
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Private functions, classes and attributes that a file defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Name, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {word for word in names if is_private(word)}
+
+
+def used_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yields (name, line) of attributes, imports from rorqual, and what is patched by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rorqual"):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            function = node.func
+            called = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
+            if called in ("getattr", "setattr", "delattr", "hasattr"):
+                words = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                yield from (
+                    (word.rpartition(".")[2], node.lineno)
+                    for word in words
+                    if isinstance(word, str)
+                )
+
+
+def test_tests_use_public_names() -> None:
+    """A test calls what users call, so that a private function may change without it."""
+    ours = set().union(*(private_names(tree_of(path)) for path in FILES))
+    wrong = []
+    for path in TESTS:
+        names = ours - private_names(tree_of(path)) - PRIVATE_IN_TESTS.get(name(path), set())
+        wrong += [
+            f"{name(path)}:{line} {word}"
+            for word, line in used_names(tree_of(path))
+            if word in names
+        ]
     assert not wrong
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rorqual.costs import (
-    _attention_products,
-    _delta_products,
-    _engram_products,
-    _hyper_products,
+    attention_products,
     costs,
+    delta_products,
+    engram_products,
+    hyper_products,
 )
 from rorqual.model import LanguageModel
 from rorqual.model_config import (
@@ -166,12 +166,12 @@ def agrees(config: ModelConfig, context: int = 4096) -> None:
     assert result._fields[: len(model) - 1] == model._fields[:-1]
     deltas = sum(map(config.has_delta, range(config.layers)))
     beside = (
-        (config.layers - deltas) * _attention_products(config, context)
-        + _hyper_products(config)
-        + _engram_products(config)
+        (config.layers - deltas) * attention_products(config, context)
+        + hyper_products(config)
+        + engram_products(config)
     )
     if config.delta is not None:
-        beside += deltas * _delta_products(config.delta)
+        beside += deltas * delta_products(config.delta)
     assert result.flops_per_token == 2 * (model.matrices + beside)
 
 

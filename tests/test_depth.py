@@ -6,10 +6,12 @@ autograd.Function counts as one with the function that applies it, and what choo
 """
 
 import functools
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +32,15 @@ from rorqual.model_config import (
     NSAConfig,
     QSAConfig,
 )
-from rorqual.presets import preset
+from rorqual.presets import PRESETS, preset
 from rorqual.tables.fp8 import FP8
 from rorqual.tables.row_writer import write_table
 from rorqual.tables.table import Table
 
 DEEPEST = 4
 DEEPEST_LOOKUP = 6
+# Presets that call what those of KINDS do not; the other presets are slow tests.
+FAST = ("tiny-engram", "tiny-csa2", "v4.1-tiny", "qwen4-tiny", "deepseek-v3.2")
 ROOT = Path(rorqual.__file__).parent
 GQA = {"mla": None, "gqa": GQAConfig(heads=4, kv_heads=2, head_dim=16, qk_norm=True)}
 NSA = {"block": 8, "stride": 4, "select_block": 4, "top_k": 4, "window": 6}
@@ -136,6 +140,61 @@ def test_no_call_of_a_block_is_nested_deeper_than_four(kind, what, monkeypatch):
     model = LanguageModel(config)
     ids = torch.randint(config.vocab_size, (2, 40))
     deep = chains(lambda: what(model, ids), "Block.forward", DEEPEST)
+    assert not deep, "\n".join(" > ".join(chain) for chain in deep)
+
+
+def narrow(config: ModelConfig) -> ModelConfig:
+    """Returns a model of the same parts and options, with small widths and few layers."""
+    if config.dim <= 256:
+        return config
+    small: dict[str, Any] = {"dim": 64, "vocab_size": 64, "layers": 6}
+    if config.mla is not None:
+        ranks = {"q_lora_rank": config.mla.q_lora_rank and 16, "kv_lora_rank": 16}
+        small["mla"] = replace(config.mla, heads=2, nope_dim=8, rope_dim=8, value_dim=8, **ranks)
+    if config.gqa is not None:
+        rope_dim = config.gqa.rope_dim and 8
+        small["gqa"] = replace(config.gqa, heads=4, kv_heads=2, head_dim=16, rope_dim=rope_dim)
+    if config.csa is not None:
+        attention = {"heads": 4, "head_dim": 32, "rope_dim": 16, "window": 16}
+        projections = {"q_lora_rank": 32, "o_lora_rank": 32, "groups": 2}
+        indexer = {"index_heads": 4, "index_dim": 16, "top_k": 8}
+        small["csa"] = replace(config.csa, **attention, **projections, **indexer)
+    if config.dsa is not None:
+        small["dsa"] = replace(config.dsa, heads=2, dim=16, top_k=10)
+    if config.qsa is not None:
+        small["qsa"] = replace(config.qsa, heads=2, dim=16, budget=8)
+    if config.delta is not None:
+        small["delta"] = replace(config.delta, key_heads=2, value_heads=4, key_dim=16, value_dim=16)
+    if config.moe is not None:
+        moe = config.moe
+        step = math.lcm(moe.router.groups, moe.balance.devices)
+        routed = step * -(-2 * moe.active // step)
+        shared_width = moe.shared_width and 16
+        small["moe"] = replace(moe, routed=routed, width=16, shared_width=shared_width)
+    if config.engram is not None:
+        rows = (31,) * len(config.engram.rows_per_head)
+        ids = {"pad_id": 2, "eos_id": config.engram.eos_id and 3, "dead_tokens": ()}
+        small["engram"] = replace(
+            config.engram, layers=(1,), rows_per_head=rows, heads=2, head_dim=8, **ids
+        )
+    return replace(config, **small)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in PRESETS]
+)
+def test_no_call_of_a_preset_is_nested_deeper_than_four(name, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, kernels.REFERENCE)
+    config = narrow(preset(name))
+    assert config.parts == preset(name).parts
+    model = LanguageModel(config)
+    ids = torch.randint(config.vocab_size, (2, 40))
+
+    def both() -> None:
+        train(model, ids)
+        decode(model, ids)
+
+    deep = chains(both, "Block.forward", DEEPEST)
     assert not deep, "\n".join(" > ".join(chain) for chain in deep)
 
 

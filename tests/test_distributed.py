@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,6 +203,10 @@ LAYOUTS = {
     "context_fsdp": DistributedConfig(context=2),
     "context_experts": DistributedConfig(context=2, expert=2, activation_checkpointing="block"),
 }
+# All at once, on eight ranks.
+EVERYTHING = DistributedConfig(
+    replicate=2, context=2, expert=2, activation_checkpointing="selective"
+)
 DENSE = replace(
     CONFIG,
     dsa=None,
@@ -231,6 +236,9 @@ def spread_batch(step: int, parts: int, number: int) -> dict[str, torch.Tensor]:
     labels = ids[:, 1:].clone()
     for row in range(ROWS):
         labels[row, : 3 * row] = -100
+    if step % 3 == 0:
+        # The rank that has it has nothing to learn, and takes part in what the others do.
+        labels[ROWS - 1] = -100
     starts = torch.rand(ROWS, TOKENS, generator=generator) < 0.15
     batch = {"ids": ids[:, :-1], "labels": labels, "document_ids": starts.long().cumsum(1)}
     return {name: value.chunk(parts)[number] for name, value in batch.items()}
@@ -350,6 +358,17 @@ def one_of_four(folder: Path) -> None:
         losses, gradients = twenty_steps(GROUPED if name == "context_fsdp" else DENSE, layout)
         if distributed.rank() == 0:
             torch.save((losses, gradients), folder / f"{name}.pt")
+    model, optimizer, norms = steps("V3.2 and more", "muon", spread_as(LAYOUTS["hsdp"]))
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    state |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
+    checkpoint.save_state(folder / "muon", state, {"norms": norms})
+
+
+def one_of_eight(folder: Path) -> None:
+    """Runs one of eight processes, whose layout has all axes."""
+    losses, gradients = twenty_steps(DENSE, EVERYTHING)
+    if distributed.rank() == 0:
+        torch.save((losses, gradients), folder / "everything.pt")
 
 
 def build_models(folder: Path) -> None:
@@ -482,6 +501,7 @@ def exchange(folder: Path) -> None:
 PHASES = {
     "two": (2, one_of_two),
     "four": (4, one_of_four),
+    "eight": (8, one_of_eight),
     "build": (4, build_models),
     "resume": (4, resume),
 }
@@ -517,21 +537,37 @@ def test_four_ranks_resume_to_the_bit_and_read_what_one_process_wrote(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_steps_of_four_ranks_are_those_of_one(layouts):
-    """Compares losses and, after 20 steps, gradients: with uneven loads, an expert without any."""
+    """Compares losses and, after 20 steps, gradients.
+
+    Loads are uneven: an expert has no tokens, and a rank has no labels in every third step.
+    """
     alone = {}
     for name, layout in LAYOUTS.items():
         model = GROUPED if name == "context_fsdp" else DENSE
         size = ROWS // layout.data_rank(0, 4)[1]
         if (model, size) not in alone:
             alone[model, size] = twenty_steps(model, None, size)
-        expected, gradients = alone[model, size]
-        assert not gradients["blocks.1.ffn.experts.down"][3].any()
-        losses, ours = torch.load(layouts / f"{name}.pt")
-        assert losses == pytest.approx(expected, abs=1e-5), name
-        assert ours.keys() == gradients.keys()
-        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-        for key, gradient in gradients.items():
-            assert (ours[key] - gradient).norm() <= 1e-5 * norm, (name, key)
+        assert_same_steps(layouts / f"{name}.pt", *alone[model, size])
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_eight_ranks_with_all_axes_are_those_of_one(tmp_path):
+    run_script(__file__, tmp_path, "eight")
+    size = ROWS // EVERYTHING.data_rank(0, 8)[1]
+    assert_same_steps(tmp_path / "everything.pt", *twenty_steps(DENSE, None, size))
+
+
+def assert_same_steps(
+    path: Path, expected: list[float], gradients: dict[str, torch.Tensor]
+) -> None:
+    """AssertionError unless losses, and gradients after them, are those of one process."""
+    assert not gradients["blocks.1.ffn.experts.down"][3].any()
+    losses, ours = torch.load(path)
+    assert losses == pytest.approx(expected, abs=1e-5), path
+    assert ours.keys() == gradients.keys()
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    for key, gradient in gradients.items():
+        assert (ours[key] - gradient).norm() <= 1e-5 * norm, (path, key)
 
 
 @pytest.mark.slow
@@ -542,21 +578,34 @@ def test_two_ranks_make_the_steps_of_one(folder, name):
     One process reads the checkpoint of two.
     """
     model, optimizer, norms = steps(*CASES[name][:2])
-    expected = {f"model.{key}": value for key, value in model.state_dict().items()}
-    expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
-    for written in (name, f"{name}_again"):
-        item = {key: torch.zeros_like(value) for key, value in expected.items()}
-        values = checkpoint.load_state(folder / written, item)
-        for key, value in expected.items():
-            if ROUNDING not in key:
-                torch.testing.assert_close(
-                    item[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-                )
-        assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
+    assert_saved_steps(folder / name, model, optimizer, norms)
+    assert_saved_steps(folder / f"{name}_again", model, optimizer, norms)
     whole = checkpoint.load_model(folder / f"{name}_model").state_dict()
     for key, value in model.state_dict().items():
         if ROUNDING not in key:
             torch.testing.assert_close(whole[key], value, rtol=1e-3, atol=2e-5)
+
+
+def assert_saved_steps(
+    path: Path, model: LanguageModel, optimizer: Optimizer, norms: list[float]
+) -> None:
+    """AssertionError unless a checkpoint of several ranks has the state of this process."""
+    expected = {f"model.{key}": value for key, value in model.state_dict().items()}
+    expected |= {f"optim.{key}": value for key, value in optimizer.state_dict().items()}
+    item = {key: torch.zeros_like(value) for key, value in expected.items()}
+    values = checkpoint.load_state(path, item)
+    for key, value in expected.items():
+        if ROUNDING not in key:
+            torch.testing.assert_close(
+                item[key], value, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    assert values.get("norms", norms) == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_muon_of_two_replicas_makes_the_steps_of_one_process(layouts):
+    """Four ranks share the matrices of two replicas, of which each rank has half of the rows."""
+    assert_saved_steps(layouts / "muon", *steps("V3.2 and more", "muon"))
 
 
 @pytest.mark.slow
@@ -785,6 +834,27 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
     torch.testing.assert_close(loss.total, expected.total)
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_a_module_that_another_thread_makes_meanwhile_has_its_values():
+    """Only those of the model that is built are without memory at first."""
+    others = []
+
+    def make() -> LanguageModel:
+        thread = threading.Thread(target=lambda: others.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        return LanguageModel(CONFIG, seed=None)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layout = DistributedConfig(rows="replicate")
+        mesh = distributed.make_mesh(layout, "cpu")
+        model = distributed.build(make, mesh, layout, torch.device("cpu"), seed=2)
+        assert_same_weights(model, LanguageModel(CONFIG, seed=2))
+    finally:
+        dist.destroy_process_group()
+    assert not others[0].weight.is_meta
 
 
 def test_alone_nothing_is_exchanged():

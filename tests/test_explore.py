@@ -224,19 +224,22 @@ def test_edits_of_the_same_rows_are_taken_back_in_turn(run, client, at_once):
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
 
 
-def test_a_failure_leaves_the_edits_standing(run):
+def test_a_failure_leaves_the_edits_standing(run, monkeypatch):
+    """The model fails where it reads the text with the rows of before the edit."""
     explorer = explore.Explorer(run)
-
-    def fail():
-        with explorer._untouched():
-            assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
-            raise RuntimeError
-
     before = weights(run)
     explorer.edit(explore.Change(text=TEXT, token=2, order=2))
     edited = weights(run)
-    with pytest.raises(RuntimeError):
-        fail()
+    plain = run.model.hidden
+
+    def fail_without_edits(*arguments):
+        if all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True)):
+            raise RuntimeError("the edits are away")
+        return plain(*arguments)
+
+    monkeypatch.setattr(run.model, "hidden", fail_without_edits)
+    with pytest.raises(RuntimeError, match="the edits are away"):
+        explorer.read(explore.Read(text=TEXT))
     assert all(torch.equal(a, b) for a, b in zip(edited, weights(run), strict=True))
     explorer.undo(explore.Undo())
 

@@ -235,7 +235,7 @@ def test_a_corpus_is_counted_as_by_hand(kind, request, tokenizer):
 
 
 def test_counting_drops_only_the_rare(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(memory, "_KEPT", 4)
+    monkeypatch.setattr(memory, "MAX_NGRAMS", 4)
     assert memory.popular(model, tokenizer, TEXTS, 0, 3)[0][2]
     assert memory.collisions(model, tokenizer, TEXTS, 0).ngrams <= 16
 

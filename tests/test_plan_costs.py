@@ -47,7 +47,8 @@ def test_parts_are_all_parameters_and_all_flops(name: str) -> None:
     each = sizes(config)
     together = each.rows + sum(each.experts) + sum(each.blocks) + each.embedding + each.others
     assert together == counted.total + counted.mtp
-    assert min(*each.blocks, *each.experts, each.embedding) >= 0
+    assert min(*each.blocks, each.embedding) > 0
+    assert all(bool(each.experts[i]) == config.has_experts(i) for i in range(config.layers))
     assert 0 <= each.others < each.embedding
     blocks, outside = flops_by_block(config)
     assert sum(block.total for block in blocks) + outside == counted.flops_per_token

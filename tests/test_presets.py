@@ -103,6 +103,6 @@ def test_the_demo_and_v41_are_what_their_authors_wrote():
 def test_no_prime_is_searched_for_by_a_preset(monkeypatch):
     """A search near 16e6 belongs to the model that needs it, not to every import."""
     monkeypatch.setattr(
-        model_config, "_is_prime", lambda n: pytest.fail(f"looked whether {n} is prime")
+        model_config, "head_primes", lambda *rows: pytest.fail(f"looked for primes from {rows}")
     )
     assert runpy.run_path(presets.__file__)["PRESETS"] == PRESETS

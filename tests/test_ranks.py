@@ -3,6 +3,7 @@
 Run as a script, this file is two ranks, of which one cannot write.
 """
 
+import os
 import resource
 import shutil
 import sys
@@ -18,14 +19,15 @@ import torch.distributed as dist
 
 from rorqual import checkpoint, distributed, ranks
 from rorqual.data.needle_config import NeedleConfig
+from rorqual.data.needles import NeedleStream
 from rorqual.model import LanguageModel
 from rorqual.model_config import EngramConfig, ModelConfig
 from rorqual.sharded_rows import RowExchange, ShardedTable
-from rorqual.tables import Table
+from rorqual.tables import Table, TableError
 from rorqual.train import engine
 from rorqual.train.config import TrainConfig
-from rorqual.train.step import Diverged
-from rorqual.train.trainer import train
+from rorqual.train.step import Diverged, TrainStep
+from rorqual.train.trainer import Stopped, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import fork_ranks, run_script
@@ -91,8 +93,34 @@ def check_kinds() -> None:
             raise ValueError(f"of rank {ranks.rank()}")
 
     assert str(error_of(fail_both)) == "of rank 0"
+    check_ends()
     with ranks.together():
         pass
+
+
+def check_ends() -> None:
+    """An interrupted rank interrupts the other; one that exits makes the other fail."""
+
+    def end(error: BaseException, rank: int) -> None:
+        with ranks.together():
+            if ranks.rank() == rank:
+                raise error
+
+    for rank in (0, 1):
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 7") as interrupted:
+            end(Stopped("stopped at step 7"), rank)
+        assert (type(interrupted.value) is Stopped) == (ranks.rank() == rank)
+        kind = SystemExit if ranks.rank() == rank else RuntimeError
+        with pytest.raises(kind) as raised:
+            end(SystemExit(3), rank)
+        if kind is SystemExit:
+            assert raised.value.code == 3
+        else:
+            assert str(raised.value) == "a rank has exited: SystemExit(3)"
+            assert raised.value.__notes__ == [f"raised on rank {rank}"]
+
+    with pytest.raises(KeyboardInterrupt), ranks.together():
+        raise KeyboardInterrupt if ranks.rank() == 0 else ValueError("of rank 1")
 
 
 def check_rows(folder: Path) -> None:
@@ -123,15 +151,21 @@ def check_rows(folder: Path) -> None:
     table.mark(6)
     table.rewind(6)
 
+    def change() -> None:
+        table.update(torch.arange(3), torch.ones(3, 4), lambda rows, *_: rows.add_(1))
+        table.flush()
+
+    # The kernel that reads rows is compiled, and written to its cache, while that is possible.
+    change()
+    table.rewind(6)
+
     # Rows that are written while the model computes: the next step of every rank raises.
     def update() -> None:
-        ids = torch.arange(3)
+        error = None
         with cannot_write(1):
-            table.update(ids, torch.ones(3, 4), lambda rows, *_: rows.add_(1))
-            error = None
             try:
-                table.flush()
-            except ValueError as raised:
+                change()
+            except (ValueError, OSError) as raised:
                 error = raised
         ranks.raise_together(error)
 
@@ -168,7 +202,7 @@ def check_state(folder: Path) -> None:
 
         def write_model(rank: int = rank) -> None:
             with cannot_write(rank):
-                checkpoint._write_together(folder / "model.safetensors", state)
+                checkpoint.write_together(folder / "model.safetensors", state)
 
         error = error_of(write_model)
         assert isinstance(error, OSError)
@@ -180,7 +214,7 @@ def check_state(folder: Path) -> None:
         # A folder is where the file should be, which only the rank that names it learns.
         if ranks.rank() == 0:
             (folder / "model.safetensors" / "within").mkdir(parents=True)
-        checkpoint._write_together(folder / "model.safetensors", state)
+        checkpoint.write_together(folder / "model.safetensors", state)
 
     assert "model.safetensors" in str(error_of(unnamed))
     ranks.barrier()
@@ -188,7 +222,7 @@ def check_state(folder: Path) -> None:
         shutil.rmtree(folder / "model.safetensors")
     ranks.barrier()
     checkpoint.save_state(folder / "step1", state, {})
-    checkpoint._write_together(folder / "model.safetensors", state)
+    checkpoint.write_together(folder / "model.safetensors", state)
     assert checkpoint.latest(folder, shared=True) == folder / "step1"
 
 
@@ -205,7 +239,7 @@ def check_rollback(folder: Path) -> None:
         path = next(newest.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-4] + bytes(4))
     ranks.barrier()
-    where = engine._roll_back(config, 4, [], Diverged("no finite loss"))
+    where = engine.roll_back(config, 4, [], Diverged("no finite loss"))
     assert where.checkpoint == 1
     assert not (folder / "checkpoints" / "step3").exists()
     ranks.barrier()
@@ -214,16 +248,16 @@ def check_rollback(folder: Path) -> None:
     ranks.barrier()
 
     def roll_back() -> None:
-        engine._roll_back(config, 4, [], Diverged("no finite loss"))
+        engine.roll_back(config, 4, [], Diverged("no finite loss"))
 
     error = error_of(roll_back)
     assert isinstance(error, checkpoint.Damaged) and str(folder) in str(error)
 
 
-def check_training(folder: Path) -> None:
-    """A checkpoint that is written beside training fails on one rank: both stop in one step."""
+def config_of(folder: Path) -> TrainConfig:
+    """Returns the config of a run in FOLDER/run."""
     needles = NeedleConfig(shortest=24, alone=1, grow=1, questions=2)
-    config = TrainConfig(
+    return TrainConfig(
         model=replace(CONFIG, vocab_size=needles.vocab_size),
         needles=needles,
         folder=str(folder / "run"),
@@ -232,6 +266,11 @@ def check_training(folder: Path) -> None:
         seq_len=24,
         save_every=2,
     )
+
+
+def check_training(folder: Path) -> None:
+    """A checkpoint that is written beside training fails on one rank: both stop in one step."""
+    config = config_of(folder)
     complete = checkpoint.StateWrite.complete
 
     def failing(self, values) -> None:
@@ -246,11 +285,59 @@ def check_training(folder: Path) -> None:
     assert [step for step, _ in checkpoint.steps(folder / "run" / "checkpoints")] == [2]
 
 
+def check_data(folder: Path) -> None:
+    """A batch of one rank cannot be read: both stop before the step."""
+    following = NeedleStream.__next__
+    read = []
+
+    def failing(self):
+        read.append(0)
+        if len(read) == 3 and ranks.rank() == 1:
+            raise OSError(5, "Input/output error", "a/file")
+        return following(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NeedleStream, "__next__", failing)
+        error = error_of(lambda: train(config_of(folder)))
+    assert isinstance(error, OSError) and error.filename == "a/file"
+    assert len(read) == 3
+
+
+def check_training_on_a_disk(folder: Path) -> None:
+    """Records of one rank are cut short between two steps: both stop in the next one."""
+    config = replace(config_of(folder), placement="disk")
+    records = folder / "run" / "learning" / "0" / "rank1-of-2" / "records"
+    result = TrainStep.__call__
+    made = []
+
+    def cutting(self, batch, step):
+        if step == 4 and ranks.rank() == 1:
+            # A write that is under way would make the file longer again.
+            self.optimizer.failed_write()
+            os.truncate(records, 100)
+        made.append(step)
+        return result(self, batch, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", cutting)
+        error = error_of(lambda: train(config))
+    assert isinstance(error, TableError) and str(records) in str(error)
+    assert made == [1, 2, 3, 4]
+    ranks.barrier()
+    # No rank begins with records that one of them cannot open.
+    error = error_of(lambda: train(config))
+    assert isinstance(error, TableError) and "bytes of records" in str(error)
+
+
 def everything(folder: Path) -> None:
-    for check in (check_rows, check_state, check_rollback, check_training):
+    checks = (
+        *(check_rows, check_state, check_rollback),
+        *(check_training, check_data, check_training_on_a_disk),
+    )
+    for check in checks:
         (folder / check.__name__).mkdir(exist_ok=True)
     check_kinds()
-    for check in (check_rows, check_state, check_rollback, check_training):
+    for check in checks:
         check(folder / check.__name__)
         ranks.barrier()
 
@@ -281,4 +368,4 @@ def test_one_process_is_rank_0_of_1():
 
 
 if __name__ == "__main__":
-    fork_ranks(2, lambda: everything(Path(sys.argv[1])), 60)
+    fork_ranks(2, lambda: everything(Path(sys.argv[1])), 300)

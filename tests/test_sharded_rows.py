@@ -3,8 +3,12 @@
 Run as a script, this file is the processes.
 """
 
+import os
+import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +26,8 @@ from rorqual.layers.engram import EngramConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import row_totals
 from rorqual.sharded_rows import RowExchange, ShardedTable
-from rorqual.tables import Table
+from rorqual.tables import Table, TableError
+from rorqual.tables.record_shards import RecordShard
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.run_folder import losses
@@ -119,10 +124,86 @@ def check_wrong_ids(table: ShardedTable) -> None:
     for wrong in (-1, table.rows):
         ids = torch.tensor([0, wrong if rank == table.exchange.world - 1 else 0])
         handles = [table.prefetch(ids), table.prefetch(ids * 0)]
-        message = f"got row id {wrong}, expected 0 to" if ids[1] else "outside the table on rank"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"got row id {wrong}, expected 0 to") as raised:
             handles[0].wait()
+        assert raised.value.__notes__ == [f"raised on rank {table.exchange.world - 1}"]
         assert handles[1].wait().shape == (2, WIDTH)
+
+
+def check_failures(folder: Path) -> None:
+    """An error of one rank within an exchange is raised by both, and the next one works."""
+    exchange = RowExchange()
+    table = ShardedTable(61, WIDTH, "disk", exchange=exchange, folder=folder / "failing")
+    drawn(table)
+    ids = torch.arange(61).roll(7 * exchange.rank)
+    expected = table.prefetch(ids).wait().detach()
+    for rank in range(exchange.world):
+        records = RecordShard(folder / "failing", 61, WIDTH, rank, exchange.world).folder
+        with cut_short(records / "records", rank):
+            # The second exchange is under way when the first one fails.
+            for handle in [table.prefetch(ids), table.prefetch(ids.flip(0))]:
+                check_error(handle.wait, TableError, str(records), rank)
+        assert torch.equal(table.prefetch(ids).wait(), expected)
+        with torch.no_grad():
+            assert torch.equal(table.prefetch(ids).wait(), expected)
+
+        loss = table.prefetch(ids).wait().sum()
+        with out_of_memory(rank):
+            check_error(loss.backward, MemoryError, "no memory for sums", rank)
+        table.prefetch(ids).wait().sum().backward()
+        gradient = table.weight.grad
+        assert gradient is not None
+        table.weight.grad = None
+
+        # A rank that cannot read the records to update says so when all of them look.
+        mine = torch.arange(0, table.count, 2)
+        with cut_short(records / "records", rank):
+            table.update(mine, torch.ones(len(mine), WIDTH), lambda rows, *_: rows.add_(1))
+            check_error(partial(flush_together, table), TableError, str(records), rank)
+        table.rewind(0)
+        assert torch.equal(table.prefetch(ids).wait(), expected)
+    table.close()
+
+
+def flush_together(table: ShardedTable) -> None:
+    with distributed.together():
+        table.flush()
+
+
+def check_error(work: Callable[[], object], kind: type[Exception], text: str, rank: int) -> None:
+    """AssertionError unless this rank raises such an error, and says which rank had it."""
+    with pytest.raises(kind, match=re.escape(text)) as raised:
+        work()
+    assert raised.value.__notes__ == [f"raised on rank {rank}"]
+
+
+@contextmanager
+def cut_short(path: Path, rank: int) -> Iterator[None]:
+    """Takes the end of a file away in the block, which one rank does for all."""
+    distributed.barrier()
+    content = path.read_bytes()
+    distributed.barrier()
+    if distributed.rank() == rank:
+        os.truncate(path, 100)
+    distributed.barrier()
+    yield
+    distributed.barrier()
+    if distributed.rank() == rank:
+        path.write_bytes(content)
+    distributed.barrier()
+
+
+@contextmanager
+def out_of_memory(rank: int) -> Iterator[None]:
+    """Makes one rank fail where it adds up the gradients of a row."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise MemoryError("no memory for sums")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == rank:
+            patch.setattr("rorqual.sharded_rows.F.embedding_bag", fail)
+        yield
 
 
 def sharded_model(placement: str = "device", folder: Path | None = None) -> LanguageModel:
@@ -312,8 +393,13 @@ def everything_on_four_again(folder: Path) -> None:
     reshard(folder, "trained-4-2-1")
 
 
+def fast_on_two(folder: Path) -> None:
+    check_tables(folder)
+    check_failures(folder)
+
+
 PHASES = {
-    "fast": ((2, check_tables),),
+    "fast": ((2, fast_on_two),),
     "slow": (
         (4, everything_on_four),
         (2, everything_on_two),
@@ -350,7 +436,7 @@ def loaded(path: Path, like: dict[str, torch.Tensor]) -> tuple[dict[str, torch.T
 
 
 def test_lookups_and_gradients_are_those_of_a_whole_table(tmp_path):
-    """Two ranks, one without ids at first; ids outside the table are an error of both."""
+    """Two ranks, one without ids at first; an error of one, such as wrong ids, is one of both."""
     run_phases("fast", tmp_path)
 
 

@@ -33,7 +33,7 @@ def test_every_hostile_file_is_read_counted_or_refused():
     """Runs a tenth of the soak: no file is lost uncounted, and none ends in a traceback."""
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     command = [sys.executable, SCRIPT, "--files", "100", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout, done.stderr[-2000:]
     result = json.loads(done.stdout)
     assert result["files"] == 100

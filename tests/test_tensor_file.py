@@ -37,7 +37,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path, monkeypatch):
     write_tensors(path, tensors, {"format": "pt"})
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    monkeypatch.setattr(tensor_file, "_PIECE", 100)
+    monkeypatch.setattr(tensor_file, "PIECE", 100)
     for name, value in load_file(path).items():
         assert value.dtype == tensors[name].dtype
         assert same(value, tensors[name])
@@ -50,7 +50,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path, monkeypatch):
 
 
 def test_slices_of_a_file_of_safetensors_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_file, "_PIECE", 48)
+    monkeypatch.setattr(tensor_file, "PIECE", 48)
     value = torch.randn(11, 5)
     save_file({"a": value}, tmp_path / "a.safetensors")
     with open_tensors(tmp_path / "a.safetensors") as file:

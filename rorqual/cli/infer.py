@@ -331,7 +331,7 @@ def chat_command(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print(file=sys.stderr)
             continue
-        if line.strip() in ("/exit", "/quit"):
+        if line.split()[:1] in (["/exit"], ["/quit"]):
             break
         try:
             if line.startswith("/"):

@@ -50,7 +50,7 @@ _LLM_C = {20240520: "<u2", 20240801: "<u4"}  # the first int32 of a header, and 
 _LLM_C_HEADER = 1024  # bytes
 _FORMAT = 2
 _LOOKED_AT = 1 << 16  # ids at the beginning of a file that tell its dtype
-_PIECE = 1 << 18  # ids that are looked at together, which fit into a processor's cache
+PIECE = 1 << 18  # ids that are looked at together, which fit into a processor's cache
 _HASHED = 256  # ids of a document that decide its side
 _VALIDATES = re.compile(r"(^|[_.-])val(id(ation)?)?([_.-]|\d|$)")
 
@@ -206,8 +206,8 @@ def scan(file: IdFile, tokenizer: Tokenizer, name: str) -> FileDocuments:
     ends: list[np.ndarray] = []  # behind the last id of each document, its `end` not counted
     bytes_before: list[np.ndarray] = []  # of the file's text, at these ends
     total = 0
-    for start in range(0, len(file.ids), _PIECE):
-        piece = np.asarray(file.ids[start : start + _PIECE])
+    for start in range(0, len(file.ids), PIECE):
+        piece = np.asarray(file.ids[start : start + PIECE])
         _check_ids(piece, start, file, tokenizer, name)
         digest.update(np.ascontiguousarray(piece).data)
         sums = np.zeros(len(piece) + 1, dtype=np.int64)

@@ -154,12 +154,21 @@ class Tokenizer:
         """Returns the ids of the text, with no special token before or after."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, on all cores."""
-        return [
-            encoding.ids
-            for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+        """Returns the ids of each text, on all cores.
+
+        With `parse_special` the text of a special token is the token.
+        """
+        backend = self._parsing if parse_special else self.backend
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that reads the text of a special token as the token."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.encode_special_tokens = False
+        return copy
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids, with special tokens written out.

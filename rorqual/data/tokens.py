@@ -39,7 +39,7 @@ from rorqual.io import flush, flush_folder
 ORDER, WINDOWS = 0, 1  # the two purposes of a draw
 _FORMAT = 1
 SIDES: tuple[Side, ...] = ("train", "validation")
-_BATCH_BYTES = 2**19  # of text handed to the tokenizer at once
+BATCH_LETTERS = 2**19  # of text handed to the tokenizer at once
 _AHEAD = 2  # batches a process that are read before they are needed
 
 Sided = list[tuple[Side, str]]
@@ -440,7 +440,7 @@ def _batches(texts: Iterable[tuple[Side, str]]) -> Iterator[list[tuple[Side, str
     for side, text in texts:
         batch.append((side, text))
         size += len(text)
-        if size >= _BATCH_BYTES:
+        if size >= BATCH_LETTERS:
             yield batch
             batch = []
             size = 0

@@ -384,7 +384,7 @@ def _write(folder: Path, config: SweepConfig, rows: Sequence[Row], verdict: str)
     """
     drawn = io.StringIO()
     with figures.style():
-        _draw(config.kind, rows).savefig(drawn, format="svg", metadata={"Date": None})
+        chart(config.kind, rows).savefig(drawn, format="svg", metadata={"Date": None})
     configs.save(config, folder / "sweep.json")
     contents = {
         "sweep.csv": _csv(rows, config.seeds),
@@ -426,7 +426,7 @@ AXES = {
 }
 
 
-def _draw(kind: Kind, rows: Sequence[Row]) -> Figure:
+def chart(kind: Kind, rows: Sequence[Row]) -> Figure:
     """Draws one line per learning rate over the axis, with the controls as horizontal levels."""
     several = len({row.rate for row in rows}) > 1
     lines: dict[str, list[tuple[float, float, float]]] = {}

@@ -127,7 +127,7 @@ def split_budget(
     template = engram or base.engram or default_memory(base)
     empty = replace(base, moe=replace(base.moe, routed=kept_experts), engram=with_rows(template, 2))
     pure, filled = _evened(moe, empty, context, pays)
-    filled = replace(filled, engram=_solve_rows(pure.costs, filled, template, context))
+    filled = replace(filled, engram=solve_rows(pure.costs, filled, template, context))
     plan = Plan(reached, pure, Arm("engram", filled, costs(filled, context)), _dense(pure, context))
     total, flops = agreement(plan)
     if abs(total) > TOTAL_TOLERANCE or abs(flops) > FLOP_TOLERANCE:
@@ -202,7 +202,7 @@ def with_flops(config: ModelConfig, more: int) -> ModelConfig:
     return replace(config, moe=replace(config.moe, shared=count, shared_width=width or None))
 
 
-def _solve_rows(
+def solve_rows(
     target: Costs, empty: ModelConfig, template: EngramConfig, context: int
 ) -> EngramConfig:
     """Finds the rows per head whose primes come closest to the free parameters.

@@ -541,8 +541,8 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
 
 def aliases(config: ModelConfig) -> dict[str, Place]:
     """Maps transformers' parameter names to places."""
-    table = {_theirs(name): each for name, each in places(config).items()}
-    table |= {_theirs(name): each for name, each in copies(config).items()}
+    table = {transformers_name(name): each for name, each in places(config).items()}
+    table |= {transformers_name(name): each for name, each in copies(config).items()}
     for index in range(config.layers):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
             table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
@@ -551,7 +551,7 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
-def _theirs(name: str) -> str:
+def transformers_name(name: str) -> str:
     """Returns transformers' parameter name of a published tensor."""
     whole = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
     if name in whole:

@@ -60,7 +60,7 @@ _KEY = os.environ.encodekey(VARIABLE)
 # Fewer look-ups in a module than torch.float32.
 _FLOAT32 = torch.float32
 
-_REGISTERED: dict[str, "Choice"] = {}
+REGISTERED: dict[str, "Choice"] = {}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,7 +141,7 @@ class Kernel:
         self.kind = kind
         self.target = target
         self.refuses = _REFUSES[kind]
-        self.missing = missing or ("" if _installed(kind) else f"{kind} is not installed")
+        self.missing = missing or ("" if is_installed(kind) else f"{kind} is not installed")
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
@@ -178,7 +178,7 @@ class Choice:
         if is_compiling():
             return None
         if text := _ENVIRONMENT.get(_KEY):
-            everywhere, by_name = _parse(os.environ.decodevalue(text))
+            everywhere, by_name = parse_variable(os.environ.decodevalue(text))
             kind = by_name.get(self.name, everywhere)
             if kind is not None:
                 return self._selected(kind, args, floats, others)
@@ -314,16 +314,16 @@ def _register(made: Choice) -> None:
     assert module in MODULES or not module.startswith("rorqual."), (
         f"{name}: list {module} in rorqual.kernels.MODULES"
     )
-    before = _REGISTERED.setdefault(name, made)
+    before = REGISTERED.setdefault(name, made)
     assert before.module == module, f"{module}: {name} is already registered by {before.module}"
-    _REGISTERED[name] = made
+    REGISTERED[name] = made
 
 
 def registered() -> Mapping[str, Choice]:
     """Returns every choice by its name, which is that of the reference."""
     for module in MODULES:
         importlib.import_module(module)
-    return dict(sorted(_REGISTERED.items()))
+    return dict(sorted(REGISTERED.items()))
 
 
 def available() -> dict[str, dict[str, bool | str]]:
@@ -344,13 +344,13 @@ def available() -> dict[str, dict[str, bool | str]]:
 
 
 @functools.cache
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Returns whether a package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 @functools.lru_cache(maxsize=8)
-def _parse(text: str) -> tuple[str | None, Mapping[str, str]]:
+def parse_variable(text: str) -> tuple[str | None, Mapping[str, str]]:
     """Parses RORQUAL_KERNELS: the kind for every name, or None, and the kinds of single names.
 
     ValueError for an unknown name or kind.
@@ -364,7 +364,7 @@ def _parse(text: str) -> tuple[str | None, Mapping[str, str]]:
             raise ValueError(
                 f"got {VARIABLE}={text!r}, expected 'reference' or name=kind,name=kind"
             )
-        choices = _REGISTERED if name in _REGISTERED else registered()
+        choices = REGISTERED if name in REGISTERED else registered()
         choose(f"{VARIABLE} name", name, choices)
         expected = [REFERENCE, *(kernel.kind for kernel in choices[name].kernels)]
         kinds[name] = choose(f"kind of {name}", kind, expected)

@@ -18,7 +18,7 @@ import triton.language as tl
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-_VALUES = 1024  # values a program
+VALUES = 1024  # values a program
 _SHARE = tl.constexpr(32)  # values that share a scale
 
 
@@ -57,8 +57,8 @@ def lookup(
     out = torch.empty(*ids.shape, width, dtype=torch.float32, device=records.device)
     if out.numel():
         with torch.cuda.device_of(records):
-            grid = (triton.cdiv(out.numel(), _VALUES),)
+            grid = (triton.cdiv(out.numel(), VALUES),)
             _lookup[grid](
-                records.contiguous(), ids.contiguous(), out, out.numel(), WIDTH=width, BLOCK=_VALUES
+                records.contiguous(), ids.contiguous(), out, out.numel(), WIDTH=width, BLOCK=VALUES
             )
     return out

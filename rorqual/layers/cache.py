@@ -434,6 +434,8 @@ def _tensors_of(state: Any) -> Iterator[Tensor]:
     for value in list(vars(state).values()):
         if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, dict):
+            yield from (tensor for tensor in value.values() if isinstance(tensor, Tensor))
         elif hasattr(value, "clear") and hasattr(value, "__dict__"):
             yield from _tensors_of(value)
 
@@ -529,13 +531,13 @@ class Cache:
         these tokens as those of `other` have.
         """
         assert other.past.batch == 1 and not other.past.named
-        assert other.oldest <= length <= other.length
+        assert other.can_load(length)
         self.reset()
         self.past.take(1)
         for state, source in zip(self.states(), other.states(), strict=True):
             state.load(source, length)
         # Nothing before what the other has forgotten can be cropped to here, either.
-        forgotten = other.oldest + (self._slack or 0) if other.oldest else 0
+        forgotten = min(other.oldest, length) + (self._slack or 0) if other.oldest else 0
         self.past.lengths, self.past.longest = [length], [max(length, forgotten)]
         for draft, source in zip(self.drafts, other.drafts, strict=True):
             read = min(length, source.past.length)
@@ -555,6 +557,15 @@ class Cache:
         """The least number of tokens but 0 that the longest sequence can be cropped to."""
         slack = self._slack
         return 0 if slack is None else max(0, max(self.past.longest) - slack)
+
+    def can_load(self, length: int) -> bool:
+        """Returns whether `load` can take the first `length` tokens, of one sequence."""
+        longest = max(self.past.longest)
+        return 0 <= length <= self.length and all(
+            longest - length <= state.slack or length in getattr(state, "earlier", ())
+            for state in self.states()
+            if hasattr(state, "slack")
+        )
 
     @property
     def _slack(self) -> int | None:
@@ -606,6 +617,21 @@ class Cache:
             )
         for state in [*self.states(), *self._draft_states()]:
             if hasattr(state, "slack"):
+                state.slack = k
+                state.clear()
+
+    def reserve_prefixes(self, k: int, every: int, multiple: int) -> None:
+        """Lets `load` take any beginning of a sequence of k tokens. The cache must be empty.
+
+        Where a layer keeps a state of all tokens, it can be cut only where that is kept: at lengths
+        that are a multiple of `multiple`, at least `every` tokens apart.
+        """
+        assert not self.length
+        for state in [*self.states(), *self._draft_states()]:
+            if hasattr(state, "every"):
+                state.every = every
+                state.multiple = multiple
+            elif hasattr(state, "slack"):
                 state.slack = k
                 state.clear()
 

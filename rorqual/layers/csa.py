@@ -584,10 +584,11 @@ class EntrySelection(NamedTuple):
             # Which of equal scores torch.topk selects depends on the number of all.
             scores = F.pad(scores, (0, self.keys.shape[1] - scores.shape[-1]), value=-torch.inf)
             index = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
+            tied = choices_open(scores, index)
             if self.ties is not None:
-                self.ties.note(choices_open(scores, index))
+                self.ties.note(tied)
             if self.spans is not None:
-                choose_within(self.spans[:, run], scores, index)
+                choose_within(self.spans[:, run], scores, index, tied)
         else:
             index = largest(scores, self.top_k)
         return index, scores.gather(-1, index) > -torch.inf

@@ -290,10 +290,12 @@ def best(scores: Float[Tensor, "B T M"], count: int, ties: TieRule) -> Int[Tenso
     """Returns the indices of the `count` largest scores; -1 where there are fewer above -inf."""
     if ties.rule == "topk":
         index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
-        if ties.noted is not None and index.shape[-1]:
-            ties.noted.note(choices_open(scores, index))
-        if ties.spans is not None and index.shape[-1]:
-            choose_within(ties.spans, scores, index)
+        if index.shape[-1]:
+            tied = choices_open(scores, index)
+            if ties.noted is not None:
+                ties.noted.note(tied)
+            if ties.spans is not None:
+                choose_within(ties.spans, scores, index, tied)
     else:
         index = largest(scores.float(), count)
     return index.where(scores.gather(-1, index) > -torch.inf, -1)
@@ -304,18 +306,14 @@ class Coarse(NamedTuple):
 
     block: int
     visible: Visible
-    ties: TieRule
 
     def of_entries(self, count: int, run: slice) -> Int[Tensor, "#B T M"]:
         """Returns the coarse block of each of `count` entries; below 0 before the document."""
         entry = torch.arange(count, device=self.visible.first.device)
         return (entry - self.visible.first[:, run, None]).div(self.block, rounding_mode="floor")
 
-    def select(self, scores: Float[Tensor, "B T M"], run: slice, top: int) -> Int[Tensor, "B T N"]:
-        """Returns the `top` blocks of largest maximum, that of the last visible entry among them.
-
-        -1 where there are fewer.
-        """
+    def maxima(self, scores: Float[Tensor, "B T M"], run: slice) -> Float[Tensor, "B T N"]:
+        """Returns the largest score of each block; inf for that of the last visible entry."""
         count = -(-scores.shape[-1] // self.block)
         if self.visible.packed:
             index = self.of_entries(scores.shape[-1], run).clamp_min(0).expand_as(scores)
@@ -326,8 +324,7 @@ class Coarse(NamedTuple):
             maxima = padded.unflatten(-1, (count, self.block)).amax(-1)
         seen = (self.visible.end - self.visible.first)[:, run, None]
         last = (seen - 1).div(self.block, rounding_mode="floor")
-        maxima = maxima.masked_fill(torch.arange(count, device=scores.device) == last, torch.inf)
-        return best(maxima, top, self.ties.of(run, self.block))
+        return maxima.masked_fill(torch.arange(count, device=scores.device) == last, torch.inf)
 
     def mask(self, coarse: Int[Tensor, "B T N"], count: int, run: slice) -> Bool[Tensor, "B T M"]:
         """Returns which of `count` entries are in the blocks of each query."""
@@ -451,7 +448,7 @@ class CSA2(SharedKV):
             cache = None if ctx.cache is None else ctx.cache.attention
             noted = None if cache is None else cache.ties
             ties = TieRule(self.config.ties, noted, visible.spans(ctx, self.ratio))
-            coarse = Coarse(self.shares.candidate_block, visible, ties)
+            coarse = Coarse(self.shares.candidate_block, visible)
             for run in self.runs(asked, count):
                 seen = visible.mask(count, run)
                 all_scores = shared_scores(asked[:, run], shared.index_keys, weights[:, run])
@@ -460,7 +457,9 @@ class CSA2(SharedKV):
                     inside = coarse.mask(shared.coarse[:, run], count, run)
                     scores = scores.masked_fill(~inside, -torch.inf)
                 if self.selects_coarse:
-                    blocks.append(coarse.select(scores, run, self.shares.candidate_blocks))
+                    maxima = coarse.maxima(scores, run)
+                    rule = ties.of(run, coarse.block)
+                    blocks.append(best(maxima, self.shares.candidate_blocks, rule))
                 # They rise, none first.
                 selected.append(best(scores, self.config.top_k, ties.of(run)).sort(-1).values)
                 if trained and count:

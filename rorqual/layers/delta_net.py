@@ -22,6 +22,7 @@ another document than the state's. All of it is float32. Gated Delta Networks, a
 chunked form of the delta rule, 2406.06484.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,12 +70,14 @@ class Writes(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """What `chunked` returns: outputs, the state after all tokens, and one between two chunks."""
+    """What `chunked` returns: outputs, the state after all tokens, and those between chunks."""
 
     out: Float[Tensor, "B T H V"] | None
     state: Float[Tensor, "B H K V"]
     # After the number of chunks that was asked for, of each sequence.
     between: Float[Tensor, "B H K V"] | None
+    # After each number of chunks in `ends`.
+    states: Sequence[Float[Tensor, "B H K V"]] = ()
 
 
 def step(
@@ -98,11 +101,12 @@ def chunked(
     writes: Writes,
     state: Float[Tensor, "B H K V"],
     chunks: Int[Tensor, " B"] | None = None,
+    ends: Sequence[int] = (),
 ) -> Chunks:
     """Computes outputs and the state after T tokens, CHUNK tokens at a time.
 
     Without a query only the state is computed. `between` is the state after `chunks` chunks of each
-    sequence, None if that is None.
+    sequence, None if that is None; `states` are those after each number of chunks in `ends`.
     """
     _, time, groups, width = writes.key.shape
     size = min(CHUNK, time)
@@ -138,11 +142,14 @@ def chunked(
         reads = [x * since_state * width**-0.5 for x in queries]
         state, outs = state.unflatten(1, (groups, -1)), []  # [B, G, R, K, V]
         between = state
+        states = []
         for n in range(total.shape[3]):
             new = written[:, :, :, n] - predicted[:, :, :, n] @ state
             for score, read in zip(scores, reads, strict=True):
                 outs.append(read[:, :, :, n] @ state + score[:, :, :, n] @ new)
             state = stays[:, :, :, n] * state + until_end[:, :, :, n] @ new
+            if n + 1 in ends:
+                states.append(state.flatten(1, 2))
             if chunks is not None:
                 wanted = (chunks == n + 1)[:, None, None, None, None]
                 between = torch.where(wanted, state, between)
@@ -150,7 +157,8 @@ def chunked(
     if query is not None:
         out = torch.stack(outs, dim=3).flatten(3, 4)[..., :time, :]  # [B, G, R, T, V]
         out = out.flatten(1, 2).transpose(1, 2)
-    return Chunks(out, state.flatten(1, 2), None if chunks is None else between.flatten(1, 2))
+    between_states = None if chunks is None else between.flatten(1, 2)
+    return Chunks(out, state.flatten(1, 2), between_states, states)
 
 
 class Recurrent:
@@ -158,10 +166,15 @@ class Recurrent:
 
     That is an earlier state, `base`, and the writes of the tokens since. A call after a crop rolls
     it forward to the last token that is left.
+
+    A copy can be cut further back, where `every` is not None: to the lengths in `earlier`, whose
+    states are kept, at least `every` tokens apart, each a multiple of `multiple`.
     """
 
     def __init__(self, slack: int = 64):
         self.slack = slack
+        self.every: int | None = None
+        self.multiple = 1
         self.clear()
 
     def clear(self) -> None:
@@ -171,6 +184,7 @@ class Recurrent:
         self.lengths: Tensor | None = None  # [B], tokens that `state` has read
         self.base_lengths: Tensor | None = None
         self.writes = Recent(0, 2 * self.slack + CHUNK)
+        self.earlier: dict[int, Tensor] = {}  # states of one sequence, by its length
 
     def before(self, writes: Writes, ctx: NewTokens) -> Float[Tensor, "B H K V"]:
         """Returns the state before the new tokens, whose writes have the shapes of `writes`."""
@@ -214,6 +228,20 @@ class Recurrent:
         counts = counts if ctx.lengths is None else ctx.lengths
         return (counts - self.slack).clamp_min(0) // min(CHUNK, time)
 
+    def ends(self, writes: Writes, ctx: NewTokens) -> dict[int, int]:
+        """Returns after how many chunks of the new tokens states are kept, and their lengths."""
+        batch, time = writes.key.shape[:2]
+        if self.every is None or batch != 1 or ctx.lengths is not None:
+            return {}
+        size = min(CHUNK, time)
+        last = max(self.earlier, default=0)
+        kept_lengths = {}
+        for count in range(1, time // size + 1):
+            length = ctx.past + count * size
+            if length % self.multiple == 0 and length - last >= self.every:
+                kept_lengths[count] = last = length
+        return kept_lengths
+
     def store(
         self,
         writes: Writes,
@@ -249,6 +277,7 @@ class Recurrent:
             return
         assert self.lengths is not None and self.base_lengths is not None
         index = index.to(self.state.device)
+        self.earlier = {}
         self.state = self.state[index]
         self.base = self.base[index]
         self.lengths = self.lengths[index]
@@ -260,6 +289,7 @@ class Recurrent:
         if self.state is None or other.state is None:
             self.clear()
             return
+        self.earlier = {}
         for name in ("state", "base", "lengths", "base_lengths"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         self.writes.join(other.writes, lengths)
@@ -267,10 +297,18 @@ class Recurrent:
     def load(self, other: "Recurrent", length: int) -> None:
         """Becomes a copy of `other`, which the next call brings to the first `length` tokens."""
         self.clear()
-        if other.state is not None:
-            for name in ("state", "base", "lengths", "base_lengths"):
-                setattr(self, name, getattr(other, name).clone())
-            self.writes.load(other.writes, length)
+        if other.state is None or other.base_lengths is None:
+            return
+        if self.every is not None:
+            self.earlier = {n: state for n, state in other.earlier.items() if n <= length}
+        if length < int(other.base_lengths.min()):
+            # No state is written to: the copy shares it.
+            self.state = self.base = other.earlier[length]
+            self.lengths = self.base_lengths = torch.full_like(other.base_lengths, length)
+            return
+        for name in ("state", "base", "lengths", "base_lengths"):
+            setattr(self, name, getattr(other, name).clone())
+        self.writes.load(other.writes, length)
 
 
 @dataclass(eq=False)
@@ -358,7 +396,10 @@ class DeltaNet(nn.Module):
                 out, after = step(query, writes, state)
                 between = after if cache.slack == 0 else state
             else:
-                out, after, between = chunked(query, writes, state, cache.chunks(writes, ctx))
+                ends = cache.ends(writes, ctx)
+                chunks = cache.chunks(writes, ctx)
+                out, after, between, states = chunked(query, writes, state, chunks, tuple(ends))
+                cache.earlier.update(zip(ends.values(), states, strict=True))
             cache.store(writes, after, between, ctx)
         assert out is not None
         if ctx.last_only:

@@ -383,10 +383,11 @@ class IndexerSelection(NamedTuple):
             else:
                 scores = F.pad(scores, (0, self.ties - end), value=-torch.inf)
                 index = scores.topk(self.top_k, dim=-1).indices
+                tied = choices_open(scores, index)
                 if self.cached_ties is not None:
-                    self.cached_ties.note(choices_open(scores, index))
+                    self.cached_ties.note(tied)
                 if self.spans is not None:
-                    choose_within(self.spans[:, run], scores, index)
+                    choose_within(self.spans[:, run], scores, index, tied)
             if self.mask is None and end - count + 1 >= self.top_k:
                 return index, None
             real = scores.gather(-1, index) > -torch.inf
@@ -595,9 +596,12 @@ def choices_open(
 
 
 def choose_within(
-    spans: Int[Tensor, "#B T 2"], scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
+    spans: Int[Tensor, "#B T 2"],
+    scores: Float[Tensor, "B T L"],
+    index: Int[Tensor, "B T K"],
+    tied: Bool[Tensor, "B T"],
 ) -> None:
-    """Selects again, in `index`, where scores of 0 decide: by topk of a span's columns alone.
+    """Selects again, in `index`, where scores are `tied`: by topk of a span's columns alone.
 
     A span is the first column of the query's document and the one after its last. So neither
     padding nor other documents change which of equal scores are selected.
@@ -605,7 +609,7 @@ def choose_within(
     # A compiler cannot trace a loop over what is tied.
     if torch.compiler.is_compiling():
         return
-    sequences, queries = choices_open(scores, index).nonzero(as_tuple=True)
+    sequences, queries = tied.nonzero(as_tuple=True)
     if not len(sequences):
         return
     alike = torch.cat(

@@ -221,27 +221,20 @@ class Engram(nn.Module):
         memory = memory.to(self.value_proj.weight.dtype)
         key = None if self.key_proj is None else self.key_proj(memory).unflatten(-1, (-1, self.dim))
         value = self.value_proj(memory)
-        gated, normed = self._fuse(
-            hidden, key, value, ctx.valid if ctx.lookup_mask is None else ctx.lookup_mask
-        )
-        return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
-
-    def _fuse(
-        self, hidden: Tensor, key: Tensor | None, value: Tensor, lookup_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Computes the value times each stream's gate, and its norm before the convolution.
-
-        They are one fused operation if every stream has its own gate and the gate has no hooks.
-        """
-        config = self.config
+        lookup_mask = ctx.valid if ctx.lookup_mask is None else ctx.lookup_mask
         offset = self.gate.offset
-        conv_norm = norm_weight(self.conv_norm, offset) if config.conv else None
-        if key is None or config.gating != "streams" or _hooked(self.gate):
-            return weigh(self.gate(hidden, key), value, conv_norm, lookup_mask, config.conv_eps)
-        query_norm = norm_weight(self.gate.query_norm, offset)
-        norms = (query_norm, norm_weight(self.gate.key_norm, offset), conv_norm)
-        constants = (config.sign, config.eps, config.conv_eps)
-        return fuse(hidden, key, value, *norms, lookup_mask, *constants)
+        conv_eps = self.config.conv_eps
+        conv_norm = norm_weight(self.conv_norm, offset) if self.config.conv else None
+        if key is None or self.config.gating != "streams" or _hooked(self.gate):
+            gates = self.gate(hidden, key)
+            gated, normed = weigh(gates, value, conv_norm, lookup_mask, conv_eps)
+        else:
+            # One fused operation: every stream has its own gate, which no hook waits for.
+            query_norm = norm_weight(self.gate.query_norm, offset)
+            norms = (query_norm, norm_weight(self.gate.key_norm, offset), conv_norm)
+            constants = (self.config.sign, self.config.eps, conv_eps)
+            gated, normed = fuse(hidden, key, value, *norms, lookup_mask, *constants)
+        return gated if normed is None else gated + F.silu(self._convolve(normed, ctx))
 
     def _convolve(self, normed: Tensor, ctx: Context) -> Tensor:
         """Applies the causal convolution to the normed values, within each document.

@@ -159,7 +159,7 @@ class NSA(GQA):
             pairs = key, value, blocks.keys, blocks.values, *window_pair
             out = attend_small_batch(query, *pairs, index, ctx.positions, self.nsa, scale)
         else:
-            compressed, keys = self._attend_compressed(query, blocks, ctx)
+            compressed, keys = self.attend_compressed(query, blocks, ctx)
             keys = self.select(query, blocks, ctx) if keys is None else keys
             selected = attend_selected(query, key, value, keys, ctx, scale)
             window = self._attend_window(query, *window_pair, ctx)
@@ -199,7 +199,7 @@ class NSA(GQA):
         choice = None if ctx.cache is None else ctx.cache.attention.choice
         return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
 
-    def _attend_compressed(
+    def attend_compressed(
         self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context
     ) -> tuple[Float[Tensor, "B T H Q"], Selection | None]:
         """Attends to the compressed blocks; returns the output and the blocks that it selects.

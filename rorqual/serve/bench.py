@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (50, 90, 99)
 START_SECONDS = 600.0  # the time limit for a server to load its model
 STOP_SECONDS = 15.0
+END_SECONDS = 1.0  # the time that a measurement has to end after Ctrl-C
+WAIT_SECONDS = 0.2  # between two looks for Ctrl-C, which does not end a wait on every system
 CONNECT_SECONDS = 10.0
 LONGEST_MESSAGE = 200  # characters of an error that are shown
 WORDS = (
@@ -75,6 +77,7 @@ class Load:
     seed: int = 0
     timeout: float = 600.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    texts: bool = False  # whether the outcomes have the texts of the answers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,6 +94,7 @@ class Outcome:
     message: str = ""
     prompt_tokens: int = 0
     output_tokens: int | None = None  # None: the server did not count them
+    texts: list[str] | None = None  # of a completion, a piece each; None: not wanted
 
     @property
     def tokens(self) -> int:
@@ -362,6 +366,8 @@ async def _listen(answer: httpx.Response, to: Outcome) -> None:
             if choices:
                 finished = choices[0].get("finish_reason") is not None
                 # A token without a text, at the end, is a piece where there was none before.
+                if to.texts is not None:
+                    to.texts.append(choices[0].get("text") or "")
                 if _text(choices[0]) or (finished and not to.pieces):
                     to.pieces.append(time.perf_counter())
                 ended |= finished
@@ -395,15 +401,60 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@dataclass(slots=True)
+class _Measurement:
+    """What a thread has measured so far."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    began: float | None = None
+    ended: float | None = None
+    error: BaseException | None = None
+
+
 def measure(
     server: Server, load: Load, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Outcome], float]:
     """Sends every request and returns their outcomes, and the seconds that all took together.
 
     One request is sent before, so that connections and kernels are ready; ValueError where it
-    fails. Ctrl-C ends the measurement: what runs then is unfinished, and the rest is not there.
+    fails. Ctrl-C ends the measurement, within END_SECONDS however many requests there are: what
+    runs then is unfinished, and the rest is not there.
     """
-    return asyncio.run(_measure(server, load, progress))
+    measured = _Measurement()
+    done = threading.Event()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(_measure(server, load, progress, measured))
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(task)
+            loop.close()
+        except BaseException as error:
+            measured.error = error
+        done.set()
+
+    # Closing thousands of connections takes long, which a daemon is not waited for.
+    threading.Thread(target=run, name="rorqual bench", daemon=True).start()
+    try:
+        # Not `join`, which takes a thread for ended where Ctrl-C interrupts it.
+        while not done.wait(WAIT_SECONDS):
+            pass
+    except KeyboardInterrupt:
+        ended = time.perf_counter()
+        loop.call_soon_threadsafe(task.cancel)
+        done.wait(END_SECONDS)
+        if measured.began is None:
+            raise
+        if not done.is_set():
+            loop.call_soon_threadsafe(loop.stop)
+            # Copies, since the thread may go on for a while.
+            outcomes = [replace(one, pieces=list(one.pieces)) for one in list(measured.outcomes)]
+            return outcomes, (measured.ended or ended) - measured.began
+    if measured.error is not None:
+        raise measured.error
+    assert measured.began is not None
+    assert measured.ended is not None
+    return measured.outcomes, measured.ended - measured.began
 
 
 def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -416,10 +467,10 @@ def warm_up(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _measure(
-    server: Server, load: Load, progress: Callable[[int], None]
-) -> tuple[list[Outcome], float]:
+    server: Server, load: Load, progress: Callable[[int], None], measured: _Measurement
+) -> None:
     """Sends the requests when they are due; what `measure` returns."""
-    outcomes: list[Outcome] = []
+    outcomes = measured.outcomes
     tasks: list[asyncio.Task] = []
     done = 0
     gate = asyncio.Semaphore(load.concurrency or len(load.prompts))
@@ -446,12 +497,13 @@ async def _measure(
             done += 1
             progress(done)
 
-        began = due = time.perf_counter()
+        measured.began = due = time.perf_counter()
         try:
             for prompt in load.prompts:
                 await asyncio.sleep(max(due - time.perf_counter(), 0.0))
                 await gate.acquire()
-                outcomes.append(Outcome(due=due if paced else time.perf_counter()))
+                moment = due if paced else time.perf_counter()
+                outcomes.append(Outcome(due=moment, texts=[] if load.texts else None))
                 tasks.append(asyncio.create_task(one(prompt, outcomes[-1])))
                 due += draw.expovariate(load.rate) if paced else 0.0
             await asyncio.gather(*tasks)
@@ -460,11 +512,10 @@ async def _measure(
             current = asyncio.current_task()
             assert current is not None
             current.uncancel()
-        seconds = time.perf_counter() - began
+        measured.ended = time.perf_counter()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return outcomes, seconds
 
 
 class Running(NamedTuple):

@@ -44,6 +44,10 @@ async def body(
         raise ValueError(
             f"content-type: got {kind[:LONGEST_VALUE] or 'none'}, expected application/json"
         )
+    coding = http.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        message = f"content-encoding: got {coding[:LONGEST_VALUE]}, expected a plain body"
+        raise Refusal(message, status=415)
     content = bytearray()
     try:
         async with asyncio.timeout(seconds):
@@ -66,7 +70,7 @@ def loads(content: bytes, *, replace_halves: bool = False) -> Any:
     `replace_halves` it becomes U+FFFD; otherwise it stays, and is no text that can be encoded.
     """
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
         value = json.loads(text)
         return _whole(value) if replace_halves and _HALF.search(text) else value
     except ValueError as error:

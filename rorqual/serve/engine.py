@@ -280,6 +280,7 @@ class Engine:
         # Whoever decodes has its ids before prompts are read: rows for them are fetched meanwhile.
         for output in self._runner.run(self._scheduler.schedule()):
             self._scheduler.postprocess(Read(output.requests, output.counts))
+            self._observe_prompts(output)
             if output.logits is not None:
                 self._give(output)
             for request in output.requests:
@@ -296,9 +297,6 @@ class Engine:
         drafts = output.drafts
         stats = self.acceptance_stats
         assert output.logits is not None
-        for slot, request in enumerate(requests):
-            if output.hidden is not None and request.reads_prompt and not request.ids:
-                self._read_prompt(request, output.hidden[slot : slot + 1, : output.counts[slot]])
         if drafts is not None:
             stats.rounds += 1
             stats.drafted += sum(output.counts) - len(requests)
@@ -357,38 +355,67 @@ class Engine:
                 request.finish = "length"
 
     def _observe(self, request: Request, slot: int, position: int, output: Output) -> None:
-        """Notes the experts and the memory of the tokens that were read for the first time.
+        """Notes the experts and the memory of the last token of a request that has ids.
 
         With drafts that is the one whose logits at `position` are wanted.
         """
-        watch = request.watch
-        count = output.counts[slot]
-        if output.trace is None or not (watch.experts or watch.memory):
-            return
         # All but the last id of a request that came back have been seen before.
-        last = position if output.drafts is not None else count - 1
-        tokens = slice(last if request.ids else 0, last + 1)
-        observed = Observed()
-        if watch.experts:
-            observed.experts = experts_of(output.auxes, slot, count)[tokens]
-        if watch.memory:
-            observed.memory = output.trace.memory(slot, count)[tokens]
-        request.observed.append(observed)
+        last = position if output.drafts is not None else output.counts[slot] - 1
+        if request.ids and (observed := _observed(request, slot, slice(last, last + 1), output)):
+            request.observed.append(observed)
+
+    def _observe_prompts(self, output: Output) -> None:
+        """Notes what is wanted of the tokens of prompts that were read for the first time."""
+        for slot, (request, count) in enumerate(zip(output.requests, output.counts, strict=True)):
+            if output.hidden is None or not request.observes_prompt:
+                continue
+            start = request.cached - count
+            # A request that was sent back while its prompt was read reads some tokens again.
+            tokens = slice(request.observed_tokens - start, len(request.prompt) - start)
+            hidden = output.hidden[slot : slot + 1, :count][:, tokens]
+            if observed := _observed(request, slot, tokens, output):
+                if not request.observed:
+                    request.observed.append(Observed())
+                request.observed[0].experts += observed.experts
+                request.observed[0].memory += observed.memory
+            self._read_prompt(request, hidden)
 
     def _read_prompt(self, request: Request, hidden: Float[Tensor, "1 T *N D"]) -> None:
-        """Computes the log-probabilities and the embedding of a prompt."""
+        """Computes the log-probabilities and the embedding of the next tokens of a prompt."""
+        before = request.observed_tokens
+        request.observed_tokens += hidden.shape[1]
         if request.watch.embedding:
-            mean = self.model.head_input(hidden).float().mean(1)[0]
-            if not mean.isfinite().all():
-                request.fail(ValueError("got an embedding that is not finite"))
-                return
-            request.embedding = mean.tolist()
+            summed = self.model.head_input(hidden).float().sum(1)[0]
+            if request.embedding_sum is not None:
+                summed += request.embedding_sum
+            request.embedding_sum = summed
+            if not request.observes_prompt:
+                mean = summed / len(request.prompt)
+                if not mean.isfinite().all():
+                    request.fail(ValueError("got an embedding that is not finite"))
+                    return
+                request.embedding = mean.tolist()
         if not request.sampling.prompt_logprobs:
             return
-        following = torch.tensor(request.prompt[1:], device=hidden.device)
+        ids = request.prompt[before + 1 : request.observed_tokens + 1]
+        following = torch.tensor(ids, device=hidden.device)
         for start in range(0, len(following), CHUNK):
             logits = self.model.logits(hidden[:, start : start + CHUNK])[0]
             targets = following[start : start + CHUNK]
             request.prompt_logprobs += logprobs_of(
                 logits[: len(targets)], targets, request.sampling.logprobs or 0, self.vocab_size
             )
+
+
+def _observed(request: Request, slot: int, tokens: slice, output: Output) -> Observed | None:
+    """Returns the experts and the memory of some tokens of a forward; None if nobody wants them."""
+    watch = request.watch
+    count = output.counts[slot]
+    if output.trace is None or not (watch.experts or watch.memory):
+        return None
+    observed = Observed()
+    if watch.experts:
+        observed.experts = experts_of(output.auxes, slot, count)[tokens]
+    if watch.memory:
+        observed.memory = output.trace.memory(slot, count)[tokens]
+    return observed

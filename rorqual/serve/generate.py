@@ -34,47 +34,7 @@ from rorqual.tables import TableConfig
 
 TEMPLATE_SECONDS = 10.0  # the time limit of a chat template
 TEMPLATE_BYTES = 1 << 30  # the memory that a chat template may use
-# The program of `Run.chat`: it reads a line of JSON and writes a line of JSON. faulthandler's timer
-# ends the process whatever it does and whoever started it: one operation of Python can take hours.
-_TEMPLATE = """
-import faulthandler, json, os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-from transformers import AutoTokenizer
-folder, seconds, memory = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-nowhere = open(os.devnull, "w")
-
-def bound_memory():
-    # where the system says how much there is and keeps to a limit
-    try:
-        import resource
-        with open("/proc/self/statm") as pages:
-            held = int(pages.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = held + memory if hard == resource.RLIM_INFINITY else min(held + memory, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-tokenizer = None
-for line in sys.stdin:
-    asked = json.loads(line)
-    try:
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            bound_memory()
-        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
-        options = {"add_generation_prompt": True} | asked["options"]
-        text = tokenizer.apply_chat_template(asked["messages"], tokenize=False, **options)
-        size = len(text.encode())
-        if asked["most"] is not None and size > asked["most"]:
-            answer = {"size": size}
-        else:
-            answer = {"ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
-    except Exception as error:
-        answer = {"error": (str(error) or type(error).__name__)[:500]}
-    faulthandler.cancel_dump_traceback_later()
-    print(json.dumps(answer), flush=True)
-"""
+TEMPLATE_PROGRAM = Path(__file__).with_name("template.py")
 
 
 class TooLong(ValueError):
@@ -202,10 +162,13 @@ class Run:
             f"{str(where.dtype).removeprefix('torch.')} on {where.device})"
         )
 
-    def prompt(self, text: str, *, context: int | None = None) -> list[int]:
+    def prompt(
+        self, text: str, *, context: int | None = None, parse_special: bool = False
+    ) -> list[int]:
         """Returns the ids of a text that begins a document.
 
-        TooLong, before anything is tokenised, for a text that cannot fit into `context` tokens.
+        With `parse_special` the text of a special token is the token. TooLong, before anything is
+        tokenised, for a text that cannot fit into `context` tokens.
         """
         longest = self.tokenizer.longest
         if context is not None and longest is not None:
@@ -213,7 +176,8 @@ class Run:
             if size > context * longest:
                 raise TooLong(size, longest)
         # A batch of one: for a batch the tokenizers library releases the GIL.
-        return [self.tokenizer.begin_id, *self.tokenizer.encode_batch([text])[0]]
+        (ids,) = self.tokenizer.encode_batch([text], parse_special=parse_special)
+        return [self.tokenizer.begin_id, *ids]
 
     def chat(
         self,
@@ -221,10 +185,13 @@ class Run:
         *,
         context: int | None = None,
         options: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
     ) -> list[int]:
         """Returns the ids of messages ({"role": .., "content": ..}) by the tokenizer's template.
 
-        `options` are other words of the template, as `tools` and `add_generation_prompt` are.
+        `options` are other words of the template, as `tools` and `add_generation_prompt` are. The
+        text of a special token in a message or an option is text, so that no message can end
+        itself and begin another; with `parse_special` it is the token.
         ValueError where it has none, or where it takes more than TEMPLATE_SECONDS; TooLong as in
         `prompt`. jinja renders the template in a sandbox, in a separate process with a limit on its
         memory: no loop or product in a template can block this process.
@@ -241,8 +208,9 @@ class Run:
             process = self._chatty
             assert process.stdin is not None and process.stdout is not None
             try:
-                asked = {"messages": messages, "most": largest, "options": options or {}}
-                process.stdin.write(json.dumps(asked) + "\n")
+                chat = {"messages": messages, "options": options or {}, "largest": largest}
+                line = json.dumps(chat | {"parse_special": parse_special})
+                process.stdin.write(line + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except OSError:
@@ -270,8 +238,7 @@ class Run:
             [
                 sys.executable,
                 "-P",
-                "-c",
-                _TEMPLATE,
+                str(TEMPLATE_PROGRAM),
                 str(folder),
                 str(TEMPLATE_SECONDS),
                 str(TEMPLATE_BYTES),

@@ -5,7 +5,7 @@ rorqual_prompt_tokens_total                 rorqual_generated_tokens_total
 rorqual_time_to_first_token_seconds         rorqual_inter_token_latency_seconds
 rorqual_request_seconds                     rorqual_requests_running, _waiting
 rorqual_cache_usage_ratio                   rorqual_prefix_hit_rate
-rorqual_cache_pages                         rorqual_cache_allocated_bytes
+rorqual_cache_pages, _capacity_pages        rorqual_cache_allocated_bytes
 rorqual_preemptions_total                   rorqual_table_hit_rate{table}
 rorqual_drafts_total                        rorqual_drafts_accepted_total
 rorqual_draft_acceptance_rate
@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rorqual.serve.engine import Stats
+from rorqual.serve.prefixes import PAGE
 
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -86,6 +87,11 @@ class _Load(Collector):
                 stats.cached_tokens / stats.capacity,
             ),
             ("cache_pages", "Pages of the requests that run", stats.pages),
+            (
+                "cache_capacity_pages",
+                "Pages that requests may have in all",
+                stats.capacity // PAGE,
+            ),
             (
                 "cache_allocated_bytes",
                 "Memory of all caches; pages that are not counted yet take some, too",

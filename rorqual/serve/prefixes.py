@@ -6,8 +6,10 @@
 Tokens are compared in pages of PAGE: a page's key is a hash of its ids and of the key of the page
 before it, so that one look-up per page finds the longest prefix. A cache that is kept can be
 cropped to the end of each of its pages: what others store of the last tokens alone, as Engram's
-convolution its inputs, is kept as far back as the prompt goes. Only the state of a delta net is
-not, so that its prompts are shared no further back than the slack of its cache. Where the rotary
+convolution its inputs, is kept as far back as the prompt goes. The state of a delta net is as large
+as what attention keeps of hundreds of tokens: it is kept every STATES tokens, where a chunk ends
+with a page, and its prompts can be left there, or less than the slack of its cache before their
+end. With drafts only the latter, since chunks do not end where drafts want it. Where the rotary
 frequencies depend on the length of a sequence (dynamic, LongRoPE), its keys are those of no other
 length, and where MoBA decodes by full attention a single token is read otherwise than several: such
 prompts are read in one piece, and nothing is kept.
@@ -29,6 +31,7 @@ from rorqual.layers.cache import Cache
 from rorqual.model import LanguageModel
 
 PAGE = 16  # tokens
+STATES = 256  # tokens between two states of a delta net that are kept
 SPARE = 64  # tokens for which a new cache has space behind the prompt
 
 
@@ -67,13 +70,17 @@ class Prefixes:
         """Bytes of memory of all caches; it may be read from any thread."""
         return sum(cache.allocated_bytes for cache, _ in list(self._kept.values()))
 
-    def start(self, ids: Sequence[int]) -> tuple[Cache, int]:
-        """Returns a new cache for these ids, and how many of them it holds, never all of them."""
+    def start(self, ids: Sequence[int], *, find: bool = True) -> tuple[Cache, int]:
+        """Returns a new cache for these ids, and how many of them it holds, never all of them.
+
+        With `find` False it holds none: all of them will be read.
+        """
         cache = self._model.new_cache(1, capacity=len(ids) + SPARE)
-        if self.keeps and self._model.config.delta is None:
-            cache.reserve_slack(len(ids))
+        if self.keeps:
+            cache.reserve_prefixes(len(ids), STATES, PAGE)
         # The last id is always read: its logits are wanted.
-        for count, key in reversed(list(enumerate(keys_of(ids[:-1]), start=1))):
+        keys = keys_of(ids[:-1]) if find else []
+        for count, key in reversed(list(enumerate(keys, start=1))):
             if key in self._by_key:
                 number = self._by_key[key]
                 self._kept.move_to_end(number)
@@ -86,8 +93,11 @@ class Prefixes:
         """Keeps a cache that was made by `start` and has read these ids; it must not change."""
         if not self.keeps:
             return
-        oldest = cache.oldest + self._before
-        keys = [key for count, key in enumerate(keys_of(ids), start=1) if count * PAGE >= oldest]
+        keys = [
+            key
+            for count, key in enumerate(keys_of(ids), start=1)
+            if cache.can_load(count * PAGE - self._before)
+        ]
         if not keys:
             return
         if keys[-1] in self._by_key:

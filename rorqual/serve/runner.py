@@ -206,7 +206,7 @@ class Runner:
         if self.drafter is not None and any(request.max_new_tokens for request in requests):
             assert output.hidden is not None
             self.drafter.read(requests, counts, output.hidden, cache)
-        if output.logits is not None:
+        if output.logits is not None and any(request.max_new_tokens for request in requests):
             (request, *more) = requests
             if request.cache is not None and not more:
                 request.cache = None

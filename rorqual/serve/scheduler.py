@@ -78,6 +78,9 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     observed: list[Observed] = field(default_factory=list)
+    # Tokens of the prompt whose output has been used for what is wanted of the whole prompt.
+    observed_tokens: int = 0
+    embedding_sum: Float[Tensor, " D"] | None = None  # over these tokens
     embedding: list[float] | None = None
     finish: str | None = None
     error: Exception | None = None
@@ -118,6 +121,11 @@ class Request:
     def reads_prompt(self) -> bool:
         """Whether every token's output is needed, for log-probabilities or what is watched."""
         return self.sampling.prompt_logprobs or self.watch.reads_prompt
+
+    @property
+    def observes_prompt(self) -> bool:
+        """Whether the output of a token of the prompt is still needed, so that it must be read."""
+        return self.reads_prompt and self.observed_tokens < len(self.prompt)
 
 
 class Read(NamedTuple):
@@ -260,8 +268,9 @@ class Scheduler:
                 break
             # Where no prompt is kept, and nobody waits for a token, whole ones are read together.
             together = not (self._prefixes.keeps or self.running or request.cached)
-            # Where the output of every token of the prompt is wanted, none can be left out.
-            undivided = request.reads_prompt or not self._prefixes.divisible
+            # What is wanted of a whole prompt has, in one piece, the bits of the model's forward.
+            exact = request.observes_prompt and not (self.running or request.cached)
+            undivided = exact or not self._prefixes.divisible
             if request.tokens < SHORT or undivided or (together and request.tokens <= budget):
                 self._count(request, 0)
                 whole.append(request)
@@ -270,10 +279,13 @@ class Scheduler:
             # What begins alike waits for the first of them, and need not be read then. A header
             # that all share is not worth the wait.
             start = request.sequence[:SHORT]
-            if self._prefixes.keeps and start in starts:
+            observes = request.observes_prompt
+            if self._prefixes.keeps and start in starts and not observes:
                 continue
             if request.cache is None:
-                request.cache, request.cached = self._prefixes.start(request.sequence)
+                request.cache, request.cached = self._prefixes.start(
+                    request.sequence, find=not observes
+                )
                 self._count(request, request.cached)
             if (request.prefix or 0) < SHORT:
                 starts.add(start)

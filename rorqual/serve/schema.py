@@ -55,6 +55,24 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "json_schema": (None,),
     "chat_template": (None,),
     "detokenize": (None, True),
+    "echo": (None, False),
+    "add_special_tokens": (None, False),
+    "documents": (None, []),
+    "early_stopping": (None, False),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "logits_processors": (None, []),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "return_hidden_states": (None, False),
+    "timings_per_token": (None, False),
+    "n_probs": (None, 0),
+    "samplers": (None, []),
+    "tfs_z": (None, 1),
+    "top_a": (None, 0),
+    "mirostat": (None, 0),
+    "dry_multiplier": (None, 0),
+    "xtc_probability": (None, 0),
 }
 # OpenAI and other servers accept these fields; they would not change an answer of this server.
 IGNORED = frozenset(
@@ -74,6 +92,10 @@ IGNORED = frozenset(
         "cache_prompt",
         "cache_salt",
         "keep_alive",
+        "id_slot",
+        "include_reasoning",
+        "separate_reasoning",
+        "stream_reasoning",
     }
 )
 MAXIMUM = 64  # continuations that one request may ask for
@@ -144,7 +166,8 @@ class Input(BaseModel):
                     raise refuse(name, message, "unsupported_parameter")
             elif name in IGNORED:
                 ignored.append(name)
-            else:
+            # Clients send null for what they do not ask for.
+            elif one is not None:
                 name = name[:LONGEST_VALUE]
                 similar = difflib.get_close_matches(name, list(cls.model_fields), 1)
                 hint = f", did you mean {similar[0]}?" if similar else ""
@@ -203,13 +226,11 @@ class ResponseFormat(BaseModel):
 def _stop(value: Any) -> list[str]:
     """Reads `stop` as a list of 0 to 16 texts; a single text is a list of one."""
     words = [value] if isinstance(value, str) else [] if value is None else value
-    good = isinstance(words, list) and all(isinstance(word, str) and word for word in words)
+    good = isinstance(words, list) and all(isinstance(word, str) for word in words)
     if not good or len(words) > 16:
-        raise refuse(
-            "stop",
-            f"stop: got {short(value)}, expected a text or at most 16 texts, none of them empty",
-        )
-    return words
+        raise refuse("stop", f"stop: got {short(value)}, expected a text or at most 16 texts")
+    # Clients with an empty field for it send an empty text.
+    return [word for word in words if word]
 
 
 _TEXT = {"type": "string"}
@@ -302,12 +323,8 @@ class Generation(Input):
         WithJsonSchema(
             {
                 "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {
-                        "type": "array",
-                        "maxItems": 16,
-                        "items": {"type": "string", "minLength": 1},
-                    },
+                    {"type": "string"},
+                    {"type": "array", "maxItems": 16, "items": {"type": "string"}},
                     {"type": "null"},
                 ]
             }
@@ -396,6 +413,9 @@ class CompletionRequest(Generation):
         list[str | list[int]], PlainValidator(_prompts("prompt")), WithJsonSchema(_PROMPT)
     ]
     echo: Flag | None = None  # the prompt stands before the text
+    # Whether the text of a special token in a prompt is the token.
+    parse_special: Flag | None = None
+    add_special_tokens: Flag | None = None  # begin as a document does; true if it is left out
     logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -565,20 +585,15 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class ChatRequest(Generation):
-    """The body of /v1/chat/completions: messages that are answered."""
+class Templated(BaseModel):
+    """The fields of a request that go into the chat template beside the messages."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
-    logprobs: Flag | None = None
-    top_logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: Flag | None = None
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # Whether the text of a special token in a message, or in a prompt, is the token.
+    parse_special: Flag | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -588,6 +603,33 @@ class ChatRequest(Generation):
             name = "chat_template_kwargs"
             raise refuse(name, f"{name}: got {', '.join(wrong)}, expected words of the template")
         return value
+
+    def tool_dicts(self) -> list[dict[str, Any]]:
+        """Returns the tools as chat templates expect them."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    def template_options(self) -> dict[str, Any]:
+        """Returns the options of the chat template besides the messages."""
+        options: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        options["continue_final_message"] = bool(self.continue_final_message)
+        options["add_generation_prompt"] = not self.continue_final_message
+        if self.add_generation_prompt is not None:
+            options["add_generation_prompt"] = self.add_generation_prompt
+        if self.tools:
+            options["tools"] = self.tool_dicts()
+        return options
+
+
+class ChatRequest(Templated, Generation):
+    """The body of /v1/chat/completions: messages that are answered."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=1, le=2**31)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Count, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Flag | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -632,21 +674,6 @@ class ChatRequest(Generation):
         choice = self.tool_choice
         return choice.function.name if isinstance(choice, NamedTool) else None
 
-    def tool_dicts(self) -> list[dict[str, Any]]:
-        """Returns the tools as chat templates expect them."""
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
-
-    def template_options(self) -> dict[str, Any]:
-        """Returns the options of the chat template besides the messages."""
-        options: dict[str, Any] = dict(self.chat_template_kwargs or {})
-        options["continue_final_message"] = bool(self.continue_final_message)
-        options["add_generation_prompt"] = not self.continue_final_message
-        if self.add_generation_prompt is not None:
-            options["add_generation_prompt"] = self.add_generation_prompt
-        if self.tools:
-            options["tools"] = self.tool_dicts()
-        return options
-
     def parameters(self) -> Sampling:
         """Returns the parameters of sampling."""
         return self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None)
@@ -670,13 +697,12 @@ class EmbeddingRequest(Input):
         return self
 
 
-class TokenizeRequest(Input):
+class TokenizeRequest(Templated, Input):
     """The body of /tokenize: a text, or the messages of a chat."""
 
     prompt: Text | None = None
     messages: list[Message] | None = None
     add_special_tokens: Flag | None = None  # begin as a document does; true if it is left out
-    add_generation_prompt: Flag | None = None
     return_token_strs: Flag | None = None
 
     @model_validator(mode="after")

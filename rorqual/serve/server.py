@@ -15,6 +15,7 @@ it without the user's consent. Errors have OpenAI's shape.
 
 import asyncio
 import base64
+import difflib
 import hmac
 import json
 import re
@@ -126,6 +127,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            # As a GET; the protocol below leaves the body out.
+            scope = {**scope, "method": "GET"}
         http = Http(scope, receive)
         named = http.headers.get("x-request-id", "")
         name = named if _REQUEST_ID.fullmatch(named) else f"req-{uuid.uuid4().hex[:16]}"
@@ -170,6 +174,30 @@ class Guard:
         return same and scheme.lower() == "bearer"
 
 
+class Hosts:
+    """Refuses requests for the names of other hosts."""
+
+    def __init__(self, app: Any, hosts: Sequence[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        passed = False
+
+        async def app(scope: Any, receive: Any, _: Any) -> None:
+            nonlocal passed
+            passed = True
+            await self.app(scope, receive, send)
+
+        async def discard(_: Any) -> None:
+            """Drops the answer of the middleware, which is a plain text."""
+
+        await TrustedHostMiddleware(app, allowed_hosts=self.hosts)(scope, receive, discard)
+        if not passed:
+            message = "host: got another name than this server answers to, expected 127.0.0.1"
+            await _error(400, message)(scope, receive, send)
+
+
 def application(
     service: Service,
     *,
@@ -190,22 +218,12 @@ def application(
         service.run.close()
         service.worker.stop()
 
-    handlers: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
-        HTTPException: _no_route,
-        RequestValidationError: _invalid,
-        Refusal: _refused,
-        Failure: _failed,
-        ValueError: _wrong,
-        RecursionError: _too_deep,
-        ClientDisconnect: _hung_up,
-        Exception: _broken,
-    }
     app = FastAPI(
         title="rorqual",
         version="1",
         description=f"Serves {service.name}. Requests and answers are OpenAI's, with more fields.",
         lifespan=lifespan,
-        exception_handlers=handlers,
+        exception_handlers=ERROR_HANDLERS,
         redoc_url=None,
         responses={
             status: {"model": ProblemAnswer, "description": what}
@@ -228,7 +246,7 @@ def application(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(Hosts, hosts=list(hosts))
     return app
 
 
@@ -285,18 +303,17 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         """Returns the ids of a text, or of messages by the chat template.
 
         A text that is a special token and nothing else has that token's id, so that clients can ask
-        for it. Within a longer text, and in prompts and messages, it is text.
+        for it. Within a longer text, and in prompts and messages, it is text, unless parse_special
+        is true.
         """
         service.check(request)
         if request.messages:
-            prompt = request.add_generation_prompt is not False
-            messages = [message.filled() for message in request.messages]
-            ids = await service.chat_ids(messages, {"add_generation_prompt": prompt})
+            ids = await service.chat_ids(request.messages, request)
         else:
             text = request.prompt or ""
             special = service.special_tokens.get(text)
             if special is None:
-                ids = await service.text_ids(text)
+                ids = await service.text_ids(text, bool(request.parse_special))
             else:
                 ids = [tokenizer.begin_id, special]
             if request.add_special_tokens is False:
@@ -350,6 +367,8 @@ def _add_state(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models/{name:path}", response_model=ModelCard)
     async def model(name: str) -> Response:
         """Describes a model."""
+        if not name:
+            return JSONResponse({"object": "list", "data": [card]})
         if name in service.names:
             return JSONResponse(card)
         message = f"The model {name[:LONGEST_VALUE]!r} does not exist"
@@ -570,9 +589,16 @@ def _error(
 
 
 async def _no_route(http: Http, error: HTTPException) -> Response:
-    """Answers a request for an unknown path or method."""
+    """Answers a request for an unknown path or method, with the path that was probably meant."""
     asked = f"{http.method} {http.url.path[:LONGEST_VALUE]}"
-    return _error(error.status_code, f"{asked}: {error.detail}", headers=error.headers)
+    hint = ""
+    if error.status_code == 404:
+        paths = list(http.app.openapi()["paths"])
+        path = http.url.path[:LONGEST_VALUE]
+        without = [one for one in paths if one == f"/v1{path}"]
+        similar = without or difflib.get_close_matches(path, paths, 1, 0.75)
+        hint = f", did you mean {similar[0]}?" if similar else ", see /docs for what there is"
+    return _error(error.status_code, f"{asked}: {error.detail}{hint}", headers=error.headers)
 
 
 async def _refused(_: Http, error: Refusal) -> Response:
@@ -619,11 +645,24 @@ async def _invalid(_: Http, error: RequestValidationError) -> Response:
     param = _path(where) + context.get("inside", "")
     if wrong["type"] == "missing":
         return _error(400, f"{param}: expected a value, got none", param=param)
-    message = re.sub(r"^Input should be ", "expected ", wrong["msg"])
+    message = re.sub(r"^(Input should be|List should have) ", "expected ", wrong["msg"])
     got = f"got {short(wrong['input'])}, "
     if wrong["type"] in ("content", "part"):
         got = ""
     return _error(400, f"{param or 'body'}: {got}{message}", param=param or None)
+
+
+# What answers each kind of error.
+ERROR_HANDLERS: dict[int | type[Exception], Callable[..., Coroutine[Any, Any, Response]]] = {
+    HTTPException: _no_route,
+    RequestValidationError: _invalid,
+    Refusal: _refused,
+    Failure: _failed,
+    ValueError: _wrong,
+    RecursionError: _too_deep,
+    ClientDisconnect: _hung_up,
+    Exception: _broken,
+}
 
 
 def _path(where: Sequence[Any]) -> str:
@@ -740,6 +779,9 @@ def serve(
         http=TimedProtocol,
         ws="none",
         log_level="warning",
+        # httpx, and with it OpenAI's client, uses a connection again for 5 s: a server that closes
+        # it after as many would hang up on some requests.
+        timeout_keep_alive=int(HEAD_SECONDS),
         # A request that the worker has ended is answered at once; this cancels the rest, such as
         # one whose client does not read.
         timeout_graceful_shutdown=int(GRACE_SECONDS) + 2,

@@ -23,7 +23,14 @@ from rorqual.serve.grammar import Grammars, JsonMatcher
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.sampling import GREEDY
 from rorqual.serve.scheduler import Request, Watch
-from rorqual.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Input
+from rorqual.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Input,
+    Message,
+    Templated,
+)
 from rorqual.serve.text import special_ids
 from rorqual.serve.tools import JSON, ToolCall, ToolStream, format_of, tool_schema
 from rorqual.serve.worker import Handle, Token, Worker
@@ -238,32 +245,47 @@ class Service:
 
     async def _prompts(self, request: GenerationRequest) -> list[list[int]]:
         """Returns the ids to continue, each `copies` times."""
+        special = bool(request.parse_special)
         if isinstance(request, ChatRequest):
-            messages = [message.filled() for message in request.messages]
-            texts = [await self.chat_ids(messages, request.template_options())]
+            texts = [await self.chat_ids(request.messages, request)]
         else:
-            texts = [await self._ids(prompt) for prompt in request.prompt]
+            texts = [await self._ids(prompt, special) for prompt in request.prompt]
+            if request.add_special_tokens is False:
+                texts = [_without_begin(*one) for one in zip(request.prompt, texts, strict=True)]
         texts = last_tokens(texts, request.truncate_prompt_tokens)
         return [ids for ids in texts for _ in range(request.copies)]
 
-    async def chat_ids(
-        self, messages: list[dict[str, Any]], options: Mapping[str, Any]
-    ) -> list[int]:
+    async def chat_ids(self, messages: Sequence[Message], request: Templated) -> list[int]:
         """Returns the ids of messages by the chat template."""
-        fill = partial(self.run.chat, messages, context=self.context, options=options)
+        fill = partial(
+            self.run.chat,
+            [self._filled(message) for message in messages],
+            context=self.context,
+            options=request.template_options(),
+            parse_special=bool(request.parse_special),
+        )
         return await self.in_thread(self._chats, fill)
 
-    async def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _filled(self, message: Message) -> dict[str, Any]:
+        """Returns a message as the chat template expects it.
+
+        Templates from before there were developers know them as the system.
+        """
+        filled = message.filled()
+        if message.role == "developer" and "developer" not in self.template:
+            filled["role"] = "system"
+        return filled
+
+    async def _ids(self, prompt: str | list[int], parse_special: bool = False) -> list[int]:
         """Returns the ids of a prompt; ids are taken as they are."""
         if isinstance(prompt, str):
-            return await self.text_ids(prompt)
+            return await self.text_ids(prompt, parse_special)
         return list(prompt)
 
-    async def text_ids(self, text: str) -> list[int]:
+    async def text_ids(self, text: str, parse_special: bool = False) -> list[int]:
         """Returns the ids of a text that begins a document."""
-        return await self.in_thread(
-            self._texts, partial(self.run.prompt, text, context=self.context)
-        )
+        encode = partial(self.run.prompt, text, context=self.context, parse_special=parse_special)
+        return await self.in_thread(self._texts, encode)
 
     async def in_thread(self, turn: asyncio.Semaphore, work: Callable[[], T]) -> T:
         """Runs `work` on a thread and returns its result.
@@ -441,6 +463,16 @@ def _split(
     if isinstance(request, ChatRequest) and request.parallel_tool_calls is False:
         calls = calls[: max(1 - before, 0)]
     return content, calls
+
+
+def _without_begin(prompt: str | list[int], ids: list[int]) -> list[int]:
+    """Returns the ids of a text without the one that begins a document; refuses an empty text."""
+    if not isinstance(prompt, str):
+        return ids
+    if len(ids) < 2:
+        name = "add_special_tokens"
+        raise Refusal(f"{name}: got false beside an empty prompt, expected a text", param=name)
+    return ids[1:]
 
 
 def _ends(request: Request, token: Token) -> bool:

@@ -100,7 +100,7 @@ def built(step: Any) -> bool:
     """
     if step.is_cached():
         return True
-    _building(step)
+    start_build(step)
     return False
 
 
@@ -108,7 +108,7 @@ def wait_until_built(step: Any) -> None:
     """Waits until the step's machine code exists, or no longer can."""
     if built(step):
         return
-    process = _building(step)
+    process = start_build(step)
     if process is None:
         return
     runtime.log("waiting for the decoding step to be compiled")
@@ -123,7 +123,7 @@ def wait_until_built(step: Any) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _building(step: Any) -> subprocess.Popen | None:
+def start_build(step: Any) -> subprocess.Popen | None:
     """Starts the compilation once a process, without waiting for it."""
     if not step.keepable():
         runtime.log(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_DRAWN = 1 << 20  # values drawn at a time
+DRAWN = 1 << 20  # values drawn at a time
 _TOGETHER = 16  # values that torch draws together: chunks of 16 rows are what one draw would give
 
 
@@ -20,7 +20,7 @@ def draw_rows(
     get the table that one process draws.
     """
     end = rows if end is None else end
-    step = max(_TOGETHER, _DRAWN // width // _TOGETHER * _TOGETHER)
+    step = max(_TOGETHER, DRAWN // width // _TOGETHER * _TOGETHER)
     start = 0
     while start < rows:
         left = rows - start

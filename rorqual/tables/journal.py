@@ -24,7 +24,7 @@ from rorqual.tables.row_file import TableError
 
 _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
 _SEAL = struct.Struct("<Q")  # checksum of the head
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Write = Callable[[np.ndarray, np.ndarray], None]  # called with (ids, records)
 
@@ -168,7 +168,7 @@ class Journal:
 
 def _boot() -> bytes:
     """Returns 40 bytes that identify the machine's current boot, where the system has them."""
-    return (_BOOT.read_bytes().strip() if _BOOT.is_file() else b"").ljust(40)
+    return (BOOT_ID.read_bytes().strip() if BOOT_ID.is_file() else b"").ljust(40)
 
 
 def read_marks(folder: Path) -> list[int]:

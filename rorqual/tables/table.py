@@ -347,14 +347,19 @@ class Table(nn.Module):
         """Updates rows on the disk, whose ids rise; they are written while the model computes.
 
         update(rows, first, second, counts, which, gradient) changes the rows and their state in
-        place. A write that fails raises TableError at the next call.
+        place. A read or a write that fails raises TableError at the next call, or at `flush`: one
+        rank of several would otherwise raise where the others wait for it.
         """
         self.flush()
         ids = row_ids.numpy()
         file = self._record_file()
         before = file.kept_records(ids)
         if before is None:
-            before = self._run(file.records, ids).result()
+            reading = self._run(file.records, ids)
+            if reading.exception() is not None:
+                self._writing = reading
+                return
+            before = reading.result()
         after = file.updated(before, gradient, update)
         self._writing = self._run(file.replace, ids, before, after)
 

@@ -154,8 +154,13 @@ class Loader(DataLoaderBase):
         self._epoch = epoch or 1
 
     def _iter_batches(self) -> Iterable[dict[str, Any]]:
-        """Yields the stream's batches, with the ids under OLMo-core's name, too."""
-        for batch in self.stream:
+        """Yields the stream's batches, with the ids under OLMo-core's name, too.
+
+        An error of one rank, whose file cannot be read, is raised on all.
+        """
+        while True:
+            with distributed.together():
+                batch = next(self.stream)
             yield {**batch, "input_ids": batch["ids"]}
 
     def get_mock_batch(self) -> dict[str, Any]:
@@ -176,8 +181,9 @@ class Loader(DataLoaderBase):
 
     def skip(self, count: int) -> None:
         """Leaves out the next batches."""
-        for _ in range(count):
-            next(self.stream)
+        with distributed.together():
+            for _ in range(count):
+                next(self.stream)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stream's position and the count of batches as JSON values."""
@@ -475,7 +481,9 @@ class CheckpointCallback(CheckpointerCallback):
             with distributed.together():
                 if distributed.rank() == 0:
                     saved = [step for step, _ in checkpoint.steps(self.save_folder)]
-                    gone = self.train_step.optimizer.forget_former_ranks(saved)
+                    # Older ones, which somebody has put there, are of steps without a mark.
+                    newest = saved[-(self.max_checkpoints or 0) :]
+                    gone = self.train_step.optimizer.forget_former_ranks(newest)
             self._former_ranks = bool(distributed.total(torch.tensor(int(not gone))))
 
     def _trim_checkpoints(self) -> None:
@@ -725,7 +733,7 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
                 raise
             trainer._join_bookkeeping_ops()
             saving.finish_writes()
-            rollbacks = [*rollbacks, _roll_back(config, trainer.global_step, rollbacks, error)]
+            rollbacks = [*rollbacks, roll_back(config, trainer.global_step, rollbacks, error)]
             with distributed.together():
                 if distributed.rank() == 0:
                     run_folder.write_rollbacks(Path(config.folder), rollbacks)
@@ -756,7 +764,7 @@ def _last_sound(folder: Path) -> int:
     return -1
 
 
-def _roll_back(
+def roll_back(
     config: TrainConfig, step: int, before: Sequence[Rollback], error: Diverged
 ) -> Rollback:
     """Returns where a run that diverged goes back to.

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rorqual import distributed
@@ -31,9 +32,11 @@ from rorqual.sharded_rows import ShardedTable
 from rorqual.tables import Table
 from rorqual.tables.row_snapshot import RowSnapshot
 from rorqual.train.config import OptimConfig
+from rorqual.train.whole_matrices import has_sharded_rows, map_whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of the Muon reference
 WSD_SHARE = 0.2  # of the steps after the warm-up, in which wsd falls
+TOGETHER = 1 << 26  # numbers of sharded matrices that a rank sends at once, or a few more
 CHUNK = 512  # rows updated at a time: their three float32 copies stay in a core's cache
 
 
@@ -175,10 +178,16 @@ def coalesce(gradient: Tensor) -> Tensor:
     )
 
 
-def _has_whole_matrices(tensor: Tensor) -> bool:
-    """Whether this rank's part of a stack consists of whole matrices."""
-    if not isinstance(tensor, DTensor):
-        return True
+def _turned(name: str, update: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    """Orthogonalises whole matrices. A gate and an up projection in one tensor are two of them."""
+    if not name.endswith("gate_up"):
+        return orthogonalise(update)
+    pairs = orthogonalise(update.unflatten(-1, (2, -1)).transpose(-2, -3))
+    return pairs.transpose(-2, -3).flatten(-2)
+
+
+def _has_whole_matrices(tensor: DTensor) -> bool:
+    """Returns whether this rank's part of a stack consists of whole matrices."""
     return tensor.dim() > 2 and all(
         placement.is_replicate() or getattr(placement, "dim", None) == 0
         for placement in tensor.placements
@@ -330,9 +339,7 @@ class Optimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-        for name in self.matrices:
-            if self.parameters[name].grad is not None:
-                self._update_matrix(name, lr)
+        self._update_matrices(lr)
         # Rows come last: the device computes its updates while rows elsewhere are updated.
         for name in self.rows:
             if self.parameters[name].grad is not None:
@@ -340,32 +347,53 @@ class Optimizer:
         for table in self.tables:
             table.sparse = False
 
-    def _update_matrix(self, name: str, lr: float) -> None:
-        parameter = self.parameters[name]
+    def _update_matrices(self, lr: float) -> None:
+        """Updates the parameters that Muon updates."""
         momentum = self.config.momentum
-        assert parameter.grad is not None
-        average = self.state[f"{name}.momentum"].lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(average, momentum)
-        # Whole matrices are updated where they are. A part of a matrix is not enough.
-        target: Tensor = parameter
-        gathered = None
-        if isinstance(update, DTensor) and isinstance(parameter, DTensor):
-            if _has_whole_matrices(update):
-                target = parameter.to_local()
-                update = update.to_local()
+        sharded: dict[DeviceMesh, dict[str, DTensor]] = {}
+        for name in self.matrices:
+            grad = self.parameters[name].grad
+            if grad is None:
+                continue
+            average = self.state[f"{name}.momentum"].lerp_(grad, 1 - momentum)
+            update = grad.lerp(average, momentum)
+            # Whole matrices are updated where they are. A part of a matrix is not enough.
+            if not isinstance(update, DTensor):
+                self._update_matrix(name, lr, _turned(name, update))
+            elif _has_whole_matrices(update):
+                self._update_matrix(name, lr, _turned(name, update.to_local()))
+            elif has_sharded_rows(update):
+                updates = sharded.setdefault(update.device_mesh, {})
+                updates[name] = update
+                if sum(each.to_local().numel() for each in updates.values()) >= TOGETHER:
+                    self._update_sharded(sharded.pop(update.device_mesh), lr)
             else:
-                gathered = update
-                update = update.full_tensor()
-        stack = (
-            update.unflatten(-1, (2, -1)).transpose(-2, -3) if name.endswith("gate_up") else update
-        )
-        # A gate and an up projection in one tensor are two matrices.
-        turned = orthogonalise(stack)
-        turned = turned.transpose(-2, -3).flatten(-2) if name.endswith("gate_up") else turned
-        if gathered is not None:
-            turned = distribute_tensor(turned, gathered.device_mesh, gathered.placements)
+                # Every rank has the result, and takes its part of it.
+                parts = distribute_tensor(
+                    _turned(name, update.full_tensor()),
+                    update.device_mesh,
+                    update.placements,
+                    src_data_rank=None,
+                )
+                self._update_matrix(name, lr, parts.to_local())
+        for updates in sharded.values():
+            self._update_sharded(updates, lr)
+
+    def _update_sharded(self, updates: Mapping[str, DTensor], lr: float) -> None:
+        """Updates matrices whose rows are sharded: each is turned on one of their ranks."""
+        turned = map_whole(list(updates.values()), orthogonalise)
+        for name, rows in zip(updates, turned, strict=True):
+            self._update_matrix(name, lr, rows)
+
+    def _update_matrix(self, name: str, lr: float, turned: Tensor) -> None:
+        """Adds this rank's part of a turned update to a matrix, or a stack of matrices."""
+        parameter = self.parameters[name]
+        sides = [parameter.shape[-2], parameter.shape[-1]]
+        if name.endswith("gate_up"):
+            sides[1] //= 2
+        target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         target.mul_(1 - lr * self.config.weight_decay)
-        target.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(stack.shape[-2:])))
+        target.add_(turned, alpha=-lr * 0.2 * math.sqrt(max(sides)))
 
     def _update_rows(self, name: str, lr: float) -> None:
         """Updates the rows of a table that have a gradient, by Adam with rate `lr`."""
@@ -424,8 +452,11 @@ class Optimizer:
             if name in self.tables_on_disk:
                 continue
             keys = [f"{name}.{key}" for key in ("exp_avg", "exp_avg_sq", "updates")]
-            tensors = {name: self.parameters[name].detach()}
-            snapshot = RowSnapshot(tensors | {key: self.state[key] for key in keys})
+            tensors = {name: self.parameters[name].detach(), **{k: self.state[k] for k in keys}}
+            table = self.row_tables[name]
+            # The last ranks may have rows without an id, which nobody changes or reads.
+            count = table.count if isinstance(table, ShardedTable) else table.rows
+            snapshot = RowSnapshot({key: tensor[:count] for key, tensor in tensors.items()})
             self.snapshots[name] = snapshot
             pieces |= {each: partial(snapshot.rows, each) for each in (name, *keys)}
         return pieces
@@ -443,7 +474,9 @@ class Optimizer:
     def failed_write(self) -> Exception | None:
         """Waits for the rows that the last step writes to the disk; returns the error of a write.
 
-        It is of this rank. The next update would raise it, on this rank alone.
+        It is of this rank. The next update would raise it, on this rank alone. After this step's
+        forward pass there is nothing to wait for: its rows were read behind that write, by the same
+        thread.
         """
         try:
             for table in self.tables_on_disk.values():

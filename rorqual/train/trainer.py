@@ -349,14 +349,16 @@ def _build_tables(
     marks = config.keep + 1
     for number, rows in enumerate(row_totals(shape.engram)):
         folder = Path(config.folder) / "learning" / str(number)
-        if exchange is not None:
-            options |= {"exchange": exchange, "folder": folder, "keep": marks}
-            table: Table = ShardedTable(rows, width, config.placement, **options)
-        elif config.placement == "host":
-            table = Table(rows, width, "host", **options)
-        else:
-            table = Table.of_records(folder, rows, width, keep=marks)
-        tables.append(open_tables.enter_context(closing(table)))
+        # A rank may be unable to open its records.
+        with distributed.together():
+            if exchange is not None:
+                options |= {"exchange": exchange, "folder": folder, "keep": marks}
+                table: Table = ShardedTable(rows, width, config.placement, **options)
+            elif config.placement == "host":
+                table = Table(rows, width, "host", **options)
+            else:
+                table = Table.of_records(folder, rows, width, keep=marks)
+            tables.append(open_tables.enter_context(closing(table)))
     return tables
 
 

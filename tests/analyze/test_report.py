@@ -158,28 +158,29 @@ def test_costs_and_load_are_those_of_the_training(runs, tmp_path, monkeypatch):
         shutil.copytree(folder, folders[-1])
         text = {"data": {"source": str(notes), "column": "body", "limit": None}, "seq_len": 64}
         (folders[-1] / "train.json").write_text(json.dumps(text))
-    drawn = []
-    draw = report._held_out
+    opened = []
+    plain = report.open_corpus
     monkeypatch.setattr(
         report,
-        "_held_out",
-        lambda *arguments: drawn.append((arguments, draw(*arguments))) or drawn[-1][1],
+        "open_corpus",
+        lambda source, **options: opened.append((source, options)) or plain(source, **options),
     )
     write_report(folders, tmp_path / "report.html", sentence="the whale")
-    assert [arguments[:3] for arguments, _ in drawn] == [(str(notes), "body", None)], (
-        "once for both runs"
-    )
-    assert len(drawn[0][1]) == 1
+    assert opened == [(str(notes), {"column": "body", "limit": None})], "once for both runs"
+    assert len(report.sample(trained(folders[0]))) == 1
     assert read_run(folders[0], texts=TEXTS).costs == costs(
         read_run(folders[0], texts=TEXTS).config, 64
     )
-    notes.unlink()
+    expected = report.sample(trained(folders[0]))
+    wordnet = notes.rename(tmp_path / "wordnet.jsonl")
     monkeypatch.setattr(
         report,
-        "_held_out",
-        lambda source, *_: draw(str(notes), "text", None, 1) if source != "wordnet" else ("a",),
+        "open_corpus",
+        lambda source, **_: plain(
+            str(wordnet) if source == "wordnet" else source, column="body", limit=None
+        ),
     )
-    assert report.sample(trained(folders[0])) == ("a",)
+    assert report.sample(trained(folders[0])) == expected
 
 
 def test_where_rows_are_is_given_run_by_run(runs, tmp_path):
@@ -215,12 +216,14 @@ def test_cells_are_escaped():
     assert "&lt;b&gt;" in table(["x"], [["<b>"]])
 
 
-def test_expert_load_begins_each_text_as_a_document(runs):
-    model = load_model(runs[0])
-    tokenizer = Tokenizer.load(runs[0])
-    tokenizer.begin_id = tokenizer.end_id + 5
-    taken = report._load(model, tokenizer, ["", ""], 64).by_token.sum((0, 1))
-    assert taken.nonzero().flatten().tolist() == [tokenizer.begin_id]
+def test_expert_load_begins_each_text_as_a_document(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    plain = Tokenizer.load(run)
+    begin_token = plain.backend.id_to_token(plain.end_id + 5)
+    Tokenizer(plain.backend, plain.settings | {"bos_token": begin_token}).save(run)
+    taken = read_run(run, texts=["", ""]).load.by_token.sum((0, 1))
+    assert taken.nonzero().flatten().tolist() == [plain.end_id + 5]
 
 
 def test_a_document_is_read_as_far_as_a_training_would(runs, tmp_path):

@@ -205,7 +205,7 @@ def test_a_chat_in_the_terminal(
     small_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["/set temperature 0", "The blue", "/nonsense", "/set top_k x", "/reset", "The blue"]
-    typed = iter([*lines, "/help", "/history", "", "/exit", "never read"])
+    typed = iter([*lines, "/help", "/history", "", "/exit now", "never read"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     assert main(["chat", str(small_run), "--max-new-tokens", "4"]) == 0
     assert next(typed) == "never read"

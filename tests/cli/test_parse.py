@@ -85,6 +85,21 @@ def test_a_name_and_its_value_may_be_one_word() -> None:
     ).model.memory == Memory(rows=(1, 2))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optim:
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    optim: Optim = field(default_factory=Optim)
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    steps: int = 10
+    seq_len: int = 16
+    folder: str = "x"
+
+
 def test_names_may_have_dashes_or_underscores_and_the_last_value_counts() -> None:
     words = [
         "--micro-batch-size",
@@ -230,50 +245,3 @@ def test_examples_stand_one_a_line_at_the_end_of_help(capsys: pytest.CaptureFixt
     assert message.endswith("examples:\n  rorqual x here\n  rorqual x there --steps 3\nepilogue\n")
     assert "What it does, in one sentence." in message and "A second paragraph." in message
     assert message.count("rorqual x here") == 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optim:
-    lr: float = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
-    optim: Optim = field(default_factory=Optim)
-    batch_size: int = 8
-    micro_batch_size: int | None = None
-    steps: int = 10
-    seq_len: int = 16
-    folder: str = "x"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--rows", "32"], "got --rows, which rorqual train calls --batch-size"),
-        (
-            ["--train_batch_size=32"],
-            "got --train-batch-size, which rorqual train calls --batch-size",
-        ),
-        (["rows=32"], "got --rows, which rorqual train calls --batch-size"),
-        (
-            ["--epochs", "3"],
-            "calls --steps; steps = epochs * tokens of the text / (--batch-size * --seq-len)",
-        ),
-        (
-            ["--gradient-accumulation-steps", "4"],
-            "calls --micro-batch-size; steps of accumulation = --batch-size / (ranks",
-        ),
-        (["--learning-rate", "1e-3"], "calls --optim.lr"),
-        (["--lr", "1e-3"], "calls --optim.lr"),
-        (["--max-steps", "5"], "calls --steps"),
-        (["--block-size", "64"], "calls --seq-len"),
-        (["--max-length", "64"], "calls --seq-len"),
-        (["--output-dir", "y"], "calls --folder"),
-    ],
-)
-def test_a_flag_of_another_tool_gets_ours(words: list[str], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parse(Training(), words, "train PRESET")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from rorqual.data import chats
@@ -133,7 +134,7 @@ def test_a_tokenizer_whose_end_is_plain_text_is_refused() -> None:
 
 def test_tools_are_refused_by_the_template(theirs) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    with pytest.raises(Exception, match="without tools"):
+    with pytest.raises(TemplateError, match="without tools"):
         theirs.apply_chat_template(CHAT, tools=[tool], tokenize=False)
 
 

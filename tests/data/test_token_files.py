@@ -120,7 +120,7 @@ def test_documents_of_any_length_in_pieces_of_any_size(
     megatron = write_megatron(tmp_path / "megatron.bin", [[ids] for ids in documents])
     full = [ids for ids in documents if ids]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "_PIECE", piece)
+        patch.setattr(token_files, "PIECE", piece)
         files = [open_file(path, 270) for path in (raw, megatron) if path.stat().st_size]
         for file in files:
             scanned = token_files.scan(file, used, "words")

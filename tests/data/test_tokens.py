@@ -1,5 +1,6 @@
 """Tests token files that `tokenise` writes: nothing is lost, and nothing is left half-written."""
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -121,7 +122,7 @@ def test_a_stop_halfway_leaves_nothing(
         tokenise(open_corpus(limit=50), small, tmp_path, progress=stop)
     assert list(tmp_path.iterdir()) == []
     text: list[int] = []
-    monkeypatch.setattr(tokens, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(tokens, "BATCH_LETTERS", 500)
     result = tokenise(open_corpus(limit=50), small, tmp_path, progress=text.append)
     assert text == sorted(text)
     assert len(text) > 3
@@ -145,12 +146,27 @@ def test_the_nearest_document_validates_where_none_would(tmp_path: Path, small: 
     assert result.train.documents == len(texts) - 1
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 400).map(lambda i: f"text {i}"), unique=True))
-def test_ordering_keeps_every_document_on_its_side(texts: list[str]) -> None:
-    sided = [(split(text), text) for text in texts]
-    ordered = list(tokens._ordered(iter(sided)))
-    assert sorted(ordered) == sorted(sided)
+def documents(side: Tokens, tokenizer: Tokenizer) -> list[str]:
+    return [
+        tokenizer.decode(side.ids[start + 1 : end].tolist())
+        for start, end in itertools.pairwise(side.starts.tolist())
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 400).map(lambda i: f"text {i}"), min_size=2, unique=True).filter(
+        lambda texts: len(set(map(split, texts))) == 2
+    )
+)
+def test_every_document_stays_on_its_side(
+    tmp_path_factory: pytest.TempPathFactory, small: Tokenizer, texts: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("sides")
+    result = tokenise(local(folder / "text", texts), small, folder / "tokens")
+    for name, side in (("train", result.train), ("validation", result.validation)):
+        expected = sorted(text for text in texts if split(text) == name)
+        assert sorted(documents(side, small)) == expected
 
 
 def test_documents_are_stored_with_begin(tmp_path: Path) -> None:
@@ -196,7 +212,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
     tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many small batches, so that processes finish in another order than they begin."""
-    monkeypatch.setattr(tokens, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(tokens, "BATCH_LETTERS", 300)
     notes = [f"text {i} " * (1 + i % 17) for i in range(200)]
     chats = [
         json.dumps({"messages": [{"role": "user", "content": note}, reply]})

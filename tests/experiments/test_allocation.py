@@ -469,7 +469,7 @@ def test_a_sweep_that_cannot_be_drawn_leaves_what_was_there(tmp_path, trained, m
     config = SweepConfig(model=TINY, rhos=(1.0, 0.6), folder=str(tmp_path))
     folder = main(config, console=Console(file=io.StringIO()))
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(allocation, "_draw", lambda kind, rows: 1 / 0)
+    monkeypatch.setattr(allocation, "chart", lambda kind, rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(replace(config, rhos=(1.0, 0.3)), console=Console(file=io.StringIO()))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -477,12 +477,12 @@ def test_a_sweep_that_cannot_be_drawn_leaves_what_was_there(tmp_path, trained, m
 
 def test_the_curve_is_drawn_from_the_rows():
     rows = _rows([4.0, 5.0], [3.9, 4.8], controls=[[4.0, 4.2]])
-    axes = allocation._draw("allocation", rows).axes[0]
+    axes = allocation.chart("allocation", rows).axes[0]
     assert axes.lines[0].get_xdata().tolist() == [0.0, 1.0]
     assert axes.lines[0].get_ydata().tolist() == [row.mean for row in rows[:2]]
     assert axes.get_legend_handles_labels()[1] == ["c0", "validation"]
     ticks = [
-        text.get_text() for text in allocation._draw("ablation", rows[:2]).axes[0].get_xticklabels()
+        text.get_text() for text in allocation.chart("ablation", rows[:2]).axes[0].get_xticklabels()
     ]
     assert ticks == ["p0", "p1"]
 

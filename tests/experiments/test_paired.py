@@ -11,7 +11,7 @@ def test_paired_differences_and_their_error():
     assert difference([3.9, 4.8, 5.7], [4.0, 5.0, 6.0]) == pytest.approx((-0.2, 0.1 / 3**0.5))
     mean, error = mean_and_error([2.0])
     assert mean == 2 and math.isnan(error)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         difference([1.0, 2.0], [1.0])
 
 

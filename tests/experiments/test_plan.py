@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rorqual.costs import costs
 from rorqual.experiments.budget import FLOP_TOLERANCE, TOTAL_TOLERANCE, Budget
-from rorqual.experiments.plan import _solve_rows, agreement, plan_budget, split_budget
+from rorqual.experiments.plan import agreement, plan_budget, solve_rows, split_budget
 from rorqual.layers.engram import EngramConfig, row_totals
 from rorqual.layers.router import RouterConfig
 from rorqual.presets import preset
@@ -65,7 +65,7 @@ def test_the_rows_solved_for_are_the_closest(rows, heads, head_dim):
     target = spent._replace(
         total=spent.total - spent.memory + rows * memory.rows_per_token * head_dim
     )
-    result = _solve_rows(target, empty, memory, 128).rows_per_head[0]
+    result = solve_rows(target, empty, memory, 128).rows_per_head[0]
     free = rows * memory.rows_per_token * head_dim
     assert abs(total_rows(result) - free) == min(
         abs(total_rows(count) - free) for count in range(max(2, rows - 99), rows + 9)

@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ import random_qwen4_exp  # noqa: F401 (it chooses the functions that run on a CP
 
 from rorqual.data.tokenizer import train
 from rorqual.hub.attach import Everything, attach, find_blocks, load_memory
-from rorqual.layers.context import Span
+from rorqual.layers.context import Context, Span
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
@@ -696,17 +697,19 @@ def test_caches_are_given_back_as_they_were(llama, tokenizer):
 
 @torch.no_grad()
 def test_memory_keeps_nothing_of_a_call_alive(llama, tokenizer):
-    memory = attach(llama, tokenizer, (0,), **SMALL)
-    for _ in range(3):
-        llama(prompt())
-    assert memory._now is None
-    gc.collect()
-    llama(prompt())
-    assert len(memory._caches) == 1
+    def contexts() -> int:
+        gc.collect()
+        return sum(isinstance(each, Context) for each in gc.get_objects())
+
+    attach(llama, tokenizer, (0,), **SMALL)
+    before = contexts()
+    cache = weakref.ref(llama(prompt()).past_key_values)
+    assert contexts() == before
+    assert cache() is None
     llama.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llama(prompt())
-    assert memory._now is None
+    assert contexts() == before
 
 
 @torch.no_grad()
@@ -940,21 +943,21 @@ def test_the_body_of_an_attached_model_is_refused_too(llama, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("how", "reason"),
     [
-        "no_format",
-        "no_config",
-        "no_json",
-        "fewer_rows",
-        "no_table",
-        "integers",
-        "other_shape",
-        "odd_field",
-        "huge",
+        ("no_format", "got format None, expected 'rorqual-memory-1'"),
+        ("no_config", "no memory that Memory.save wrote: .*config"),
+        ("no_json", "no memory that Memory.save wrote: JSONDecodeError"),
+        ("fewer_rows", "fewer than the 388 rows"),
+        ("no_table", "tables.0.weight"),
+        ("integers", "no memory that Memory.save wrote"),
+        ("other_shape", "loading state_dict"),
+        ("odd_field", "got surprise, expected fields of EngramConfig"),
+        ("huge", "fewer than the 4000000000000000 rows"),
     ],
 )
 def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
-    llama, tokenizer, tmp_path, how
+    llama, tokenizer, tmp_path, how, reason
 ):
     path = tmp_path / "memory.safetensors"
     ids = prompt()
@@ -988,7 +991,7 @@ def test_a_damaged_memory_file_is_refused_and_leaves_the_model_alone(
         about["config"]["rows_per_head"] = [10**15, 10**15]
     header["memory"] = "{" if how == "no_json" else json.dumps(about)
     save_file(tensors, path, header)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=reason):
         load_memory(llama, tokenizer, path)
     assert not hasattr(llama, "rorqual_memory") and all(p.requires_grad for p in llama.parameters())
     assert torch.equal(llama(ids).logits, before)

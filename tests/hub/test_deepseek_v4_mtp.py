@@ -183,7 +183,9 @@ def places_of(oracle: Oracle, config: ModelConfig) -> dict:
         if name.startswith("mtp."):
             _, number, rest = name.split(".", 2)
             layer = f"layers.{oracle.layers + int(number)}.{rest}"
-            table[name if rest.startswith(OWN) else deepseek_v4._theirs(layer)] = tensor_place
+            table[name if rest.startswith(OWN) else deepseek_v4.transformers_name(layer)] = (
+                tensor_place
+            )
     for depth in range(oracle.depth):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
             layer = f"model.layers.{oracle.layers + depth}.mlp.experts.{theirs}"

@@ -26,11 +26,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernels.registered()
-    monkeypatch.setattr(kernels, "_REGISTERED", dict(kernels._REGISTERED))
-    monkeypatch.setattr(kernels, "_installed", lambda package: True)
-    kernels._parse.cache_clear()
+    monkeypatch.setattr(kernels, "REGISTERED", dict(kernels.REGISTERED))
+    monkeypatch.setattr(kernels, "is_installed", lambda package: True)
+    kernels.parse_variable.cache_clear()
     yield
-    kernels._parse.cache_clear()
+    kernels.parse_variable.cache_clear()
 
 
 def double(x: Float[Tensor, "N"], y: Int[Tensor, "N"] | None, out: Tensor | None = None) -> str:
@@ -150,7 +150,7 @@ def test_triton_takes_a_gpu_and_interprets_only_where_asked_for(
 
 
 def test_what_is_not_installed_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_installed", lambda package: False)
+    monkeypatch.setattr(kernels, "is_installed", lambda package: False)
     operation = registered("numba", "triton")
     assert operation(FLOATS, INTS) == "reference"
     assert operation.choice.kind(CUDA) == "reference"

@@ -122,7 +122,7 @@ def test_mla_absorbed_equals_expanded(name, form, monkeypatch):
         monkeypatch.setattr(
             layer, each, lambda *a, each=each, plain=plain: used.append(each) or plain(*a)
         )
-    monkeypatch.setattr(layer, "_absorbing_is_cheaper", lambda time: form == "absorbed")
+    monkeypatch.setattr(layer, "absorbs", lambda ctx: ctx.past > 0 and form == "absorbed")
     past = Past(2)
     cache = layer.new_cache(2, 150, hidden.dtype, hidden.device)
     outs = [
@@ -142,12 +142,14 @@ def test_mla_chooses_the_form_that_multiplies_less():
         8,
         RopeConfig(),
     )
-    assert [v3._absorbing_is_cheaper(time) for time in (1, 170, 171, 4096)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+
+    def absorbs(cached: int, time: int) -> bool:
+        past = Past(1)
+        past.append([cached])
+        return v3.absorbs(context(1, time, "cpu", past=past))
+
+    assert [absorbs(9, time) for time in (1, 170, 171, 4096)] == [True, True, False, False]
+    assert not absorbs(0, 1)
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def test_visible_entries_are_the_complete_ones_of_the_document():
 def test_coarse_blocks_hold_the_best_and_the_last(packed):
     scores = torch.tensor([[[9.0, 1, 1, 1, 8, 1, 1, -5, 0]]])
     visible = Visible(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[9]]), packed)
-    coarse = Coarse(2, visible, TieRule("last"))
-    selected = coarse.select(scores, slice(0, 1), 2)
+    coarse = Coarse(2, visible)
+    selected = best(coarse.maxima(scores, slice(0, 1)), 2, TieRule("last"))
     assert sorted(selected[0, 0].tolist()) == [0, 4], "the last has one entry, and a low score"
     mask = coarse.mask(selected, 9, slice(0, 1))
     assert mask[0, 0].tolist() == [True, True, *[False] * 6, True]
@@ -53,9 +53,9 @@ def test_coarse_blocks_hold_the_best_and_the_last(packed):
 def test_coarse_blocks_are_counted_from_the_start_of_the_document():
     scores = torch.tensor([[[9.0, 9, 9, 1, 1, 5, 1]]])
     visible = Visible(torch.tensor([[3]]), torch.tensor([[7]]), packed=True)
-    coarse = Coarse(2, visible, TieRule("last"))
+    coarse = Coarse(2, visible)
     scores = scores.masked_fill(~visible.mask(7, slice(0, 1)), -torch.inf)
-    selected = coarse.select(scores, slice(0, 1), 1)
+    selected = best(coarse.maxima(scores, slice(0, 1)), 1, TieRule("last"))
     assert selected[0, 0].tolist() == [1]
     mask = coarse.mask(selected, 7, slice(0, 1))
     assert mask[0, 0].tolist() == [False] * 5 + [True, True]

@@ -180,7 +180,8 @@ def test_decay_and_step_size():
     layer = DeltaNet(CONFIG, 8).double()
     hidden = torch.randn(1, 2, 8, dtype=torch.float64)
     ctx = context(1, 2, "cpu")
-    _, writes = layer.project(hidden, layer._convolve(hidden, ctx), ctx)
+    mixed = torch.randn(1, 2, layer.in_proj_qkv.out_features, dtype=torch.float64)
+    _, writes = layer.project(hidden, mixed, ctx)
     a = hidden @ layer.in_proj_a.weight.T + layer.dt_bias
     expected = -layer.A_log.exp() * torch.log1p(a.exp())
     torch.testing.assert_close(writes.decay, expected)

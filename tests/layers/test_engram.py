@@ -284,25 +284,6 @@ def test_layer_is_the_authors(layer: int) -> None:
         torch.testing.assert_close(got, golden[f"{prefix}grad_{name}"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "dilation", "time"), [(1, None, 5), (2, 1, 1), (3, None, 7), (4, 2, 23)]
-)
-def test_convolution_is_torchs(
-    kernel: int, dilation: int | None, time: int, poisoned: None
-) -> None:
-    config = EngramConfig(kernel=kernel, dilation=dilation)
-    layer = Engram(config, 6, 2)
-    nn.init.normal_(layer.conv)
-    x = torch.randn(3, time, 2, 6)
-    step = dilation or config.ngram
-    padded = F.pad(x.flatten(2).transpose(1, 2), ((kernel - 1) * step, 0))
-    expected = F.conv1d(padded, layer.conv.view(12, 1, kernel), dilation=step, groups=12).transpose(
-        1, 2
-    )
-    got = layer._convolve(x, context(3, time, "cpu"))
-    torch.testing.assert_close(got.flatten(2), expected, atol=1e-6, rtol=1e-5)
-
-
 def test_gate_in_closed_form() -> None:
     query = torch.zeros(1, 1, 5, 4)
     query[0, 0, :, 0] = torch.tensor([0.0, -0.0, 2e-8, 8.0, -8.0])  # scores are halves of these
@@ -571,29 +552,35 @@ def test_whoever_watches_the_gate_sees_and_moves_it(monkeypatch: pytest.MonkeyPa
     hook.remove()
 
 
-@pytest.mark.parametrize("gating", ["shared", "open"])
-def test_without_a_gate_a_stream(gating: str) -> None:
+@pytest.mark.parametrize(
+    ("gating", "kernel", "dilation"),
+    [("shared", 4, None), ("open", 4, None), ("open", 1, None), ("open", 3, 2), ("shared", 2, 1)],
+)
+def test_without_a_gate_a_stream(gating: str, kernel: int, dilation: int | None) -> None:
     """Compares with equations written out in double, gradients too.
 
     There is one gate, of the streams' mean; or none, so that v = W_v memory.
     """
-    config = EngramConfig(rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating)
+    config = EngramConfig(
+        rows_per_head=(31, 67), heads=2, head_dim=3, gating=gating, kernel=kernel, dilation=dilation
+    )
     layer = Engram(config, 5, 3)
     dim = 5
     streams = 3
-    valid = torch.arange(4).expand(2, 4) < 3
-    where = context(2, 4, "cpu", lengths=[3, 3])
+    time = 9
+    valid = torch.arange(time).expand(2, time) < time - 1
+    where = context(2, time, "cpu", lengths=[time - 1] * 2)
     layer.reset(std=0.5)
     nn.init.normal_(layer.conv)
     assert [name for name, _ in layer.named_parameters() if "key" in name or "query" in name] == (
         ["key_proj.weight", "gate.key_norm", "gate.query_norm"] if gating == "shared" else []
     )
-    hidden = torch.randn(2, 4, 3, 5)
-    memory = torch.randn(2, 4, config.memory_width)
-    change = torch.randn(2, 4, 3, 5)
+    hidden = torch.randn(2, time, 3, 5)
+    memory = torch.randn(2, time, config.memory_width)
+    change = torch.randn(2, time, 3, 5)
 
     def plain(hidden: Tensor, memory: Tensor, p: dict[str, Tensor]) -> Tensor:
-        gates = torch.ones(2, 4, dtype=hidden.dtype)
+        gates = torch.ones(2, time, dtype=hidden.dtype)
         if gating == "shared":
             query = F.rms_norm(hidden.mean(2), (dim,), p["gate.query_norm"][0], config.eps)
             key = F.rms_norm(
@@ -602,13 +589,13 @@ def test_without_a_gate_a_stream(gating: str) -> None:
             score = (query * key).sum(-1) / dim**0.5
             gates = (score.sign() * score.abs().sqrt()).sigmoid()
         gated = (gates * valid)[..., None] * (memory @ p["value_proj.weight"].T)
-        gated = gated[:, :, None].expand(2, 4, streams, dim)
+        gated = gated[:, :, None].expand(2, time, streams, dim)
         normed = F.rms_norm(gated, (dim,), None, config.conv_eps) * p["conv_norm"]
-        return gated + F.silu(
-            engram.convolve(
-                F.pad(normed, (0, 0, 0, 0, config.halo, 0)), p["conv"], None, config.halo
-            )
-        )
+        step = dilation or config.ngram
+        padded = F.pad(normed.flatten(2).transpose(1, 2), ((kernel - 1) * step, 0))
+        taps = p["conv"].view(streams * dim, 1, kernel)
+        convolved = F.conv1d(padded, taps, dilation=step, groups=streams * dim)
+        return gated + F.silu(convolved.transpose(1, 2).unflatten(2, (streams, dim)))
 
     def run(function, dtype: torch.dtype) -> list[Tensor]:
         named = {

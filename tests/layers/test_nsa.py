@@ -407,7 +407,7 @@ def selection_of(attention, query, blocks, ctx):
     """Returns the selection of every query, or of the first of each tile."""
     if attention.tiles:
         return attention.select(query, blocks, ctx)
-    return attention._attend_compressed(query, blocks, ctx)[1]
+    return attention.attend_compressed(query, blocks, ctx)[1]
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])

@@ -1,6 +1,5 @@
 """Tests the measurement of servers: closed forms of scripted times, servers that misbehave."""
 
-import asyncio
 import contextlib
 import json
 import math
@@ -11,6 +10,7 @@ import socketserver
 import statistics
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -326,21 +326,46 @@ def test_what_waits_for_others_says_how_long(fake) -> None:
     assert summarise(outcomes, 1.0)["max_wait_ms"] > 100
 
 
-def test_an_interrupt_returns_what_was_measured(fake) -> None:
-    """asyncio.run cancels its main task on ctrl-C; the same is done here."""
+class Interrupted(threading.Event):
+    """Stands for the event that the main thread waits for when ctrl-C comes."""
 
-    async def interrupted():
-        server = Server(fake.url)
-        names = load("good", "good", *["slow"] * 3, "good", concurrency=2)
-        task = asyncio.create_task(bench._measure(server, names, lambda done: None))
-        await asyncio.sleep(1.0)
-        task.cancel()
-        return await task
+    def __init__(self, when) -> None:
+        super().__init__()
+        self.when = when
 
-    outcomes, seconds = asyncio.run(interrupted())
-    assert [each.failure for each in outcomes] == [None, None, "unfinished", "unfinished"]
-    assert 0.5 < seconds < 1.9
-    assert summarise(outcomes, seconds)["unfinished"] == 2
+    def wait(self, timeout=None):
+        if self.when is not None and self.when():
+            self.when = None
+            raise KeyboardInterrupt
+        return super().wait(timeout)
+
+
+@pytest.mark.parametrize("slow", [2, 200])
+def test_an_interrupt_returns_what_was_measured(fake, monkeypatch, slow) -> None:
+    """However many requests are there, it takes no longer."""
+    done = []
+    event = Interrupted(lambda: len(done) == 2)
+    namespace = SimpleNamespace(Event=lambda: event, Thread=threading.Thread)
+    monkeypatch.setattr(bench, "threading", namespace)
+    # The rest of what two hundred connections need to close is not waited for.
+    monkeypatch.setattr(bench, "END_SECONDS", 1.0 if slow == 2 else 0.0)
+    server = Server(fake.url)
+    names = load("good", "good", *["slow"] * slow, "good", concurrency=2)
+    outcomes, seconds = measure(server, names, done.append)
+    failures = [each.failure for each in outcomes]
+    assert failures[:2] == [None, None]
+    assert set(failures[2:]) <= {"unfinished"}
+    assert len(outcomes) <= 4
+    assert seconds > 0
+    assert summarise(outcomes, seconds)["completed"] == 2
+
+
+def test_an_interrupt_before_the_first_request_is_answered_has_nothing(fake, monkeypatch) -> None:
+    event = Interrupted(lambda: True)
+    namespace = SimpleNamespace(Event=lambda: event, Thread=threading.Thread)
+    monkeypatch.setattr(bench, "threading", namespace)
+    with pytest.raises(KeyboardInterrupt):
+        measure(Server(fake.url), load("slow"))
 
 
 def test_the_first_request_decides_whether_there_is_anything_to_measure(fake) -> None:

@@ -26,6 +26,7 @@ from rorqual.layers.qsa import QSAConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import Sampling
+from rorqual.serve.scheduler import Watch
 from tests.serve.plain import alone
 
 ENGRAM = EngramConfig(layers=(0,), rows_per_head=(97, 97), heads=2, head_dim=8)
@@ -178,6 +179,100 @@ def test_every_attention_beside_every_part(name, count):
         parts = functools.reduce(operator.or_, selected, ATTENTIONS[name])
         model = LanguageModel(ModelConfig(**SMALL | parts), seed=2).eval()
         come_and_go(model, [14, 3, 126, 1, 131], seed=6)
+
+
+def observe(engine, prompt, *, memory):
+    """Submits a prompt of which everything is wanted, and an embedding of it."""
+    sampling = Sampling(temperature=0.0, logprobs=2, prompt_logprobs=True)
+    watch = Watch(experts=True, memory=memory)
+    embedding = Watch(embedding=True)
+    return [
+        engine.submit(prompt, max_new_tokens=2, sampling=sampling, watch=watch),
+        engine.submit(prompt, max_new_tokens=0, watch=embedding),
+    ]
+
+
+def check_observed(requests, expected, tolerance=1e-6):
+    """Compares everything that was wanted with that of other requests."""
+    (read, embedded), (read_whole, embedded_whole) = requests, expected
+    assert read.ids == read_whole.ids
+    assert [one.experts for one in read.observed] == [one.experts for one in read_whole.observed]
+    for one, other in zip(read.observed, read_whole.observed, strict=True):
+        for token, same in zip(one.memory, other.memory, strict=True):
+            assert {i: r.rows for i, r in token.items()} == {i: r.rows for i, r in same.items()}
+            for layer, memory in token.items():
+                assert memory.gates == pytest.approx(same[layer].gates, abs=tolerance)
+    logprobs, same = read.prompt_logprobs, read_whole.prompt_logprobs
+    assert len(logprobs) == len(read.prompt) - 1
+    assert [one.logprob for one in logprobs] == pytest.approx(
+        [one.logprob for one in same], rel=tolerance, abs=2 * tolerance
+    )
+    embedding = embedded_whole.embedding
+    assert embedded.embedding == pytest.approx(embedding, rel=tolerance, abs=tolerance)
+
+
+SOME = ("mla",)  # of ATTENTIONS, in the fast tests
+EACH = [
+    pytest.param(name, drafts, marks=[] if name in SOME and not drafts else pytest.mark.slow)
+    for name in ATTENTIONS
+    for drafts in (False, True)
+    if not drafts or name != "moba decodes fully"
+]
+
+
+@pytest.mark.parametrize(("name", "drafts"), EACH)
+def test_what_is_wanted_of_a_whole_prompt_stops_no_request_that_decodes(name, drafts):
+    """It is read in chunks beside them, with the numbers of the whole prompt."""
+    parts = ATTENTIONS[name] | PARTS["engram"] | PARTS["streams"] | PARTS["mtp"]
+    parts |= {"moe": MoEConfig(routed=6, active=2, width=16, first_dense=1)}
+    model = LanguageModel(ModelConfig(**SMALL | parts), seed=1).eval()
+    draw = random.Random(3)
+    prompt = [draw.randrange(61) for _ in range(150)]
+    options = {"context": 400, "prefill_chunk": 40, "drafts": drafts}
+    whole = Engine(model, **options)
+    expected = observe(whole, prompt, memory=True)
+    while not whole.idle:
+        whole.step()
+    engine = Engine(model, **options)
+    # What was kept of an equal prompt is of no use: its outputs are wanted.
+    engine.run([prompt], max_new_tokens=1)
+    running = engine.submit(prompt[:5], max_new_tokens=40)
+    engine.step()
+    requests = observe(engine, prompt, memory=True)
+    steps = 0
+    while any(request.finish is None for request in requests):
+        before = len(running.ids)
+        engine.step()
+        assert len(running.ids) > before
+        steps += 1
+    if model.config.moba is None or model.config.moba.decode != "full":
+        assert steps >= 300 // 40
+    # A delta net adds up its state in the order of the pieces.
+    check_observed(requests, expected, 1e-6 if model.config.delta is None else 5e-5)
+    while not engine.idle:
+        engine.step()
+    assert running.ids == alone(model, prompt[:5], max_new_tokens=40)
+
+
+def test_a_prompt_that_was_sent_back_while_it_was_read_is_observed_once():
+    parts = {"moe": MoEConfig(routed=6, active=2, width=16, first_dense=1), "engram": ENGRAM}
+    model = LanguageModel(ModelConfig(**SMALL | parts), seed=1).eval()
+    draw = random.Random(4)
+    prompt = [draw.randrange(61) for _ in range(150)]
+    whole = Engine(model, context=300)
+    expected = observe(whole, prompt, memory=True)
+    while not whole.idle:
+        whole.step()
+    # The tokens that decode take the pages of the prompt that is read.
+    engine = Engine(model, context=300, cache_tokens=320, prefill_chunk=1, max_batch_size=3)
+    running = engine.submit(prompt[:60], max_new_tokens=200)
+    engine.step()
+    requests = observe(engine, prompt, memory=True)
+    while not engine.idle:
+        engine.step()
+    assert engine.stats().preemptions
+    assert len(running.ids) == 200
+    check_observed(requests, expected)
 
 
 @torch.inference_mode()

@@ -1,15 +1,21 @@
 """Tests that what prompts begin with is read once, and that caches of old prompts go."""
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rorqual.layers.engram import EngramConfig
+from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import DynamicRopeConfig, RopeConfig
 from rorqual.serve.engine import Engine
 from rorqual.serve.prefixes import PAGE, Prefixes, keys_of
+from rorqual.serve.sampling import Sampling
 from tests.serve.plain import alone
+from tests.serve.test_engine import ATTENTIONS, SMALL
 from tests.serve.test_scheduler import model_of, texts
+
+IGNORES_END = Sampling(temperature=0.0, ignore_eos=True)
 
 
 def test_a_shared_prefix_is_read_once():
@@ -53,6 +59,66 @@ def test_keys_of_another_length_are_not_shared_where_frequencies_vary():
         assert engine.run([prompt], max_new_tokens=20) == [ids]
     assert engine.run([long, short], max_new_tokens=20) == expected
     assert engine.stats().prefix_tokens == 0
+
+
+@pytest.mark.parametrize("chunk", [64, pytest.param(48, marks=pytest.mark.slow)])
+def test_prompts_of_a_delta_net_share_what_was_read_to_the_end_of_a_page(chunk):
+    """Its state is kept every 256 tokens, in whatever pieces the prompts were read."""
+    model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["qwen4"]), seed=1).eval()
+    prompts = texts(0, [30, 140, 100], shared=600)
+    expected = [alone(model, prompt, max_new_tokens=4) for prompt in prompts]
+    engine = Engine(model, prefill_chunk=chunk)
+    beside = engine.submit([3, 1, 4], max_new_tokens=60, sampling=IGNORES_END)
+    engine.step()
+    shared = 0
+    for number, (prompt, ids) in enumerate(zip(prompts, expected, strict=True)):
+        request = engine.submit(prompt, max_new_tokens=4)
+        while request.finish is None:
+            engine.step()
+        assert request.ids == ids
+        # Behind a shorter prefix reading goes on, and its states are kept in turn.
+        assert (request.prefix > 256) == (number > 0)
+        shared += request.prefix
+    assert engine.stats().prefix_tokens == shared
+    # The end of a prompt can be left, too, as it is for the next turn of a chat.
+    turn = engine.submit([*prompts[1], *range(20)], max_new_tokens=4)
+    while turn.finish is None:
+        engine.step()
+    assert turn.prefix == len(prompts[1]) // PAGE * PAGE
+    assert turn.ids == alone(model, [*prompts[1], *range(20)], max_new_tokens=4)
+    assert beside.finish in (None, "length")
+
+
+@torch.inference_mode()
+def test_states_of_a_delta_net_are_bounded_and_counted():
+    model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["qwen4"]), seed=1).eval()
+    prefixes = Prefixes(model)
+    ids = texts(0, [0], shared=1500)[0]
+    cache, _ = prefixes.start(ids)
+    without = model.new_cache(1)
+    model.hidden(torch.tensor([ids]), cache=cache)
+    model.hidden(torch.tensor([ids]), cache=without)
+    (state,) = (one for one in cache.states() if hasattr(one, "earlier"))
+    assert sorted(state.earlier) == [256, 512, 768, 1024, 1280]
+    size = sum(one.nbytes for one in state.earlier.values())
+    assert size == 5 * state.state.nbytes
+    prefixes.add(ids, cache)
+    assert prefixes.allocated_bytes >= size
+    (plain,) = (one for one in without.states() if hasattr(one, "earlier"))
+    assert not plain.earlier
+    # What is read behind a prefix has the numbers of the whole.
+    again, length = prefixes.start([*ids[:1100], 1, 2])
+    assert length == 1024
+    tail = torch.tensor([[*ids[1024:1100], 1, 2]])
+    result = model.hidden(tail, cache=again)[0]
+    whole = model.hidden(torch.tensor([[*ids[:1100], 1, 2]]))[0][:, 1024:]
+    torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
+    # It can be cropped as every cache.
+    again.crop(60)
+    result = model.hidden(tail[:, -60:], cache=again)[0]
+    torch.testing.assert_close(result, whole[:, -60:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="crop: got 70 tokens"):
+        again.crop(70)
 
 
 def test_without_prefix_cache_all_is_read():

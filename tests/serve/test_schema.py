@@ -8,13 +8,12 @@ for module in ("fastapi", "llguidance", "prometheus_client"):
     pytest.importorskip(module, reason="the extra [serve] is not installed")
 
 from fastapi import FastAPI  # noqa: E402 (after the extra is known to be there)
-from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from rorqual.serve.body import Refusal, loads  # noqa: E402
+from rorqual.serve.body import loads  # noqa: E402
 from rorqual.serve.sampling import Sampling  # noqa: E402
 from rorqual.serve.schema import ChatRequest, CompletionRequest  # noqa: E402
-from rorqual.serve.server import _invalid, _refused, _wrong  # noqa: E402
+from rorqual.serve.server import ERROR_HANDLERS  # noqa: E402
 
 USER = {"role": "user", "content": "hi"}
 
@@ -26,8 +25,7 @@ def completion(**fields):
 @pytest.fixture(scope="module")
 def client():
     """An app that reads requests and answers with what it understood."""
-    handlers = {RequestValidationError: _invalid, Refusal: _refused, ValueError: _wrong}
-    app = FastAPI(exception_handlers=handlers)
+    app = FastAPI(exception_handlers=ERROR_HANDLERS)
 
     @app.post("/completion")
     def _(request: CompletionRequest) -> str:
@@ -101,6 +99,10 @@ def test_what_asks_for_nothing_is_accepted():
     }
     request = completion(**fields)
     assert request.ignored == ("user",)
+    # What a client has no value for is null, whatever its name; an empty text never stops.
+    request = completion(lora_request=None, bad_words=[], mirostat=0, stop="")
+    assert (request.ignored, request.stop) == ((), [])
+    assert completion(stop=["", "a"]).stop == ["a"]
 
 
 BAD = [
@@ -132,7 +134,8 @@ BAD = [
     ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens: got 0"),
     ({"prompt": "x", "n": 65}, "n", "n: got 65"),
     ({"prompt": ["x"] * 40, "n": 2}, "n", "n: got 2 for each of 40"),
-    ({"prompt": "x", "stop": [""]}, "stop", "stop: got"),
+    ({"prompt": "x", "stop": [1]}, "stop", "stop: got"),
+    ({"prompt": "x", "return_token_ids": True}, "return_token_ids", "which this server does not"),
     ({"prompt": "x", "stop": ["a"] * 17}, "stop", "stop: got"),
     ({"prompt": "x", "stream": 1}, "stream", "stream: got 1"),
     ({"prompt": "x", "logprobs": 21}, "logprobs", "logprobs: got 21"),

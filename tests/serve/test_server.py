@@ -4,6 +4,7 @@ Every error has a sentence that explains it.
 """
 
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -437,6 +438,78 @@ def test_messages_are_texts_parts_of_text_or_nothing_reported(chat_client):
     assert refused.status == 400
     assert "messages[0].content[2]: got a part of type 'image_url'" in refused.error["message"]
     assert len(refused.text) < 1000
+
+
+def test_a_template_without_developers_has_them_as_the_system(folder, chat_client, tmp_path):
+    def read(role, client):
+        messages = [{"role": role, "content": "A"}]
+        return post(client, {"messages": messages}, "/tokenize").json()["tokens"]
+
+    assert read("developer", chat_client) == read("system", chat_client)
+    knows = tmp_path / "knows"
+    shutil.copytree(folder, knows)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}{% endfor %}{# developer #}"
+    (knows / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with serving(Service(load(knows, device="cpu"), context=64)) as client:
+        assert len(read("developer", client)) > len(read("system", client))
+
+
+def test_a_prompt_without_the_begin_of_a_document(client, run):
+    body = {"prompt": "A whale", "max_tokens": 1}
+    whole = post(client, body).json()["usage"]["prompt_tokens"]
+    bare = post(client, body | {"add_special_tokens": False}).json()["usage"]["prompt_tokens"]
+    assert bare == whole - 1 == len(run.tokenizer.encode("A whale"))
+    refused = post(client, body | {"prompt": "", "add_special_tokens": False})
+    assert (refused.status, refused.error["param"]) == (400, "add_special_tokens")
+    ids = {"prompt": [5, 6], "max_tokens": 1, "add_special_tokens": False}
+    assert post(client, ids).json()["usage"]["prompt_tokens"] == 2
+
+
+def test_a_head_is_answered_as_a_get_without_a_body(client):
+    for path in ("/health", "/", "/v1/models"):
+        answer = client.call("HEAD", path)
+        assert (answer.status, answer.text) == (200, "")
+        got = client.call("GET", path)
+        assert answer.headers["content-length"] == str(len(got.text.encode()))
+    assert client.call("HEAD", "/v1/completions").status == 405
+
+
+def test_models_with_a_slash_behind(client):
+    assert client.call("GET", "/v1/models/").json() == client.call("GET", "/v1/models").json()
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/models", "did you mean /v1/models?"),
+        ("/v1/responses", "Not Found"),
+        ("/v1/audio/speech", "see /docs"),
+    ],
+)
+def test_an_unknown_path_is_answered_with_the_one_that_was_meant(client, path, hint):
+    answer = post(client, {}, path)
+    assert (answer.status, answer.error["type"]) == (404, "invalid_request_error")
+    assert hint in answer.error["message"]
+
+
+def test_bodies_with_a_mark_of_utf8_and_packed_ones(client):
+    body = json.dumps({"prompt": "A", "max_tokens": 1}).encode()
+    kind = {"content-type": "application/json"}
+    assert client.call("POST", "/v1/completions", b"\xef\xbb\xbf" + body, **kind).status == 200
+    packed = client.call(
+        "POST", "/v1/completions", gzip.compress(body), **kind | {"content-encoding": "gzip"}
+    )
+    assert packed.status == 415
+    assert packed.error["message"] == "content-encoding: got gzip, expected a plain body"
+
+
+@pytest.mark.parametrize("host", ["example.org", "", "127.0.0.1.example.org"])
+def test_another_host_is_refused_in_openais_shape(client, host):
+    answer = client.call("GET", "/health", host=host)
+    assert answer.status == 400
+    assert answer.error["message"].startswith("host: got another name")
 
 
 def test_half_a_character_is_a_replacement(chat_client):

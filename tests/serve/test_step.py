@@ -411,15 +411,20 @@ def test_every_model_runs_the_same_machine_code():
     assert len(kernel.CODE.signatures) == 1
 
 
+@pytest.fixture
+def no_build():
+    """A process that has not started to compile, before the test and after it."""
+    serve_step.start_build.cache_clear()
+    yield
+    serve_step.start_build.cache_clear()
+
+
 @pytest.mark.slow
-def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, capsys):
+def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, no_build, capsys):
     started = []
     monkeypatch.setattr(kernel.Step, "is_cached", staticmethod(lambda: False))
     monkeypatch.setattr(
         serve_step.subprocess, "Popen", lambda command, **_: started.append(command)
-    )
-    monkeypatch.setattr(
-        serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__)
     )
     model = build(BASE)
     text = [[token for (token,) in decode(model, [[3, 5, 7]], max_new_tokens=9)] for _ in range(2)]
@@ -435,7 +440,7 @@ def test_the_first_generation_has_the_step_compiled_for_the_next(monkeypatch, ca
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_a_server_waits_for_the_step(monkeypatch, capsys, code):
+def test_a_server_waits_for_the_step(monkeypatch, no_build, capsys, code):
     """It is built by its own process, or by another's while its own ends at once."""
     asked = []
 
@@ -455,9 +460,6 @@ def test_a_server_waits_for_the_step(monkeypatch, capsys, code):
 
     monkeypatch.setattr(kernel.Step, "is_cached", staticmethod(is_cached))
     monkeypatch.setattr(serve_step.subprocess, "Popen", Process)
-    monkeypatch.setattr(
-        serve_step, "_building", serve_step.functools.lru_cache(serve_step._building.__wrapped__)
-    )
     serve_step.Decoder(build(BASE)).wait_until_built()
     assert asked[:2] == ["is cached", "wait"]
     lines = capsys.readouterr().err
@@ -465,10 +467,10 @@ def test_a_server_waits_for_the_step(monkeypatch, capsys, code):
     assert ("was not compiled" in lines) == (code == 1)
 
 
-def test_without_a_place_to_keep_it_nothing_is_compiled(monkeypatch, capsys):
+def test_without_a_place_to_keep_it_nothing_is_compiled(monkeypatch, no_build, capsys):
     monkeypatch.setattr(kernel.Step, "keepable", staticmethod(lambda: False))
     monkeypatch.setattr(serve_step.subprocess, "Popen", None)
-    assert serve_step._building.__wrapped__(kernel.Step) is None
+    assert serve_step.start_build(kernel.Step) is None
     assert "NUMBA_CACHE_DIR" in capsys.readouterr().err
 
 

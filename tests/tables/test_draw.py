@@ -12,7 +12,7 @@ from rorqual.tables.draw import draw_rows
 )
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_chunks_are_one_draw(rows, width, ranks, monkeypatch):
-    monkeypatch.setattr(draw, "_DRAWN", 32 * width)
+    monkeypatch.setattr(draw, "DRAWN", 32 * width)
     torch.manual_seed(3)
     expected = torch.randn(rows, width) * 0.02
     after = torch.get_rng_state()

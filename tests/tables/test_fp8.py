@@ -189,7 +189,7 @@ def test_tiles_look_up_every_byte_under_every_scale(
     from rorqual.kernels import triton_rows
 
     # The interpreter's time depends on the number of programs, not on the work of each.
-    monkeypatch.setattr(triton_rows, "_VALUES", 1 << 15)
+    monkeypatch.setattr(triton_rows, "VALUES", 1 << 15)
     ids = torch.randperm(2048).to(tiled)
     ours = triton_rows.lookup(records, ids, 32)
     expected = lookup.reference(records, ids, 32)

@@ -193,7 +193,7 @@ def test_a_step_that_is_no_mark_and_another_boot_are_refused(
         table.rewind(3)
     boot = tmp_path / "boot"
     boot.write_text("another start")
-    monkeypatch.setattr(journal, "_BOOT", boot)
+    monkeypatch.setattr(journal, "BOOT_ID", boot)
     # Nothing was written since the mark, so nothing can be lost.
     table.rewind(4)
     table.change(np.array([3]), np.ones((1, SIZE), np.uint8))

@@ -283,6 +283,21 @@ def test_rows_asked_for_before_an_update_are_not_what_the_next_one_changes(
     table.close()
 
 
+def test_records_that_cannot_be_read_for_an_update_are_an_error_of_the_next_call(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Of several ranks the one that fails would otherwise raise alone, within the update."""
+    _, model = pair(tmp_path)
+    table = model["table"]
+    ids = torch.arange(6)
+    table.flush()
+    os.truncate(table.file.folder / "records", 100)
+    table.update(ids, torch.ones(6, WIDTH), lambda rows, *_: rows.add_(1))
+    with pytest.raises(TableError, match="records"):
+        table.flush()
+    table.close()
+
+
 def test_rows_in_host_memory_learn_as_resident_ones_do_and_stay_there() -> None:
     torch.manual_seed(3)
     after = torch.rand(1)

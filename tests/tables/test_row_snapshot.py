@@ -1,5 +1,6 @@
 """Tests row_snapshot.py: rows are read as they were, whatever is trained meanwhile."""
 
+import gc
 import threading
 
 import torch
@@ -61,9 +62,29 @@ def test_two_threads_share_it():
     assert trained["weight"].any()
 
 
+def copies_of_three() -> int:
+    """Counts tensors of three rows of two numbers."""
+    return sum(type(each) is torch.Tensor and each.shape == (3, 2) for each in gc.get_objects())
+
+
+def test_copies_go_with_the_tensor_that_is_read():
+    snapshot = RowSnapshot(tensors())
+    snapshot.preserve(torch.tensor([1, 2, 9]))
+    assert copies_of_three() == 2
+    snapshot.rows("weight", 0, 10)
+    assert copies_of_three() == 2
+    snapshot.rows("weight", 10, ROWS)
+    assert copies_of_three() == 1
+    # What is read is not copied again, and what is copied once is not, either.
+    snapshot.preserve(torch.tensor([2, 3, 4, 5]))
+    assert copies_of_three() == 2
+    snapshot.rows("average", 0, ROWS)
+    assert copies_of_three() == 0
+
+
 def test_after_close_nothing_is_copied():
     snapshot = RowSnapshot(tensors())
-    snapshot.preserve(torch.tensor([1, 2]))
+    snapshot.preserve(torch.tensor([1, 2, 3]))
     snapshot.close()
-    snapshot.preserve(torch.tensor([3]))
-    assert not snapshot._ids
+    snapshot.preserve(torch.tensor([4, 5, 6]))
+    assert copies_of_three() == 0

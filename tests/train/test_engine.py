@@ -267,6 +267,7 @@ def test_a_skipped_step_has_a_line_without_its_load_and_the_stream_goes_on(small
 
 def test_metrics_have_the_names_of_the_step_and_none_of_the_engine(small, run, tmp_path):
     run(tmp_path, small.step(steps=2))
+    assert len(lines(tmp_path)) == 2
     for line in lines(tmp_path):
         assert {"loss", "total", "mtp", "balance_sequence", "grad_norm", "lr"} <= line.keys()
         assert not [name for name in line if "/" in name]

@@ -1143,7 +1143,7 @@ def test_two_ranks_stop_and_go_back_together(config, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     plain = tmp_path / "two" / "plain"
