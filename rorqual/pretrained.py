@@ -9,6 +9,7 @@ bfloat16. `scripts/build_pretrained.py` makes them all by `rorqual train` and `r
 import os
 from pathlib import Path
 
+from rorqual import runtime
 from rorqual.hints import choose
 
 WEIGHTS = Path(__file__).with_name("weights")
@@ -27,14 +28,24 @@ def folder(name: str) -> Path:
 def resolve(where: str | os.PathLike[str]) -> Path:
     """Returns the folder of a checkpoint for its name, and any other path as it is.
 
-    A model or a run in a folder of that name here comes first. ./NAME is always the folder here.
+    A model, a run, its checkpoints or a folder of runs of that name here comes first; any other
+    folder does not, and the log says so. ./NAME is always the folder here.
     """
     path = Path(where)
-    here = any((path / file).is_file() for file in ("config.json", "train.json"))
     # Path drops the dot of ./NAME, which the text still has.
-    if os.fspath(where) != path.name or here or path.name not in names():
+    if os.fspath(where) != path.name or path.name not in names() or _is_of_runs(path):
         return path
+    if path.is_dir():
+        runtime.log(
+            f"{where}: the pretrained model of the package; the folder {where} here holds no model"
+        )
     return WEIGHTS / path.name
+
+
+def _is_of_runs(folder: Path) -> bool:
+    """Whether a folder is a model or a run, also one that lost all but checkpoints, or has some."""
+    files = ("config.json", "train.json", "checkpoints", "model.safetensors")
+    return any((folder / name).exists() for name in files) or any(folder.glob("*/config.json"))
 
 
 def is_pretrained(path: str | os.PathLike[str]) -> bool:

@@ -73,14 +73,29 @@ WORDS = {
     },
 }
 OTHER = {"en": "zh", "zh": "en"}
+GITHUB = "https://github.com/"
+COLAB = "https://colab.research.google.com/github/"
 INSTALL = '''\
 import importlib.util
 
 # Where rorqual is missing, as on Colab, this installs it; elsewhere it does nothing.
-# A folder with a checkout will do as well as an address.
+# A folder with a checkout will do as well as an address: "/content/rorqual[{extras}]"
 address = "{address}"
 if importlib.util.find_spec("rorqual") is None:
     %pip install --quiet "{{address}}"'''
+# While the repository has no address: pip would take any package of that name from an index.
+ASK = '''\
+import importlib.util
+
+# Where rorqual is missing, write here where its source is, and this installs it: a folder with a
+# checkout, "/content/rorqual[{extras}]", or "rorqual[{extras}] @ git+" and an address.
+address = ""
+if importlib.util.find_spec("rorqual") is None:
+    if not address:
+        raise ModuleNotFoundError("rorqual is not installed: set address in this cell")
+    %pip install --quiet "{{address}}"'''
+# What a notebook needs installed besides rorqual itself; `report` brings matplotlib.
+EXTRAS = {"10_train_and_compare": "report,train"}
 
 
 class Cell(NamedTuple):
@@ -134,7 +149,7 @@ def read(path: Path) -> list[Cell]:
     if not cells or cells[0].kind != "markdown" or english is not None:
         raise Broken(f"{name}: expected a title first, and each text in both languages")
     check_exercises(name, cells)
-    return [cells[0], Cell.code(INSTALL.format(address=address())), *cells[1:]]
+    return [cells[0], Cell.code(install(name)), *cells[1:]]
 
 
 def check_exercises(name: str, cells: Sequence[Cell]) -> None:
@@ -156,10 +171,13 @@ def site() -> tuple[str, str]:
     return settings["repo_url"], settings["branch"]
 
 
-def address() -> str:
-    """Returns what pip installs: the repository, or the package while that has no address."""
+def install(name: str) -> str:
+    """Returns the cell that installs rorqual where it is missing; it prints nothing elsewhere."""
     url, branch = site()
-    return f"rorqual[report] @ git+{url}@{branch}" if url else "rorqual[report]"
+    extras = EXTRAS.get(name, "report")
+    if not url:
+        return ASK.format(extras=extras)
+    return INSTALL.format(extras=extras, address=f"rorqual[{extras}] @ git+{url}@{branch}")
 
 
 # Writing
@@ -192,9 +210,9 @@ def links(name: str, language: str, exercises: bool) -> str:
         link(words["solved" if exercises else "blank"], file_of(file, language, not exercises)),
     ]
     url, branch = site()
-    if url:
-        repository = url.removeprefix("https://github.com/")
-        colab = f"https://colab.research.google.com/github/{repository}/blob/{branch}"
+    # Colab opens what is on GitHub, and nothing of another host by its address.
+    if url.startswith(GITHUB):
+        colab = f"{COLAB}{url.removeprefix(GITHUB)}/blob/{branch}"
         line.append(f"[{words['colab']}]({colab}/notebooks/{here})")
         line.append(f"[{words['github']}]({url}/blob/{branch}/notebooks/{here})")
     return " · ".join(line)
@@ -400,7 +418,8 @@ def with_stored_outputs(name: str, cells: Sequence[Cell]) -> dict[str, NotebookN
     """Returns the notebooks with the outputs that are stored; Broken if the code has changed."""
     old = [cell for cell in stored(f"{name}.ipynb").cells if cell.cell_type == "code"]
     code = [solved(c.text["en"]) for c in cells if c.kind == "code" and "wrong" not in c.tags]
-    if [cell.source for cell in old] != code:
+    # The first one installs rorqual and prints nothing: it follows the address of the repository.
+    if [cell.source for cell in old][1:] != code[1:]:
         raise Broken(f"{name}: the code has changed; run scripts/build_notebooks.py {name}")
     return versions(name, cells, [cell.outputs for cell in old])
 

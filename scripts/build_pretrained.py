@@ -1,20 +1,25 @@
 """Trains the checkpoints that come with the package, and puts them into rorqual/weights.
 
-    python scripts/build_pretrained.py                   all of them, one after another
-    python scripts/build_pretrained.py tiny tiny-nsa     these alone
+    python scripts/build_pretrained.py                        all of them, one after another
+    python scripts/build_pretrained.py tiny tiny-nsa          these alone
+    python scripts/build_pretrained.py --jobs 2 tiny tiny-engram    two at a time, a core each
 
 Each is two commands, which are printed: `rorqual train` on the bundled text with one thread, into
-runs/pretrained/NAME, and `rorqual export` in bfloat16. An interrupted training goes on. At the end
-tests/golden/pretrained.json gets what tests/test_pretrained.py compares with: the greedy
-continuation of a prompt and the loss on held-out text of each.
+runs/pretrained/NAME, and `rorqual export` in bfloat16. An interrupted training goes on where it
+was, to the same weights: one thread, one seed, and the same order of the text. A checkpoint of the
+package is replaced once its successor is whole. At the end tests/golden/pretrained.json gets what
+tests/test_pretrained.py compares with: the greedy continuation of a prompt and the loss on held-out
+text of each. What shows these models is then renewed by the command that is printed last.
 """
 
+import argparse
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,10 +36,12 @@ ENOUGH = 4  # tokens
 TOKENS = 24  # at most, of what it says
 CLEAR = 0.01  # of logits, between the likeliest token and the next
 DOCUMENTS = 40  # of the held-out text
-# Steps of 8 x 128 tokens: a few minutes each on one core, the two main models longest.
+SHOWN_BY = ("06_gates", "08_sparse_attention", "09_drafts")  # notebooks that load them
+# Steps of 8 x 128 tokens: a few minutes each on one core, the two main models longest: one time
+# over the text.
 STEPS = {
-    "tiny": 1600,
-    "tiny-engram": 1600,
+    "tiny": 3400,
+    "tiny-engram": 3400,
     "tiny-gqa": 800,
     "tiny-nsa": 800,
     "tiny-moba": 800,
@@ -61,9 +68,12 @@ def build(name: str) -> None:
     run = RUNS / name
     size = ["batch_size=8", "seq_len=128", "threads=1", "device=cpu"]
     rorqual("train", name, f"steps={STEPS[name]}", *size, f"folder={run}")
+    exported = RUNS / "exported" / name
+    shutil.rmtree(ROOT / exported, ignore_errors=True)
+    rorqual("export", run, exported, "--dtype", "bfloat16", "--license", "mit")
     folder = ROOT / "rorqual" / "weights" / name
     shutil.rmtree(folder, ignore_errors=True)
-    rorqual("export", run, folder.relative_to(ROOT), "--dtype", "bfloat16", "--license", "mit")
+    shutil.move(ROOT / exported, folder)
 
 
 def clear(run: Run, prompt: str) -> list[int]:
@@ -100,17 +110,24 @@ def expected(name: str) -> dict[str, object]:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(STEPS)
-    unknown = [name for name in names if name not in STEPS]
-    if unknown:
-        raise SystemExit(f"got {unknown[0]}, expected one of {', '.join(STEPS)}")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a checkpoint; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, a core each")
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in STEPS]:
+        parser.error(f"got {unknown[0]}, expected one of {', '.join(STEPS)}")
+    names = options.names or list(STEPS)
     lines = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.is_file() else {}
-    for name in names:
-        build(name)
-        lines[name] = expected(name)
-        # One line a model.
-        each = [f" {json.dumps(one)}: {json.dumps(lines[one])}" for one in STEPS if one in lines]
-        EXPECTED.write_text("{\n" + ",\n".join(each) + "\n}\n", encoding="utf-8")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # An error of a training is raised here, when those that run have ended.
+        for name, _ in zip(names, pool.map(build, names), strict=True):
+            lines[name] = expected(name)
+            trained = [one for one in STEPS if one in lines]
+            # One line a model.
+            each = [f" {json.dumps(one)}: {json.dumps(lines[one])}" for one in trained]
+            EXPECTED.write_text("{\n" + ",\n".join(each) + "\n}\n", encoding="utf-8")
+    print("show them anew: python scripts/build_notebooks.py", *SHOWN_BY)
 
 
 if __name__ == "__main__":

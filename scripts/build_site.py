@@ -45,7 +45,9 @@ DESCRIPTION = {
     "zh": "稀疏语言模型：一篇论文一个文件，可训练、可研究、可部署。",
 }
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>[^)\s]+)(?P<after>\))")
-FENCE = re.compile(r"^\s*(```|~~~)")
+# A line that begins with a code span is none.
+FENCE = re.compile(r"^\s*(```[^`]*$|~~~)")
+ITEM = re.compile(r"^ *(?:[-*]|\d+\.) ")
 HAN = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 WRAPPED = re.compile(rf"(?<={HAN})\n *(?={HAN})")
 FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -256,6 +258,37 @@ def html_name(name: str) -> str:
     return name.removesuffix(".md") + ".html"
 
 
+# Lists
+
+
+def with_lists(text: str) -> str:
+    """Writes lists as the builder reads them, so that they show as on GitHub.
+
+    It wants a blank line before a list that follows a paragraph, and four spaces before what
+    belongs to an item, where GitHub takes two.
+    """
+    lines: list[str] = []
+    # Whether the last line is in code, in a list, in a paragraph that is not an item's first.
+    fenced = in_list = in_paragraph = False
+    for line in text.splitlines():
+        fenced ^= bool(FENCE.match(line))
+        blank_before = not lines or not lines[-1].strip()
+        item = ITEM.match(line)
+        if not fenced and line.strip():
+            if item and not blank_before and (in_paragraph or not in_list):
+                lines.append("")
+            if not item and blank_before:
+                in_list &= line.startswith(" ")
+                in_paragraph = in_list
+            if item:
+                in_list = True
+                in_paragraph = False
+            if in_list and (indent := re.match(r"( {2}| {4})(?! )", line)):
+                line = indent[0] + line
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 # Formulas
 
 
@@ -410,7 +443,7 @@ def stage(language: str, links: Links) -> None:
                 (folder / page.name).with_name(picture).write_bytes(content)
             text = with_formulas(links.rewrite(text, file, language, page.name))
             # Between Chinese characters a browser would show the end of a line as a space.
-            text = WRAPPED.sub("", text)
+            text = WRAPPED.sub("", with_lists(text))
             if language == "zh" and page.english:
                 title, _, rest = text.partition("\n")
                 text = f"{title}\n\n{NO_CHINESE}{rest}"
@@ -425,7 +458,8 @@ def stage(language: str, links: Links) -> None:
         write(folder / name, text)
     shutil.copytree(SETTINGS / "overrides", WORK / language / "overrides")
     shutil.copy(SETTINGS / "extra.css", folder)
-    config = yaml.safe_dump(configuration(language), allow_unicode=True, sort_keys=False)
+    options = configuration(language, links.repo_url)
+    config = yaml.safe_dump(options, allow_unicode=True, sort_keys=False)
     write(WORK / language / "mkdocs.yml", config)
 
 
@@ -467,8 +501,11 @@ def navigation(language: str) -> list[dict[str, Any]]:
     return result
 
 
-def configuration(language: str) -> dict[str, Any]:
-    """Returns the builder's configuration of a language."""
+def configuration(language: str, repo_url: str) -> dict[str, Any]:
+    """Returns the builder's configuration of a language.
+
+    Where the repository has an address, the header of each page leads to it.
+    """
     (other,) = LANGUAGES.keys() - {language}
     palette = [
         {
@@ -485,6 +522,7 @@ def configuration(language: str) -> dict[str, Any]:
         "site_name": "rorqual",
         "site_description": DESCRIPTION[language],
         "site_dir": "out",
+        **({"repo_url": repo_url, "repo_name": "rorqual"} if repo_url else {}),
         "use_directory_urls": False,
         "theme": {
             "variant": "modern",

@@ -155,7 +155,6 @@ def test_a_source_that_is_not_one_is_refused(tmp_path: Path, code: str, message:
 
 
 def test_a_repository_adds_links_that_open_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Colab" not in notebooks.links("01_a", "en", False) or notebooks.site()[0]
     monkeypatch.setattr(notebooks, "site", lambda: ("https://github.com/who/what", "main"))
     line = notebooks.links("01_a", "zh", True)
     assert (
@@ -164,7 +163,55 @@ def test_a_repository_adds_links_that_open_a_notebook(monkeypatch: pytest.Monkey
     )
     assert "[English](../../exercises/01_a.ipynb)" in line
     assert "[含答案与输出的版本](../01_a.ipynb)" in line
-    assert notebooks.address() == "rorqual[report] @ git+https://github.com/who/what@main"
+    assert '"rorqual[report] @ git+https://github.com/who/what@main"' in notebooks.install("01_a")
+    training = notebooks.install("10_train_and_compare")
+    assert '"rorqual[report,train] @ git+https://github.com/who/what@main"' in training
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/who/what"])
+def test_no_link_to_colab_without_a_repository_that_it_opens(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setattr(notebooks, "site", lambda: (url, "main"))
+    assert "colab" not in notebooks.links("01_a", "en", False)
+
+
+def installed_by(cell: str, missing: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs the cell that installs, and returns what pip would have been given."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else name)
+    wanted: list[str] = []
+    line = '%pip install --quiet "{address}"'
+    assert line in cell
+    exec(cell.replace(line, "wanted.append(address)"), {"wanted": wanted})
+    return wanted
+
+
+def test_the_first_cell_installs_from_the_repository_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an address it says what to write: an index may have a stranger's package."""
+    monkeypatch.setattr(notebooks, "site", lambda: ("", "main"))
+    cell = notebooks.install("01_a")
+    with pytest.raises(ModuleNotFoundError, match="set address in this cell"):
+        installed_by(cell, True, monkeypatch)
+    assert installed_by(cell, False, monkeypatch) == []
+    filled = cell.replace('address = ""', 'address = "/content/rorqual[report]"')
+    assert installed_by(filled, True, monkeypatch) == ["/content/rorqual[report]"]
+    monkeypatch.setattr(notebooks, "site", lambda: ("https://github.com/who/what", "v1"))
+    expected = "rorqual[report] @ git+https://github.com/who/what@v1"
+    assert installed_by(notebooks.install("01_a"), True, monkeypatch) == [expected]
+
+
+def test_a_new_address_needs_no_new_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a release does it: set repo_url, then build_notebooks.py --text."""
+    monkeypatch.setattr(notebooks, "site", lambda: ("https://github.com/who/what", "main"))
+    cells = notebooks.read(notebooks.SOURCES / f"{NAMES[0]}.py")
+    built = notebooks.with_stored_outputs(NAMES[0], cells)
+    assert notebooks.stale(built) == [
+        f"{file}: is not what notebooks/src makes; run scripts/build_notebooks.py {NAMES[0]}"
+        for file in built
+    ]
+    for notebook in built.values():
+        assert "colab.research.google.com/github/who/what" in notebook.cells[0].source
+        assert "git+https://github.com/who/what@main" in notebook.cells[1].source
 
 
 @pytest.mark.slow

@@ -76,18 +76,41 @@ def test_how_well_it_predicts(name: str) -> None:
     assert scored.nats_per_token == pytest.approx(EXPECTED[name]["nats_per_token"], abs=MARGIN)
 
 
-def test_a_model_here_comes_before_the_package(tmp_path, monkeypatch) -> None:
+def test_a_model_here_comes_before_the_package(tmp_path, monkeypatch, capsys) -> None:
     """So does a run that has only begun; a folder with other things hides nothing."""
     monkeypatch.chdir(tmp_path)
     assert find("tiny") == pretrained.folder("tiny")
+    assert capsys.readouterr().err == ""
     here = tmp_path / "tiny"
     here.mkdir()
     (here / "notes.txt").write_text("a whale")
     assert find("tiny") == pretrained.folder("tiny")
+    assert "the folder tiny here holds no model" in capsys.readouterr().err
     (here / "config.json").write_text("{}")
     assert find("tiny") == Path("tiny") and find(here) == here
     (here / "config.json").rename(here / "train.json")
     with pytest.raises(FileNotFoundError, match="go on: rorqual train tiny"):
+        find("tiny")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("checkpoints/step4/digest.json", "tiny holds no config.json"),
+        ("model.safetensors", "tiny holds no config.json"),
+        ("first/config.json", "did you mean tiny/first"),
+    ],
+)
+def test_what_is_left_of_a_run_here_is_not_passed_over(
+    tmp_path, monkeypatch, file: str, message: str
+) -> None:
+    """A user means this folder, and must not get the package's model of the same name instead."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert pretrained.resolve("tiny") == Path("tiny")
+    with pytest.raises(FileNotFoundError, match=message):
         find("tiny")
 
 

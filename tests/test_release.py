@@ -84,6 +84,17 @@ def test_the_citation_is_of_this_version() -> None:
     assert all({"type", "title", "authors"} <= set(one) for one in citation["references"])
 
 
+def test_the_package_names_the_repository_that_the_site_names() -> None:
+    """Nowhere while it has no address; CONTRIBUTING.md says where it is written at a release."""
+    settings = (ROOT / "docs/site/site.toml").read_text(encoding="utf-8")
+    url = tomllib.loads(settings)["repo_url"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project.get("urls", {}).get("Repository", "") == url
+    assert citation.get("repository-code", "") == url
+    assert not url.endswith("/")
+
+
 def test_how_to_report_a_vulnerability_is_said() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     assert "do not open a public issue" in text and "no pickles" in text

@@ -70,13 +70,22 @@ def outline(file: str) -> tuple[int, int, int]:
     [
         page
         for section in site.sections()
-        if section.titles["en"] == "Guides"
+        if section.titles["en"] in ("Guides", "Results", "Architecture", "Contributing")
         for page in section.pages
+        if not page.english
     ],
     ids=lambda page: page.name,
 )
 def test_a_chinese_guide_has_the_sections_and_tables_of_the_english_one(page: "site.Page") -> None:
     assert outline(page.source("zh")) == outline(page.file)
+
+
+def test_the_chinese_tree_of_files_is_the_english_one() -> None:
+    english, chinese = (
+        re.findall(r"^ *([\w./]+)", (ROOT / file).read_text("utf-8").split("```")[1], re.MULTILINE)
+        for file in ("docs/architecture.md", "docs/zh/architecture.md")
+    )
+    assert english == chinese
 
 
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
@@ -184,6 +193,9 @@ def test_a_link_into_nothing_is_refused_and_code_is_left_alone() -> None:
         links().rewrite("[a](none.md)\n", "docs/index.md", "en", "index.md")
     code = "```\n[a](none.md)\n```\n"
     assert links().rewrite(code, "docs/index.md", "en", "index.md") == code
+    span = "```` ```math ```` begins a line\n[a](none.md)\n"
+    with pytest.raises(ValueError, match=r"none\.md"):
+        links().rewrite(span, "docs/index.md", "en", "index.md")
 
 
 def test_a_notebook_is_a_page_with_its_outputs(
@@ -216,6 +228,17 @@ def test_a_notebook_is_a_page_with_its_outputs(
 def test_chinese_lines_join_without_a_space() -> None:
     text = "一行，\n  两行\n\n- 三\n- 四 a\n五\n"
     assert site.WRAPPED.sub("", text) == "一行，两行\n\n- 三\n- 四 a\n五\n"
+
+
+def test_lists_are_written_as_the_builder_reads_them() -> None:
+    """As GitHub shows them: without a blank line before, and with two spaces inside."""
+    text = "A paragraph:\n- one\n  more\n  - inner\n\n  a paragraph\n- two\n\nText\n  on.\n"
+    expected = (
+        "A paragraph:\n\n- one\n    more\n    - inner\n\n    a paragraph\n\n- two\n\nText\n  on.\n"
+    )
+    assert site.with_lists(text) == expected
+    code = "```\nx:\n- one\n  more\n```\n"
+    assert site.with_lists(code) == code
 
 
 def test_formulas_become_mathml() -> None:

@@ -4,14 +4,14 @@
 # What `rorqual train` does, from Python: a run folder, an interruption, and a resumption that agrees to the last bit. Then the experiment that this library is about: one budget of parameters and FLOPs, spent on
 # experts or on a memory. You will see a difference, and learn what it takes to call it one.
 #
-# Level: extend. Takes 40 minutes. Paper: Conditional Memory via Scalable Lookup (arXiv 2601.07372), section 3. Forty seconds of one core. Needs the extra `train`: on Colab, write `rorqual[report,train]` in the cell below.
+# Level: extend. Takes 40 minutes. Paper: Conditional Memory via Scalable Lookup (arXiv 2601.07372), section 3. Forty seconds of one core. Needs the extra `train`.
 # %% [markdown] lang="zh"
 # # 10. 训练、续训、比较
 #
 # 在 Python 里完成 `rorqual train` 所做的事：一个运行目录，一次中断，以及逐位一致的续训。然后是这个库的核心实验：同样的参数与 FLOPs 预算，花在专家上还是记忆上。
 # 你会看到一个差异，也会知道要满足什么条件才能说它是差异。
 #
-# 层次：扩展。用时 40 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）第 3 节。单核约四十秒。需要附加依赖 `train`：在 Colab 上，把下面单元里的名字写成 `rorqual[report,train]`。
+# 层次：扩展。用时 40 分钟。论文：Conditional Memory via Scalable Lookup（arXiv 2601.07372）第 3 节。单核约四十秒。需要可选依赖 `train`。
 # %%
 import signal
 import statistics
