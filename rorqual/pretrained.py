@@ -43,7 +43,10 @@ def resolve(where: str | os.PathLike[str]) -> Path:
 
 
 def _is_of_runs(folder: Path) -> bool:
-    """Whether a folder is a model or a run, also one that lost all but checkpoints, or has some."""
+    """Returns whether a folder is a model or a run, or has some.
+
+    A run that lost all but its checkpoints is one.
+    """
     files = ("config.json", "train.json", "checkpoints", "model.safetensors")
     return any((folder / name).exists() for name in files) or any(folder.glob("*/config.json"))
 
