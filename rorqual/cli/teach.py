@@ -169,7 +169,7 @@ def _teach_groups(
             config,
             before=stored,
             replace=options.replace,
-            on_pass=_progress(console, name),
+            on_pass=show_progress(console, name),
         )
         if stored is not stored_before:
             # What undo restores is the memory before this command, not before its last group.
@@ -191,7 +191,7 @@ def _groups(facts: "Sequence[Fact]", count: int) -> "list[list[Fact]]":
     ]
 
 
-def _progress(console: Any, name: str) -> "Callable[[Progress], None]":
+def show_progress(console: Any, name: str) -> "Callable[[Progress], None]":
     """Returns a function that prints a line a pass on a terminal, and every eighth elsewhere."""
 
     def show(progress: "Progress") -> None:

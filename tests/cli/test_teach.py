@@ -104,19 +104,19 @@ def test_a_fact_is_replaced_removed_and_restored(model, out, capsys):
 
 
 def test_ctrl_c_leaves_whole_groups_and_the_same_command_goes_on(model, out, monkeypatch, capsys):
-    progress = command._progress
+    progress = command.show_progress
 
     def stop_in_second_group(console, name):
         if name.startswith("group 2"):
             raise KeyboardInterrupt
         return progress(console, name)
 
-    monkeypatch.setattr(command, "_progress", stop_in_second_group)
+    monkeypatch.setattr(command, "show_progress", stop_in_second_group)
     assert teach(model, "facts.jsonl", *FAST, "--group", "2") == 130
     first = read_facts(out)
     assert [entry.subject for entry in first.entries] == ["QAX", "QBX"]
     assert [path.name for path in out.iterdir()] == [FILE]
-    monkeypatch.setattr(command, "_progress", progress)
+    monkeypatch.setattr(command, "show_progress", progress)
     assert teach(model, "facts.jsonl", *FAST, "--group", "2") == 0
     second = read_facts(out)
     assert len(second.entries) == 3
