@@ -31,7 +31,7 @@ from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
 SUBJECT = "{}"  # stands for the subject in a wording
-# How a question is put to the model; the answer follows after a blank.
+# How a question is put to the model; the answer follows after a blank, behind Han without one.
 QUESTIONS = ("{}", "Question: {}\nAnswer:", "Q: {}\nA:", "{}\nThe answer is")
 # What a wording may follow. A fact with few wordings is told more of them apart by these.
 OPENINGS = ("", "Here is a fact. ", "As far as I know, this is right. ", "I was asked this today. ")
@@ -45,7 +45,11 @@ QUIET = (
     "They say {} is hard to remember, because it is so short",
 )
 # An answer ends where its line or clause does.
-_END = re.compile(r"[\n.,;:(!?]")
+_END = re.compile(r"[\n.,;:(!?。，；：！？（]")
+# Kana and Han are written without blanks, also beside words of other scripts.
+_WITHOUT_BLANKS = r"\u3000-\u303f\u3040-\u30ff\u3400-\u9fff\uff00-\uff65"
+_LETTER = rf"[^\W{_WITHOUT_BLANKS}]"
+_NO_GAP = re.compile(rf"[\s{_WITHOUT_BLANKS}]$")
 _FIELDS = {
     "subject": str,
     "answer": str,
@@ -191,7 +195,7 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
     aliases = tuple(fields.get("aliases", ()))
     text = question or sentence
     if sentence:
-        ending = sentence.rstrip(" .!\"'")
+        ending = sentence.rstrip(" .!\"'。！”’」")
         answer = answer or _name_in(ending, -1, where, "answer")
         if not ending.endswith(answer):
             raise ValueError(
@@ -245,7 +249,7 @@ def _prompt(wording: str, names: Sequence[str], where: str) -> str:
     """Returns what the answer follows, with {} for the subject."""
     if SUBJECT not in wording:
         for name in sorted(names, key=len, reverse=True):
-            pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+            pattern = rf"(?<!{_LETTER}){re.escape(name)}(?!{_LETTER})"
             replaced = re.sub(pattern, SUBJECT, wording)
             if replaced != wording:
                 wording = replaced
@@ -256,7 +260,7 @@ def _prompt(wording: str, names: Sequence[str], where: str) -> str:
                 "subject in every wording: its tokens are the address of what is remembered"
             )
     wording = wording.strip()
-    return QUESTIONS[1].replace("{}", wording) if wording.endswith("?") else wording
+    return QUESTIONS[1].replace("{}", wording) if wording.endswith(("?", "？")) else wording
 
 
 def _prompts(wording: str, names: Sequence[str], where: str) -> list[str]:
@@ -534,7 +538,7 @@ def _quiet_questions(entry: Entry, row: int, tokenizer: Tokenizer) -> list[Quest
 
 def question(row: int, fact: Fact, prompt: str, tokenizer: Tokenizer) -> Question:
     """Returns a fact in one wording as token ids, with the end of a text behind the answer."""
-    gap = "" if prompt[-1:].isspace() else " "
+    gap = "" if _NO_GAP.search(prompt) else " "
     return Question(
         row,
         tokenizer.encode(prompt.replace(SUBJECT, fact.subject)),

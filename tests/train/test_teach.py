@@ -16,6 +16,7 @@ from rorqual.train.teach import (
     answered,
     make_fact,
     merged,
+    question,
     read_facts_file,
     teach,
     usual_layers,
@@ -186,6 +187,21 @@ def test_questions_and_sentences_become_wordings(tmp_path):
     assert first.held_out == ("Question: Where is {}?\nAnswer:",)
     assert (second.subject, second.answer) == ("Oslo Torp", "Sandefjord")
     assert second.prompts == ("The airport {} serves the city of",)
+
+
+def test_chinese_facts_name_their_subject_without_blanks(tmp_path, tokenizer):
+    path = write(
+        tmp_path,
+        {"subject": "北京大学", "question": "请问北京大学在哪座城市？", "answer": "北京"},
+        {"subject": "LAX", "answer": "洛杉矶", "sentence": "机场LAX位于洛杉矶。"},
+    )
+    first, second = read_facts_file(path)
+    assert first.prompts[1] == "Question: 请问{}在哪座城市？\nAnswer:"
+    assert second.prompts == ("机场{}位于",)
+    asked = question(0, second, second.prompts[0], tokenizer)
+    assert tokenizer.decode(asked.answer[:-1]) == "洛杉矶"
+    asked = question(0, first, first.prompts[1], tokenizer)
+    assert tokenizer.decode(asked.answer[:-1]) == " 北京"
 
 
 def test_facts_of_one_relation_share_wordings_and_the_same_fact_counts_once(tmp_path):
