@@ -67,27 +67,32 @@ class Entry:
     spellings: tuple[tuple[int, ...], ...]  # see `spellings`
 
 
-def spellings(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def spellings(
+    tokenizer: Tokenizer, names: Sequence[str], wordings: Sequence[str] = ()
+) -> tuple[tuple[int, ...], ...]:
     """Returns the token ids by which names are found: those they have in different surroundings.
 
-    A tokenizer writes " LAX" and "(LAX" with other tokens. Case counts; a name that is also written
-    in another case is to be given both ways.
+    A tokenizer writes " LAX" and "(LAX" with other tokens. `wordings` are further surroundings, in
+    which {} stands for the name. Case counts; a name that is also written in another case is to be
+    given both ways.
     """
     sequences: dict[tuple[int, ...], None] = {}
     for name in names:
-        for around in _AROUND:
-            text = around.replace("{}", name)
-            start = around.index("{}")
-            end = start + len(name)
-            encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-            inside = [
-                (token, last)
-                for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
-                if last > start and first < end
-            ]
-            # A token that goes on behind the name is read when the name is over.
-            if inside and inside[-1][1] <= end:
-                sequences[tuple(token for token, _ in inside)] = None
+        for around in dict.fromkeys((*_AROUND, *wordings)):
+            pieces = around.split("{}")
+            encoding = tokenizer.backend.encode(name.join(pieces), add_special_tokens=False)
+            tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
+            start = 0
+            for piece in pieces[:-1]:
+                start += len(piece)
+                end = start + len(name)
+                inside = [
+                    (token, last) for token, (first, last) in tokens if last > start and first < end
+                ]
+                # A token that goes on behind the name is read when the name is over.
+                if inside and inside[-1][1] <= end:
+                    sequences[tuple(token for token, _ in inside)] = None
+                start = end
     if not sequences:
         raise ValueError(f"subject: got {names[0]!r}, expected a name that tokens end with")
     return tuple(sequences)
@@ -196,17 +201,33 @@ class Subjects(nn.Module):
             index = index.clamp_max(len(buffers[f"hashes_{n}"]) - 1)
             same = (buffers[f"ids_{n}"][index] == ngrams).all(-1)
             earlier = window[:, first - 1 : first - 1 + time]
-            goes_on = buffers["ends_word"][earlier.clamp_min(0)] & (earlier >= 0)
+            # A model may have more ids than its tokenizer; those are of no word.
+            size = len(buffers["ends_word"])
+            of_tokenizer = (earlier >= 0) & (earlier < size)
+            goes_on = buffers["ends_word"][earlier.clamp(0, size - 1)] & of_tokenizer
             same &= ~(buffers[f"inside_{n}"][index] & goes_on)
             # Lengths ascend, so that the longest subject is the one that remains.
             rows = torch.where(same, buffers[f"owners_{n}"][index], rows)
         return rows
 
+    def rows_of(self, sequences: Sequence[Sequence[int]]) -> list[set[int]]:
+        """Returns the rows that each sequence of ids reads, without 0."""
+        result: list[set[int]] = []
+        device = self._buffers["ends_word"].device
+        for start in range(0, len(sequences), 1024):
+            group = sequences[start : start + 1024]
+            longest = max(map(len, group))
+            window = torch.full((len(group), self.longest + longest), NO_TOKEN)
+            for index, sequence in enumerate(group):
+                window[index, self.longest : self.longest + len(sequence)] = torch.tensor(sequence)
+            result += [set(rows) - {0} for rows in self.match(window.to(device)).tolist()]
+        return result
+
     def lookup_mask(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
-        """Returns the tokens whose rows learn; None where all do."""
-        if self.focus is None or self._rows is None:
+        """Returns the tokens whose rows learn; None where nothing does. Row 0 never learns."""
+        if self._rows is None or not torch.is_grad_enabled():
             return None
-        return self._rows == self.focus[:, None]
+        return self._rows > 0 if self.focus is None else self._rows == self.focus[:, None]
 
     def forward(
         self, ids: Int[Tensor, "B T"], ctx: Context, history: Appended | None = None
@@ -230,7 +251,7 @@ class Subjects(nn.Module):
             rows = self.match(window)
         if self.silent:
             rows = torch.zeros_like(rows)
-        self._rows = rows if self.focus is not None else None
+        self._rows = rows
         return rows[None, :, :, None].expand(self.tables, -1, -1, -1)
 
     def _within_documents(

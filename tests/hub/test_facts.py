@@ -194,6 +194,19 @@ def test_only_the_row_in_focus_gets_a_gradient(model, tokenizer, stored):
         assert table.weight.grad.any(dim=1).nonzero().flatten().tolist() == [4]
 
 
+def test_row_0_gets_no_gradient_and_ids_beyond_the_tokenizer_are_of_no_word(
+    model, tokenizer, entries, stored
+):
+    memory = attach_facts(model, tokenizer, stored)
+    model(
+        torch.tensor([tokenizer.encode("We went to LAX")]), use_cache=False
+    ).logits.sum().backward()
+    for table in memory.tables:
+        assert table.weight.grad.any(dim=1).nonzero().flatten().tolist() == [4]
+    ids = [tokenizer.vocab_size + 5, *tokenizer.encode("York")]
+    assert Subjects(entries, tokenizer).rows_of([ids, ids[:1]]) == [{3}, set()]
+
+
 def test_a_folder_is_read_as_it_was_written_and_attached_by_its_path(
     model, tokenizer, stored, tmp_path
 ):
