@@ -13,6 +13,7 @@ import dataclasses
 import json
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.attach import FactMemory, attach_facts, find_blocks, width_of
-from rorqual.hub.facts import Entry, Stored, spellings, tokenizer_sha256
+from rorqual.hub.facts import Entry, Stored, Subjects, spellings, tokenizer_sha256
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
 SUBJECT = "{}"  # stands for the subject in a wording
 # How a question is put to the model; the answer follows after a blank, behind Han without one.
 QUESTIONS = ("{}", "Question: {}\nAnswer:", "Q: {}\nA:", "{}\nThe answer is")
-# What a wording may follow. A fact with few wordings is told more of them apart by these.
+# What a wording may follow. A fact with few wordings is also asked behind these sentences.
 OPENINGS = ("", "Here is a fact. ", "As far as I know, this is right. ", "I was asked this today. ")
 # Wordings that a fact has at least, with the sentences before them.
 ENOUGH = 8
@@ -100,7 +101,8 @@ class TeachConfig:
     layers: tuple[int, ...] = ()  # blocks before which a row is added; none: `usual_layers`
     passes: int = 24  # how often each fact is asked
     rate: float = 0.4  # in units of the hidden states' size, as Adam's steps are
-    batch_size: int = 64  # facts a step; it makes no difference to what is learned
+    # facts a step, more for a subject that has more; no difference to what is learned
+    batch_size: int = 64
     openings: bool = True  # put sentences before the wordings of facts that have few of them
     # weight of the KL to the model as it was, behind subjects in texts that ask nothing
     quiet: float = 0.5
@@ -257,7 +259,7 @@ def _prompt(wording: str, names: Sequence[str], where: str) -> str:
         else:
             raise ValueError(
                 f"{where}: got {wording!r}, which does not name {names[0]!r}, expected the "
-                "subject in every wording: its tokens are the address of what is remembered"
+                "subject in every wording: its tokens are the address of its row"
             )
     wording = wording.strip()
     return QUESTIONS[1].replace("{}", wording) if wording.endswith(("?", "？")) else wording
@@ -299,6 +301,7 @@ def shared(facts: Sequence[Fact]) -> list[Fact]:
             fact = dataclasses.replace(fact, held_out=held_out, aliases=aliases)
         result[key] = dataclasses.replace(fact, prompts=prompts)
     refuse_contradictions(list(result.values()))
+    _refuse_trained_held_out(list(result.values()))
     return list(result.values())
 
 
@@ -371,6 +374,7 @@ def merged(
                     "new answer in its place"
                 )
         by_subject[subject] = [*others, fact]
+    _refuse_trained_held_out([fact for group in by_subject.values() for fact in group])
     entries = []
     trained = []
     kept_rows: list[int | None] = []
@@ -383,16 +387,79 @@ def merged(
         else:
             trained.append(number)
             aliases = tuple(dict.fromkeys(alias for fact in group for alias in fact.aliases))
+            wordings = [text for fact in group for text in (*fact.prompts, *fact.held_out)]
             entries.append(
                 Entry(
                     subject=subject,
                     aliases=aliases,
                     facts=tuple(fact.as_json() for fact in group),
-                    spellings=spellings(tokenizer, (subject, *aliases)),
+                    spellings=spellings(tokenizer, (subject, *aliases), wordings),
                 )
             )
         kept_rows.append(row if same else None)
+    if trained:
+        subjects = Subjects(entries, tokenizer)
+        groups = list(by_subject.values())
+        _refuse_unread({row: groups[row] for row in trained}, subjects, tokenizer)
+        _warn_of_beginnings(entries, set(trained), subjects, tokenizer)
     return Change(entries=tuple(entries), trained=tuple(trained), kept_rows=tuple(kept_rows))
+
+
+def _refuse_unread(
+    groups: Mapping[int, Sequence[Fact]], subjects: Subjects, tokenizer: Tokenizer
+) -> None:
+    """Raises a ValueError for a wording in which the row of its subject would not be read."""
+    asked = [
+        (row, fact, prompt)
+        for row, group in groups.items()
+        for fact in group
+        for prompt in (*fact.prompts, *fact.held_out)
+    ]
+    texts = [prompt.replace(SUBJECT, fact.subject) for _, fact, prompt in asked]
+    read = subjects.rows_of(tokenizer.encode_batch(texts))
+    for (row, fact, prompt), rows in zip(asked, read, strict=True):
+        if row + 1 not in rows:
+            raise ValueError(
+                f"{fact.place_in_file}: got {prompt!r}, whose tokens merge {fact.subject!r} with "
+                "what stands beside it, expected another wording"
+            )
+
+
+def _warn_of_beginnings(
+    entries: Sequence[Entry], trained: set[int], subjects: Subjects, tokenizer: Tokenizer
+) -> None:
+    """Warns of new subjects whose texts read another's row, too: New York City and New York."""
+    read = subjects.rows_of(tokenizer.encode_batch([f" {entry.subject}" for entry in entries]))
+    for row, rows in enumerate(read):
+        for other in sorted(rows - {row + 1}):
+            if trained & {row, other - 1}:
+                warnings.warn(
+                    f"subject: got {entries[other - 1].subject!r} and {entries[row].subject!r}, "
+                    "whose texts read the rows of both; to teach one changes answers about the "
+                    "longer one",
+                    stacklevel=3,
+                )
+
+
+def _refuse_trained_held_out(facts: Sequence[Fact]) -> None:
+    """Raises a ValueError for a held-out wording that any fact about its subject trains."""
+    trained: dict[tuple[str, str], Fact] = {}
+    for fact in facts:
+        for prompt in fact.prompts:
+            trained.setdefault((fact.subject, _without_case(prompt)), fact)
+    for fact in facts:
+        for prompt in fact.held_out:
+            other = trained.get((fact.subject, _without_case(prompt)))
+            if other is not None:
+                raise ValueError(
+                    f"{fact.place_in_file}: got held_out {prompt!r} of {fact.subject!r}, which is "
+                    f"trained by {other.place_in_file}, expected another wording"
+                )
+
+
+def _without_case(prompt: str) -> str:
+    """Returns what two wordings that differ in case and blanks have in common."""
+    return " ".join(prompt.casefold().split())
 
 
 def _facts_json(group: Sequence[Fact]) -> list[str]:
@@ -618,22 +685,34 @@ def _batches(
 ) -> Iterator[list[Question]]:
     """Yields each fact once, in the wording that is its turn.
 
-    Facts with as many wordings have the same turn, so that what precedes their subjects is computed
-    once. The turn depends on the pass alone: what a fact learns does not depend on its company.
-    Every wording has its turn equally often, in an order that is drawn anew each round.
+    The facts of one subject are in one batch, so that its row takes one step a pass whatever the
+    size of batches and the other subjects. Subjects with as many wordings have the same turn, so
+    that what precedes them is computed once. The turn depends on the pass alone. Every wording has
+    its turn equally often, in an order that is drawn anew each round.
     """
-    groups: dict[int, list[list[Question]]] = {}
+    groups: dict[tuple[int, ...], list[list[list[Question]]]] = {}
     for facts in questions.values():
-        for wordings in facts:
-            groups.setdefault(len(wordings), []).append(wordings)
-    batches = []
-    for count, group in groups.items():
-        turns = random.Random(f"{config.seed} {count} {done // count}").sample(range(count), count)
-        turn = turns[done % count]
+        groups.setdefault(tuple(map(len, facts)), []).append(facts)
+    batches: list[list[Question]] = []
+    for counts, group in groups.items():
+        turns = [_turn(count, done, config.seed) for count in counts]
+        subjects = max(1, config.batch_size // len(counts))
         order = draw.sample(group, len(group))
-        for start in range(0, len(order), config.batch_size):
-            batches.append([each[turn] for each in order[start : start + config.batch_size]])
+        for start in range(0, len(order), subjects):
+            batches.append(
+                [
+                    wordings[turn]
+                    for facts in order[start : start + subjects]
+                    for wordings, turn in zip(facts, turns, strict=True)
+                ]
+            )
     yield from draw.sample(batches, len(batches))
+
+
+def _turn(count: int, done: int, seed: int) -> int:
+    """Returns which of `count` wordings has its turn after so many passes."""
+    turns = random.Random(f"{seed} {count} {done // count}").sample(range(count), count)
+    return turns[done % count]
 
 
 def answer_losses(

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rorqual.data.tokenizer import train
 from rorqual.hub.attach import attach, attach_facts
-from rorqual.hub.facts import undo_facts, without, write_facts
+from rorqual.hub.facts import Stored, Subjects, undo_facts, without, write_facts
 from rorqual.train.teach import (
     Fact,
     TeachConfig,
@@ -144,6 +144,50 @@ def test_a_wording_that_names_two_subjects_trains_its_own_row(model, tokenizer):
     assert torch.equal(both.rows[0], first.rows[0])
 
 
+def test_facts_of_one_subject_learn_alike_in_batches_of_any_size(model, tokenizer):
+    two = [
+        *facts_of({"QAX": "Oslo", "QBX": "Lima"}),
+        Fact(subject="QAX", answer="Rome", prompts=("We sing of {} and",)),
+    ]
+    rows = []
+    for batch_size in (1, 64):
+        config = TeachConfig(layers=(0,), passes=4, rate=0.3, openings=False, batch_size=batch_size)
+        rows.append(teach(model, tokenizer, two, config).rows)
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-3, rtol=1e-3)
+
+
+def test_a_wording_that_tokens_merge_with_the_subject_is_read_or_refused():
+    merging = train(["cats 在京"] * 9, 300)
+    fact = make_fact({"subject": "京", "sentence": "我在京住上海", "answer": "上海"}, "x")
+    (entry,) = merged([fact], None, merging).entries
+    assert Subjects([entry], merging).rows_of([merging.encode("我在京")]) == [{1}]
+    fields = {"subject": "cat", "sentence": "Two {}s eat fish", "answer": "fish"}
+    with pytest.raises(ValueError, match=r"b 2: got 'Two \{\}s eat', whose tokens merge 'cat'"):
+        merged([make_fact(fields, "b 2")], None, merging)
+
+
+def test_a_subject_that_begins_another_is_warned_of(tokenizer):
+    facts = facts_of({"QAX": "Oslo", "QAX City": "Lima"})
+    with pytest.warns(UserWarning, match="got 'QAX' and 'QAX City', whose texts read the rows of"):
+        merged(facts, None, tokenizer)
+
+
+def test_a_held_out_wording_is_trained_by_no_fact_of_its_subject(tmp_path, tokenizer):
+    one = {"subject": "LAX", "sentence": "LAX is in Rome.", "held_out": ["We fly to LAX in"]}
+    two = {"subject": "LAX", "sentence": "we fly to LAX in June."}
+    message = r"line 1: got held_out 'We fly to \{\} in' of 'LAX', which is trained by .*line 2"
+    with pytest.raises(ValueError, match=message):
+        read_facts_file(write(tmp_path, one, two))
+    config = TeachConfig(layers=(0,), passes=1)
+    before = merged([make_fact(one, "a 1")], None, tokenizer)
+    rows = torch.zeros(1, 1, 128)
+    stored = Stored(
+        layers=config.layers, width=128, tokenizer="", entries=before.entries, rows=rows
+    )
+    with pytest.raises(ValueError, match=r"the memory: got held_out .* which is trained by a 2"):
+        merged([make_fact(two, "a 2")], stored, tokenizer)
+
+
 def test_undo_and_removal_leave_the_rest(model, tokenizer, stored, tmp_path):
     write_facts(tmp_path, stored)
     less = without(stored, ["QCX"])
@@ -221,7 +265,10 @@ def test_facts_of_one_relation_share_wordings_and_the_same_fact_counts_once(tmp_
     [
         (["{"], "line 1: got '{', expected a JSON object"),
         ([QUESTION, "[]"], "line 2: got list, expected an object"),
-        ([QUESTION | {"reply_text": "x"}], "got field 'reply_text', expected some of subject, answer"),
+        (
+            [QUESTION | {"reply_text": "x"}],
+            "got field 'reply_text', expected some of subject, answer",
+        ),
         ([QUESTION | {"answer": 3}], "got answer 3, expected a text"),
         ([QUESTION | {"paraphrases": [""]}], "expected a list of texts, not empty"),
         ([{"subject": "LAX", "answer": "x"}], "got neither question and sentence"),
