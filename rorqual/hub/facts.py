@@ -35,6 +35,7 @@ from rorqual.layers.context import Context
 FORMAT = "rorqual-facts-1"
 FILE = "memory.safetensors"  # the memory, in its folder
 PREVIOUS = "previous.safetensors"  # the memory before the last change, which undo restores
+UNDONE = "undone.safetensors"  # the memory that an undo replaces, until that is done
 NO_TOKEN = -1  # before the beginning of a text, and padding
 # What may stand around a subject; the tokens of the subject differ between them.
 _AROUND = ("{}", " {}", "a {},", "a {}.", "({})", "\n{}\n", '"{}"', "{}'s", "= {};")
@@ -213,7 +214,8 @@ class Subjects(nn.Module):
     def rows_of(self, sequences: Sequence[Sequence[int]]) -> list[set[int]]:
         """Returns the rows that each sequence of ids reads, without 0."""
         result: list[set[int]] = []
-        device = self._buffers["ends_word"].device
+        buffers: dict[str, Any] = self._buffers
+        device = buffers["ends_word"].device
         for start in range(0, len(sequences), 1024):
             group = sequences[start : start + 1024]
             longest = max(map(len, group))
@@ -336,6 +338,11 @@ def read_facts(folder: str | Path) -> Stored:
         raise ValueError(
             f"got {str(folder)!r}, expected a folder that `rorqual teach` wrote, with {FILE}"
         )
+    return _read(file)
+
+
+def _read(file: Path) -> Stored:
+    """Reads the file of a memory; ValueError for a damaged one."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
@@ -350,6 +357,9 @@ def read_facts(folder: str | Path) -> Stored:
         )
     try:
         about = json.loads(header["memory"])
+        _check_about(about)
+        if any(tensors[name].is_floating_point() for name in ("ids", "lengths", "owners")):
+            raise ValueError("got ids, lengths or owners that are no integers")
         rows = tensors["rows"]
         lengths = tensors["lengths"].tolist()
         owners = tensors["owners"].tolist()
@@ -359,6 +369,10 @@ def read_facts(folder: str | Path) -> Stored:
             raise ValueError(f"got rows {tuple(rows.shape)}, expected finite ones {shape}")
         if sum(lengths) != len(flat) or len(lengths) != len(owners):
             raise ValueError(f"got {len(flat)} ids, expected {sum(lengths)}")
+        if min(lengths, default=1) < 1 or min(flat, default=0) < 0:
+            raise ValueError("got a length below 1 or an id below 0")
+        if set(owners) != set(range(len(about["entries"]))):
+            raise ValueError("got ids of other entries, expected some of each")
         sequences: list[list[tuple[int, ...]]] = [[] for _ in about["entries"]]
         tokens = iter(flat)
         for owner, length in zip(owners, lengths, strict=True):
@@ -383,6 +397,24 @@ def read_facts(folder: str | Path) -> Stored:
         raise ValueError(f"{file} is no memory that `rorqual teach` wrote: {error!r}") from error
 
 
+def _check_about(about: Any) -> None:
+    """Raises a ValueError or TypeError where a memory's description has other types."""
+    layers = about["layers"]
+    if not all(type(layer) is int for layer in (*layers, about["width"])):
+        raise ValueError(f"got layers {layers!r} and width {about['width']!r}, expected integers")
+    FactConfig(layers=tuple(layers), ngram=1)
+    for entry in about["entries"]:
+        texts = [entry["subject"]]
+        lists = [entry["aliases"]]
+        for fact in entry["facts"]:
+            texts += [fact["answer"], fact["relation"]]
+            lists += [fact["prompts"], fact["held_out"]]
+        if not all(isinstance(each, list) for each in lists) or not all(
+            isinstance(text, str) for text in itertools.chain(texts, *lists)
+        ):
+            raise ValueError(f"got an entry {repr(entry)[:80]}, expected texts and lists of texts")
+
+
 def without(stored: Stored, subjects: Sequence[str]) -> Stored:
     """Returns the memory without these subjects; the rows of the others are the same.
 
@@ -403,18 +435,26 @@ def without(stored: Stored, subjects: Sequence[str]) -> Stored:
 def undo_facts(folder: str | Path) -> Stored:
     """Restores the memory before the last change; undone twice, the change is there again.
 
-    ValueError where there is no earlier memory.
+    ValueError where there is no earlier memory, or a damaged one; nothing is changed then. The
+    memory that is undone may be damaged. Both files are moved, so that one that is stopped between
+    loses neither; the next undo ends it.
     """
     folder = Path(folder)
     previous = folder / PREVIOUS
+    undone = folder / UNDONE
+    if undone.is_file() and not previous.is_file():
+        undone.replace(previous)
+        return read_facts(folder)
     if not previous.is_file():
         raise ValueError(
             f"{folder}: got no earlier memory to go back to, expected {PREVIOUS}, "
             "which the second change writes"
         )
-    now = (folder / FILE).read_bytes()
-    before = previous.read_bytes()
-    for file, content in ((FILE, before), (PREVIOUS, now)):
-        with atomic_write(folder / file) as beside:
-            beside.write_bytes(content)
-    return read_facts(folder)
+    stored = _read(previous)
+    if (folder / FILE).is_file():
+        with atomic_write(undone) as beside:
+            beside.write_bytes((folder / FILE).read_bytes())
+    previous.replace(folder / FILE)
+    if undone.is_file():
+        undone.replace(previous)
+    return stored
