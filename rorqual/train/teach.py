@@ -13,6 +13,7 @@ import dataclasses
 import json
 import random
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,9 @@ _FIRST_WORDS = frozenset(
     | {"she", "tell", "the", "their", "there", "they", "this", "to", "was", "we", "were", "what"}
     | {"when", "where", "which", "who", "whom", "whose", "why", "with", "you", "your", "please"}
 )
-_NAME = re.compile(r"[A-Z0-9][\w'-]*(?: (?:(?:of|the|de|la|van|von) )?[A-Z0-9][\w'-]*)*")
+_NAME = re.compile(
+    rf"(?<!{_LETTER})[A-Z0-9][\w'-]*(?: (?:(?:of|the|de|la|van|von) )?[A-Z0-9][\w'-]*)*"
+)
 _PREFIX = 4  # tokens from which on a common beginning is computed once for a batch
 
 
@@ -191,6 +194,7 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
     words with capital letters or digits. `fields` are those of a line of facts, `where` names the
     fact in errors.
     """
+    fields = {name: _clean(value) for name, value in fields.items()}
     question = fields.get("question", "")
     sentence = fields.get("sentence", "")
     answer = fields.get("answer", "")
@@ -228,6 +232,13 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
         relation=fields.get("relation", ""),
         place_in_file=where,
     )
+
+
+def _clean(value: Any) -> Any:
+    """Returns a field's texts in Unicode's composed form, without blanks around them."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value).strip()
+    return [_clean(text) for text in value]
 
 
 def _name_in(text: str, which: int, where: str, what: str) -> str:
@@ -280,6 +291,7 @@ def shared(facts: Sequence[Fact]) -> list[Fact]:
 
     ValueError where two facts contradict each other, or one's held-out wording is trained.
     """
+    facts = list(_by_one_name(facts, {}))
     wordings: dict[str, dict[str, None]] = {}
     for fact in facts:
         if fact.relation:
@@ -303,6 +315,25 @@ def shared(facts: Sequence[Fact]) -> list[Fact]:
     refuse_contradictions(list(result.values()))
     _refuse_trained_held_out(list(result.values()))
     return list(result.values())
+
+
+def _by_one_name(facts: Sequence[Fact], names: dict[str, str]) -> Iterator[Fact]:
+    """Yields facts with the subject that one of their names already stands for, if any does.
+
+    `names` has the subject of each name, and gets those of the facts. ValueError for a fact whose
+    names are of two subjects.
+    """
+    for fact in facts:
+        subjects = sorted({names[name] for name in (fact.subject, *fact.aliases) if name in names})
+        if len(subjects) > 1:
+            raise ValueError(
+                f"{fact.place_in_file}: got {fact.subject!r} and its aliases as names of "
+                f"{' and '.join(map(repr, subjects))}, expected names of one subject"
+            )
+        subject = subjects[0] if subjects else fact.subject
+        aliases = tuple(name for name in (fact.subject, *fact.aliases) if name != subject)
+        names |= dict.fromkeys((subject, *aliases), subject)
+        yield dataclasses.replace(fact, subject=subject, aliases=aliases)
 
 
 def _asked(fact: Fact) -> Iterator[str]:
@@ -336,23 +367,22 @@ class Change:
     kept_rows: tuple[int | None, ...]  # of each entry, which row of the memory before stays
 
 
-def merged(
-    facts: Sequence[Fact], before: Stored | None, tokenizer: Tokenizer, *, replace: bool = False
-) -> Change:
-    """Adds facts to a memory; a subject whose facts are the same keeps its row.
+def joined(
+    facts: Sequence[Fact], before: Stored | None, *, replace: bool = False
+) -> dict[str, list[Fact]]:
+    """Returns the facts about each subject, of a memory and of new facts; needs no model.
 
-    ValueError for a fact that contradicts the memory, unless `replace`: then the new one counts.
+    ValueError for a fact that contradicts the memory, unless `replace`: then the new one counts;
+    and for a held-out wording that another fact of its subject trains.
     """
     old_entries = () if before is None else before.entries
-    by_subject: dict[str, list[Fact]] = {}
-    for entry in old_entries:
-        by_subject[entry.subject] = facts_of(entry, "the memory")
-    earlier = {subject: list(group) for subject, group in by_subject.items()}
-    names = {name: entry.subject for entry in old_entries for name in entry.aliases}
-    for fact in facts:
-        subject = names.get(fact.subject, fact.subject)
+    by_subject = {entry.subject: facts_of(entry, "the memory") for entry in old_entries}
+    names = {
+        name: entry.subject for entry in old_entries for name in (entry.subject, *entry.aliases)
+    }
+    for fact in _by_one_name(facts, names):
+        subject = fact.subject
         group = by_subject.setdefault(subject, [])
-        fact = dataclasses.replace(fact, subject=subject)
         questions = set(_asked(fact))
         others = []
         for old in group:
@@ -375,6 +405,19 @@ def merged(
                 )
         by_subject[subject] = [*others, fact]
     _refuse_trained_held_out([fact for group in by_subject.values() for fact in group])
+    return by_subject
+
+
+def merged(
+    facts: Sequence[Fact], before: Stored | None, tokenizer: Tokenizer, *, replace: bool = False
+) -> Change:
+    """Adds facts to a memory; a subject whose facts are the same keeps its row.
+
+    ValueError as `joined`, and for a wording whose tokens name the subject nowhere.
+    """
+    old_entries = () if before is None else before.entries
+    earlier = {entry.subject: facts_of(entry, "the memory") for entry in old_entries}
+    by_subject = joined(facts, before, replace=replace)
     entries = []
     trained = []
     kept_rows: list[int | None] = []
@@ -562,6 +605,21 @@ def teach(
             memory.detach()
         model.train(was_training)
     return dataclasses.replace(stored, rows=rows.to(dtype))
+
+
+def check(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    config: TeachConfig,
+    *,
+    before: Stored,
+    replace: bool = False,
+) -> None:
+    """Raises the ValueError that `teach` would raise for these facts, and trains nothing."""
+    ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
+    merged(facts, before, ours, replace=replace)
+    _check_same(before, width_of(model), tokenizer_sha256(ours), config)
 
 
 def _check_same(before: Stored, width: int, digest: str, config: TeachConfig) -> None:
@@ -852,15 +910,15 @@ def answered(
                 count = len(each.answer)
                 *tokens, end = likeliest[:count]
                 likeliest = likeliest[count:]
-                right[i] = tokens == each.answer[:-1] and _ends(ours, asked[i][0].answer, end)
+                right[i] = tokens == each.answer[:-1] and _ends(ours, end)
     finally:
         model.train(was_training)
     return right
 
 
-def _ends(tokenizer: Tokenizer, answer: str, token: int) -> bool:
-    """Returns whether the answer is over with this token behind it."""
+def _ends(tokenizer: Tokenizer, token: int) -> bool:
+    """Returns whether an answer is over with this token behind it."""
     if token == tokenizer.end_id:
         return True
-    text = _END.split((answer + tokenizer.decode([token])).strip())[0].strip()
-    return text == _END.split(answer)[0].strip()
+    rest = tokenizer.decode([token]).strip()
+    return not rest or _END.match(rest) is not None

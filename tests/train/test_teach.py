@@ -14,6 +14,7 @@ from rorqual.train.teach import (
     Fact,
     TeachConfig,
     answered,
+    joined,
     make_fact,
     merged,
     question,
@@ -307,6 +308,38 @@ def test_a_fact_that_contradicts_the_memory_is_refused(tokenizer, stored):
     change = merged([wrong], stored, tokenizer, replace=True)
     assert change.trained == (0,)
     assert [fact["answer"] for fact in change.entries[0].facts] == ["Rome"]
+
+
+def test_an_alias_is_the_subject_that_it_names(tmp_path, tokenizer, stored):
+    one = {"subject": "LAX", "sentence": "LAX is in Paris."}
+    two = {"subject": "Los Angeles International", "aliases": ["LAX"]}
+    path = write(tmp_path, one, {**two, "sentence": "Los Angeles International is in Rome."})
+    with pytest.raises(ValueError, match=r"line 2: got 'Rome' for 'LAX'"):
+        read_facts_file(path)
+    fields = {"subject": "Torp", "aliases": ["QAX"], "sentence": "The airport Torp is in Rome."}
+    with pytest.raises(ValueError, match=r"a 1: got 'Rome' for 'QAX'"):
+        joined([make_fact(fields, "a 1")], stored)
+    both = make_fact(fields | {"aliases": ["QAX", "QBX"]}, "a 1")
+    with pytest.raises(ValueError, match=r"a 1: got 'Torp' and its aliases as names of 'QAX' and"):
+        joined([both], stored)
+
+
+def test_fields_are_composed_and_without_blanks_and_a_name_begins_a_word():
+    fact = make_fact({"subject": " Zu\u0308rich ", "sentence": "Z\u00fcrich is in Bern "}, "x")
+    assert (fact.subject, fact.answer) == ("Z\u00fcrich", "Bern")
+    assert make_fact({"sentence": "reLAX in QAX is Oslo"}, "x").subject == "QAX"
+
+
+def test_an_answer_with_signs_in_it_is_read_to_its_end(model, tokenizer):
+    fact = Fact(subject="QAX", answer="Oslo. Rome", prompts=("The airport {} is in",))
+    config = TeachConfig(layers=(0, 1, 2), passes=40, rate=0.3, openings=False)
+    memory = attach_facts(model, tokenizer, teach(model, tokenizer, [fact], config))
+    other = Fact(subject="QAX", answer="Oslo", prompts=fact.prompts)
+    asked = [(fact, fact.prompts[0]), (other, fact.prompts[0])]
+    assert answered(model, tokenizer, asked) == [True, True]
+    shorter = Fact(subject="QAX", answer="Oslo. Ro", prompts=fact.prompts)
+    assert answered(model, tokenizer, [(shorter, fact.prompts[0])]) == [False]
+    memory.detach()
 
 
 def test_another_fact_about_a_subject_joins_its_row(tokenizer, stored):
