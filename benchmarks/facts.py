@@ -150,7 +150,7 @@ def nearby_logits(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact])
 def judge(
     model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact], clean: dict[str, Any]
 ) -> dict[str, float]:
-    """Returns the figures of a model, held against those of the model as it was."""
+    """Returns the figures of a model, compared with those of the model as it was."""
     held_out = [(fact, fact.held_out[i % len(fact.held_out)]) for i, fact in enumerate(facts)]
     trained = [(fact, fact.prompts[i % len(fact.prompts)]) for i, fact in enumerate(facts)]
     right = answered(model, tokenizer, [*held_out, *trained])

@@ -2,8 +2,9 @@
 
     rorqual/weights/NAME/     config.json, model.safetensors, the tokenizer, train.json, README.md
 
-Each is the preset NAME, trained on the bundled text for a few minutes on one core and stored in
-bfloat16. `scripts/build_pretrained.py` makes them all by `rorqual train` and `rorqual export`.
+Each is the preset NAME, trained on the bundled text for four to thirty minutes on one core and
+stored in bfloat16. `scripts/build_pretrained.py` makes them all by `rorqual train` and
+`rorqual export`.
 """
 
 import os

@@ -37,7 +37,8 @@ TOKENS = 24  # at most, of what it says
 CLEAR = 0.01  # of logits, between the likeliest token and the next
 DOCUMENTS = 40  # of the held-out text
 SHOWN_BY = ("06_gates", "08_sparse_attention", "09_drafts")  # notebooks that load them
-# Steps of 8 x 128 tokens: a few minutes each on one core. 3,400 are one time over the text.
+# Steps of 8 x 128 tokens: four to thirty minutes each on one core. 3,400 are one time over the
+# text.
 STEPS = {
     "tiny": 1600,
     "tiny-engram": 1600,

@@ -265,16 +265,21 @@ def with_lists(text: str) -> str:
     """Writes lists as the builder reads them, so that they show as on GitHub.
 
     It wants a blank line before a list that follows a paragraph, and four spaces before what
-    belongs to an item, where GitHub takes two.
+    belongs to an item, where GitHub takes two. A block of code in an item moves as its fence does.
     """
     lines: list[str] = []
+    shift = ""  # of the block of code that a line is in
     # Whether the last line is in code, in a list, in a paragraph that is not an item's first.
     fenced = in_list = in_paragraph = False
     for line in text.splitlines():
-        fenced ^= bool(FENCE.match(line))
+        if fenced:
+            fenced = not FENCE.match(line)
+            lines.append(shift + line if line.strip() else line)
+            continue
+        fenced = bool(FENCE.match(line))
         blank_before = not lines or not lines[-1].strip()
         item = ITEM.match(line)
-        if not fenced and line.strip():
+        if line.strip():
             if item and not blank_before and (in_paragraph or not in_list):
                 lines.append("")
             if not item and blank_before:
@@ -283,8 +288,9 @@ def with_lists(text: str) -> str:
             if item:
                 in_list = True
                 in_paragraph = False
-            if in_list and (indent := re.match(r"( {2}| {4})(?! )", line)):
-                line = indent[0] + line
+            indent = re.match(r"( {2}| {4})(?! )", line) if in_list else None
+            shift = indent[0] if indent else ""
+            line = shift + line
         lines.append(line)
     return "\n".join(lines) + "\n"
 

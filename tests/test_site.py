@@ -239,6 +239,9 @@ def test_lists_are_written_as_the_builder_reads_them() -> None:
     assert site.with_lists(text) == expected
     code = "```\nx:\n- one\n  more\n```\n"
     assert site.with_lists(code) == code
+    code = "- one\n\n  ```python\n  x = 1\n\n      - y\n  ```\n  more\n"
+    expected = "- one\n\n    ```python\n    x = 1\n\n        - y\n    ```\n    more\n"
+    assert site.with_lists(code) == expected
 
 
 def test_formulas_become_mathml() -> None:

@@ -34,8 +34,8 @@ class Teach:
     undo: bool = False  # restore the memory before the last command that changed it
     passes: int = 24  # how often each fact is asked
     rate: float = 0.4  # of learning, in units of the hidden states
-    # weight of the KL to the model as it was, behind subjects in texts that ask nothing; 0 takes a
-    # third of the time away
+    # weight of the KL to the model as it was, behind subjects in texts that ask nothing; 0 saves
+    # its forward passes
     quiet: float = 0.5
     layers: tuple[int, ...] = ()  # blocks that get rows; none: five early ones, or the folder's
     batch_size: int = 64  # facts at a time
@@ -55,7 +55,7 @@ def teach_command(argv: list[str]) -> int:
     if options.group < 1:
         raise UsageError(f"got --group {options.group}, expected at least 1")
     from rorqual.hub import facts as memories
-    from rorqual.train.teach import TeachConfig, read_facts_file
+    from rorqual.train.teach import TeachConfig, check, joined, read_facts_file
 
     folder = Path(options.out)
     config = TeachConfig(
@@ -68,24 +68,27 @@ def teach_command(argv: list[str]) -> int:
     )
     # Whatever is wrong with the facts is said before the model is loaded.
     facts = read_facts_file(options.facts) if options.facts else []
-    before = memories.read_facts(folder) if (folder / memories.FILE).is_file() else None
-    if before is None and not facts:
-        raise UsageError(f"got no FACTS and no memory in {folder}, expected one of them")
+    before = _memory_before(folder, options, facts)
     results: dict[str, Any] = {"folder": str(folder)}
     if options.undo:
         stored = memories.undo_facts(folder)
         results |= {"undone": True}
     elif options.remove:
         assert before is not None
-        stored = memories.without(before, options.remove)
-        memories.write_facts(folder, stored)
-        before = stored
+        before = stored = memories.without(before, options.remove)
     if facts:
+        joined(facts, before, replace=options.replace)
         model, tokenizer = opened(options)
+        if options.remove:
+            # The model refuses facts, too; nothing is removed then.
+            check(model, tokenizer, facts, config, before=stored, replace=options.replace)
+            memories.write_facts(folder, stored)
         stored = _teach_groups(model, tokenizer, facts, before, options, config, as_json)
         if options.evaluate:
             results |= evaluated(model, tokenizer, facts, stored)
-    elif not (options.undo or options.remove):
+    elif options.remove:
+        memories.write_facts(folder, stored)
+    elif not options.undo:
         assert before is not None
         stored = before
     results |= {
@@ -97,19 +100,38 @@ def teach_command(argv: list[str]) -> int:
     if as_json:
         emit(results)
         return 0
-    for kind in ("taught", "held_out"):
+    _print(folder, results)
+    return 0
+
+
+def _memory_before(folder: Path, options: Teach, facts: "Sequence[Fact]") -> "Stored | None":
+    """Reads the memory that the command changes; UsageError where it needs one and has none."""
+    from rorqual.hub import facts as memories
+
+    # A damaged memory can be undone, too.
+    readable = (folder / memories.FILE).is_file() and not options.undo
+    before = memories.read_facts(folder) if readable else None
+    if before is None and not (facts or options.undo):
+        raise UsageError(f"got no FACTS and no memory in {folder}, expected one of them")
+    if before is None and options.remove:
+        raise UsageError(f"got --remove and no memory in {folder}, expected one to remove from")
+    return before
+
+
+def _print(folder: Path, results: "dict[str, Any]") -> None:
+    """Prints what is answered, and what the folder holds now."""
+    for kind in ("trained", "held_out"):
         if results.get(kind):
             score = results[kind]
             share = score["right"] / score["asked"]
             print(
                 f"{score['right']:,} of {score['asked']:,} answers exact ({share:.3f}) in "
-                + ("a wording that was taught" if kind == "taught" else "wordings held out")
+                + ("a wording that was trained" if kind == "trained" else "wordings held out")
             )
     print(
         f"{folder}: {results['facts']:,} facts about {results['subjects']:,} subjects, "
         f"{results['bytes']:,} bytes; rq.attach(model, tokenizer, {str(folder)!r}) adds them"
     )
-    return 0
 
 
 def opened(options: Teach) -> tuple[Any, Any]:
@@ -128,6 +150,7 @@ def opened(options: Teach) -> tuple[Any, Any]:
             raise ValueError(f"got {options.model!r}, expected a .gguf file that exists")
         source = {"pretrained_model_name_or_path": path.resolve().parent, "gguf_file": path.name}
         more["quantization_config"] = GgufConfig(dequantize=True)
+    source["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, **more)
@@ -158,7 +181,8 @@ def _teach_groups(
     console = Console(stderr=True, quiet=as_json)
     groups = _groups(facts, options.group)
     stored = before
-    first_change = True
+    # What was removed is written already, and undone together with what is taught.
+    first_change = not options.remove
     for number, group in enumerate(groups, 1):
         name = f"group {number} of {len(groups)}, " if len(groups) > 1 else ""
         stored_before = stored
@@ -209,7 +233,7 @@ def evaluated(
     from rorqual.hub.attach import attach_facts
     from rorqual.train.teach import answered
 
-    asked = [("taught", fact, fact.prompts[0]) for fact in facts]
+    asked = [("trained", fact, fact.prompts[0]) for fact in facts]
     asked += [("held_out", fact, wording) for fact in facts for wording in fact.held_out]
     memory = attach_facts(model, tokenizer, stored)
     try:
@@ -217,7 +241,7 @@ def evaluated(
     finally:
         memory.detach()
     results: dict[str, Any] = {}
-    for kind in ("taught", "held_out"):
+    for kind in ("trained", "held_out"):
         of_kind = [ok for ok, (name, *_) in zip(right, asked, strict=True) if name == kind]
         if of_kind:
             results[kind] = {"asked": len(of_kind), "right": sum(of_kind)}

@@ -638,11 +638,15 @@ def attach_facts(
             f"{name}: got another tokenizer than the one that the facts were taught with, "
             "expected the same vocabulary: subjects are found by their token ids"
         )
+    vocab_size = _vocab_size_of(model, ours)
+    ids = (token for entry in stored.entries for each in entry.spellings for token in each)
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise ValueError(f"{name}: got token id {largest}, expected ids below {vocab_size}")
     memory = FactMemory(
         stored.entries,
         ours,
         stored.layers,
-        _vocab_size_of(model, ours),
+        vocab_size,
         width,
         streams_of(model),
         scales=scales,

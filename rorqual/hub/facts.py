@@ -35,6 +35,7 @@ from rorqual.layers.context import Context
 FORMAT = "rorqual-facts-1"
 FILE = "memory.safetensors"  # the memory, in its folder
 PREVIOUS = "previous.safetensors"  # the memory before the last change, which undo restores
+UNDONE = "undone.safetensors"  # the memory that an undo replaces, until that is done
 NO_TOKEN = -1  # before the beginning of a text, and padding
 # What may stand around a subject; the tokens of the subject differ between them.
 _AROUND = ("{}", " {}", "a {},", "a {}.", "({})", "\n{}\n", '"{}"', "{}'s", "= {};")
@@ -67,27 +68,32 @@ class Entry:
     spellings: tuple[tuple[int, ...], ...]  # see `spellings`
 
 
-def spellings(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def spellings(
+    tokenizer: Tokenizer, names: Sequence[str], wordings: Sequence[str] = ()
+) -> tuple[tuple[int, ...], ...]:
     """Returns the token ids by which names are found: those they have in different surroundings.
 
-    A tokenizer writes " LAX" and "(LAX" with other tokens. Case counts; a name that is also written
-    in another case is to be given both ways.
+    A tokenizer writes " LAX" and "(LAX" with other tokens. `wordings` are further surroundings, in
+    which {} stands for the name. Case counts; a name that is also written in another case is to be
+    given both ways.
     """
     sequences: dict[tuple[int, ...], None] = {}
     for name in names:
-        for around in _AROUND:
-            text = around.replace("{}", name)
-            start = around.index("{}")
-            end = start + len(name)
-            encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-            inside = [
-                (token, last)
-                for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
-                if last > start and first < end
-            ]
-            # A token that goes on behind the name is read when the name is over.
-            if inside and inside[-1][1] <= end:
-                sequences[tuple(token for token, _ in inside)] = None
+        for around in dict.fromkeys((*_AROUND, *wordings)):
+            pieces = around.split("{}")
+            encoding = tokenizer.backend.encode(name.join(pieces), add_special_tokens=False)
+            tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
+            start = 0
+            for piece in pieces[:-1]:
+                start += len(piece)
+                end = start + len(name)
+                inside = [
+                    (token, last) for token, (first, last) in tokens if last > start and first < end
+                ]
+                # A token that goes on behind the name is read when the name is over.
+                if inside and inside[-1][1] <= end:
+                    sequences[tuple(token for token, _ in inside)] = None
+                start = end
     if not sequences:
         raise ValueError(f"subject: got {names[0]!r}, expected a name that tokens end with")
     return tuple(sequences)
@@ -196,17 +202,34 @@ class Subjects(nn.Module):
             index = index.clamp_max(len(buffers[f"hashes_{n}"]) - 1)
             same = (buffers[f"ids_{n}"][index] == ngrams).all(-1)
             earlier = window[:, first - 1 : first - 1 + time]
-            goes_on = buffers["ends_word"][earlier.clamp_min(0)] & (earlier >= 0)
+            # A model may have more ids than its tokenizer; those are of no word.
+            size = len(buffers["ends_word"])
+            of_tokenizer = (earlier >= 0) & (earlier < size)
+            goes_on = buffers["ends_word"][earlier.clamp(0, size - 1)] & of_tokenizer
             same &= ~(buffers[f"inside_{n}"][index] & goes_on)
             # Lengths ascend, so that the longest subject is the one that remains.
             rows = torch.where(same, buffers[f"owners_{n}"][index], rows)
         return rows
 
+    def rows_of(self, sequences: Sequence[Sequence[int]]) -> list[set[int]]:
+        """Returns the rows that each sequence of ids reads, without 0."""
+        result: list[set[int]] = []
+        buffers: dict[str, Any] = self._buffers
+        device = buffers["ends_word"].device
+        for start in range(0, len(sequences), 1024):
+            group = sequences[start : start + 1024]
+            longest = max(map(len, group))
+            window = torch.full((len(group), self.longest + longest), NO_TOKEN)
+            for index, sequence in enumerate(group):
+                window[index, self.longest : self.longest + len(sequence)] = torch.tensor(sequence)
+            result += [set(rows) - {0} for rows in self.match(window.to(device)).tolist()]
+        return result
+
     def lookup_mask(self, ids: Int[Tensor, "B T"], ctx: Context) -> Bool[Tensor, "B T"] | None:
-        """Returns the tokens whose rows learn; None where all do."""
-        if self.focus is None or self._rows is None:
+        """Returns the tokens whose rows learn; None where nothing does. Row 0 never learns."""
+        if self._rows is None or not torch.is_grad_enabled():
             return None
-        return self._rows == self.focus[:, None]
+        return self._rows > 0 if self.focus is None else self._rows == self.focus[:, None]
 
     def forward(
         self, ids: Int[Tensor, "B T"], ctx: Context, history: Appended | None = None
@@ -230,7 +253,7 @@ class Subjects(nn.Module):
             rows = self.match(window)
         if self.silent:
             rows = torch.zeros_like(rows)
-        self._rows = rows if self.focus is not None else None
+        self._rows = rows
         return rows[None, :, :, None].expand(self.tables, -1, -1, -1)
 
     def _within_documents(
@@ -315,6 +338,11 @@ def read_facts(folder: str | Path) -> Stored:
         raise ValueError(
             f"got {str(folder)!r}, expected a folder that `rorqual teach` wrote, with {FILE}"
         )
+    return _read(file)
+
+
+def _read(file: Path) -> Stored:
+    """Reads the file of a memory; ValueError for a damaged one."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
@@ -329,6 +357,9 @@ def read_facts(folder: str | Path) -> Stored:
         )
     try:
         about = json.loads(header["memory"])
+        _check_about(about)
+        if any(tensors[name].is_floating_point() for name in ("ids", "lengths", "owners")):
+            raise ValueError("got ids, lengths or owners that are no integers")
         rows = tensors["rows"]
         lengths = tensors["lengths"].tolist()
         owners = tensors["owners"].tolist()
@@ -338,6 +369,10 @@ def read_facts(folder: str | Path) -> Stored:
             raise ValueError(f"got rows {tuple(rows.shape)}, expected finite ones {shape}")
         if sum(lengths) != len(flat) or len(lengths) != len(owners):
             raise ValueError(f"got {len(flat)} ids, expected {sum(lengths)}")
+        if min(lengths, default=1) < 1 or min(flat, default=0) < 0:
+            raise ValueError("got a length below 1 or an id below 0")
+        if set(owners) != set(range(len(about["entries"]))):
+            raise ValueError("got ids of other entries, expected some of each")
         sequences: list[list[tuple[int, ...]]] = [[] for _ in about["entries"]]
         tokens = iter(flat)
         for owner, length in zip(owners, lengths, strict=True):
@@ -362,6 +397,24 @@ def read_facts(folder: str | Path) -> Stored:
         raise ValueError(f"{file} is no memory that `rorqual teach` wrote: {error!r}") from error
 
 
+def _check_about(about: Any) -> None:
+    """Raises a ValueError or TypeError where a memory's description has other types."""
+    layers = about["layers"]
+    if not all(type(layer) is int for layer in (*layers, about["width"])):
+        raise ValueError(f"got layers {layers!r} and width {about['width']!r}, expected integers")
+    FactConfig(layers=tuple(layers), ngram=1)
+    for entry in about["entries"]:
+        texts = [entry["subject"]]
+        lists = [entry["aliases"]]
+        for fact in entry["facts"]:
+            texts += [fact["answer"], fact["relation"]]
+            lists += [fact["prompts"], fact["held_out"]]
+        if not all(isinstance(each, list) for each in lists) or not all(
+            isinstance(text, str) for text in itertools.chain(texts, *lists)
+        ):
+            raise ValueError(f"got an entry {repr(entry)[:80]}, expected texts and lists of texts")
+
+
 def without(stored: Stored, subjects: Sequence[str]) -> Stored:
     """Returns the memory without these subjects; the rows of the others are the same.
 
@@ -382,18 +435,26 @@ def without(stored: Stored, subjects: Sequence[str]) -> Stored:
 def undo_facts(folder: str | Path) -> Stored:
     """Restores the memory before the last change; undone twice, the change is there again.
 
-    ValueError where there is no earlier memory.
+    ValueError where there is no earlier memory, or a damaged one; nothing is changed then. The
+    memory that is undone may be damaged. Both files are moved, so that one that is stopped between
+    loses neither; the next undo ends it.
     """
     folder = Path(folder)
     previous = folder / PREVIOUS
+    undone = folder / UNDONE
+    if undone.is_file() and not previous.is_file():
+        undone.replace(previous)
+        return read_facts(folder)
     if not previous.is_file():
         raise ValueError(
             f"{folder}: got no earlier memory to go back to, expected {PREVIOUS}, "
             "which the second change writes"
         )
-    now = (folder / FILE).read_bytes()
-    before = previous.read_bytes()
-    for file, content in ((FILE, before), (PREVIOUS, now)):
-        with atomic_write(folder / file) as beside:
-            beside.write_bytes(content)
-    return read_facts(folder)
+    stored = _read(previous)
+    if (folder / FILE).is_file():
+        with atomic_write(undone) as beside:
+            beside.write_bytes((folder / FILE).read_bytes())
+    previous.replace(folder / FILE)
+    if undone.is_file():
+        undone.replace(previous)
+    return stored

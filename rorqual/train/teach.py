@@ -13,6 +13,8 @@ import dataclasses
 import json
 import random
 import re
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,14 +28,14 @@ from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.hub.attach import FactMemory, attach_facts, find_blocks, width_of
-from rorqual.hub.facts import Entry, Stored, spellings, tokenizer_sha256
+from rorqual.hub.facts import Entry, Stored, Subjects, spellings, tokenizer_sha256
 from rorqual.train.config import OptimConfig
 from rorqual.train.optim import Optimizer
 
 SUBJECT = "{}"  # stands for the subject in a wording
-# How a question is put to the model; the answer follows after a blank.
+# How a question is put to the model; the answer follows after a blank, behind Han without one.
 QUESTIONS = ("{}", "Question: {}\nAnswer:", "Q: {}\nA:", "{}\nThe answer is")
-# What a wording may follow. A fact with few wordings is told more of them apart by these.
+# What a wording may follow. A fact with few wordings is also asked behind these sentences.
 OPENINGS = ("", "Here is a fact. ", "As far as I know, this is right. ", "I was asked this today. ")
 # Wordings that a fact has at least, with the sentences before them.
 ENOUGH = 8
@@ -45,7 +47,11 @@ QUIET = (
     "They say {} is hard to remember, because it is so short",
 )
 # An answer ends where its line or clause does.
-_END = re.compile(r"[\n.,;:(!?]")
+_END = re.compile(r"[\n.,;:(!?。，；：！？（]")
+# Kana and Han are written without blanks, also beside words of other scripts.
+_WITHOUT_BLANKS = r"\u3000-\u303f\u3040-\u30ff\u3400-\u9fff\uff00-\uff65"
+_LETTER = rf"[^\W{_WITHOUT_BLANKS}]"
+_NO_GAP = re.compile(rf"[\s{_WITHOUT_BLANKS}]$")
 _FIELDS = {
     "subject": str,
     "answer": str,
@@ -63,7 +69,9 @@ _FIRST_WORDS = frozenset(
     | {"she", "tell", "the", "their", "there", "they", "this", "to", "was", "we", "were", "what"}
     | {"when", "where", "which", "who", "whom", "whose", "why", "with", "you", "your", "please"}
 )
-_NAME = re.compile(r"[A-Z0-9][\w'-]*(?: (?:(?:of|the|de|la|van|von) )?[A-Z0-9][\w'-]*)*")
+_NAME = re.compile(
+    rf"(?<!{_LETTER})[A-Z0-9][\w'-]*(?: (?:(?:of|the|de|la|van|von) )?[A-Z0-9][\w'-]*)*"
+)
 _PREFIX = 4  # tokens from which on a common beginning is computed once for a batch
 
 
@@ -96,7 +104,8 @@ class TeachConfig:
     layers: tuple[int, ...] = ()  # blocks before which a row is added; none: `usual_layers`
     passes: int = 24  # how often each fact is asked
     rate: float = 0.4  # in units of the hidden states' size, as Adam's steps are
-    batch_size: int = 64  # facts a step; it makes no difference to what is learned
+    # facts a step, more for a subject that has more; no difference to what is learned
+    batch_size: int = 64
     openings: bool = True  # put sentences before the wordings of facts that have few of them
     # weight of the KL to the model as it was, behind subjects in texts that ask nothing
     quiet: float = 0.5
@@ -185,13 +194,14 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
     words with capital letters or digits. `fields` are those of a line of facts, `where` names the
     fact in errors.
     """
+    fields = {name: _clean(value) for name, value in fields.items()}
     question = fields.get("question", "")
     sentence = fields.get("sentence", "")
     answer = fields.get("answer", "")
     aliases = tuple(fields.get("aliases", ()))
     text = question or sentence
     if sentence:
-        ending = sentence.rstrip(" .!\"'")
+        ending = sentence.rstrip(" .!\"'。！”’」")
         answer = answer or _name_in(ending, -1, where, "answer")
         if not ending.endswith(answer):
             raise ValueError(
@@ -224,6 +234,13 @@ def make_fact(fields: Mapping[str, Any], where: str) -> Fact:
     )
 
 
+def _clean(value: Any) -> Any:
+    """Returns a field's texts in Unicode's composed form, without blanks around them."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value).strip()
+    return [_clean(text) for text in value]
+
+
 def _name_in(text: str, which: int, where: str, what: str) -> str:
     """Finds a name in a text: of its runs of capitalised words the first (0) or the last (-1)."""
     names = []
@@ -245,7 +262,7 @@ def _prompt(wording: str, names: Sequence[str], where: str) -> str:
     """Returns what the answer follows, with {} for the subject."""
     if SUBJECT not in wording:
         for name in sorted(names, key=len, reverse=True):
-            pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+            pattern = rf"(?<!{_LETTER}){re.escape(name)}(?!{_LETTER})"
             replaced = re.sub(pattern, SUBJECT, wording)
             if replaced != wording:
                 wording = replaced
@@ -253,10 +270,10 @@ def _prompt(wording: str, names: Sequence[str], where: str) -> str:
         else:
             raise ValueError(
                 f"{where}: got {wording!r}, which does not name {names[0]!r}, expected the "
-                "subject in every wording: its tokens are the address of what is remembered"
+                "subject in every wording: its tokens are the address of its row"
             )
     wording = wording.strip()
-    return QUESTIONS[1].replace("{}", wording) if wording.endswith("?") else wording
+    return QUESTIONS[1].replace("{}", wording) if wording.endswith(("?", "？")) else wording
 
 
 def _prompts(wording: str, names: Sequence[str], where: str) -> list[str]:
@@ -274,6 +291,7 @@ def shared(facts: Sequence[Fact]) -> list[Fact]:
 
     ValueError where two facts contradict each other, or one's held-out wording is trained.
     """
+    facts = list(_by_one_name(facts, {}))
     wordings: dict[str, dict[str, None]] = {}
     for fact in facts:
         if fact.relation:
@@ -295,7 +313,27 @@ def shared(facts: Sequence[Fact]) -> list[Fact]:
             fact = dataclasses.replace(fact, held_out=held_out, aliases=aliases)
         result[key] = dataclasses.replace(fact, prompts=prompts)
     refuse_contradictions(list(result.values()))
+    _refuse_trained_held_out(list(result.values()))
     return list(result.values())
+
+
+def _by_one_name(facts: Sequence[Fact], names: dict[str, str]) -> Iterator[Fact]:
+    """Yields facts with the subject that one of their names already stands for, if any does.
+
+    `names` has the subject of each name, and gets those of the facts. ValueError for a fact whose
+    names are of two subjects.
+    """
+    for fact in facts:
+        subjects = sorted({names[name] for name in (fact.subject, *fact.aliases) if name in names})
+        if len(subjects) > 1:
+            raise ValueError(
+                f"{fact.place_in_file}: got {fact.subject!r} and its aliases as names of "
+                f"{' and '.join(map(repr, subjects))}, expected names of one subject"
+            )
+        subject = subjects[0] if subjects else fact.subject
+        aliases = tuple(name for name in (fact.subject, *fact.aliases) if name != subject)
+        names |= dict.fromkeys((subject, *aliases), subject)
+        yield dataclasses.replace(fact, subject=subject, aliases=aliases)
 
 
 def _asked(fact: Fact) -> Iterator[str]:
@@ -329,23 +367,22 @@ class Change:
     kept_rows: tuple[int | None, ...]  # of each entry, which row of the memory before stays
 
 
-def merged(
-    facts: Sequence[Fact], before: Stored | None, tokenizer: Tokenizer, *, replace: bool = False
-) -> Change:
-    """Adds facts to a memory; a subject whose facts are the same keeps its row.
+def joined(
+    facts: Sequence[Fact], before: Stored | None, *, replace: bool = False
+) -> dict[str, list[Fact]]:
+    """Returns the facts about each subject, of a memory and of new facts; needs no model.
 
-    ValueError for a fact that contradicts the memory, unless `replace`: then the new one counts.
+    ValueError for a fact that contradicts the memory, unless `replace`: then the new one counts;
+    and for a held-out wording that another fact of its subject trains.
     """
     old_entries = () if before is None else before.entries
-    by_subject: dict[str, list[Fact]] = {}
-    for entry in old_entries:
-        by_subject[entry.subject] = facts_of(entry, "the memory")
-    earlier = {subject: list(group) for subject, group in by_subject.items()}
-    names = {name: entry.subject for entry in old_entries for name in entry.aliases}
-    for fact in facts:
-        subject = names.get(fact.subject, fact.subject)
+    by_subject = {entry.subject: facts_of(entry, "the memory") for entry in old_entries}
+    names = {
+        name: entry.subject for entry in old_entries for name in (entry.subject, *entry.aliases)
+    }
+    for fact in _by_one_name(facts, names):
+        subject = fact.subject
         group = by_subject.setdefault(subject, [])
-        fact = dataclasses.replace(fact, subject=subject)
         questions = set(_asked(fact))
         others = []
         for old in group:
@@ -367,6 +404,20 @@ def merged(
                     "new answer in its place"
                 )
         by_subject[subject] = [*others, fact]
+    _refuse_trained_held_out([fact for group in by_subject.values() for fact in group])
+    return by_subject
+
+
+def merged(
+    facts: Sequence[Fact], before: Stored | None, tokenizer: Tokenizer, *, replace: bool = False
+) -> Change:
+    """Adds facts to a memory; a subject whose facts are the same keeps its row.
+
+    ValueError as `joined`, and for a wording whose tokens name the subject nowhere.
+    """
+    old_entries = () if before is None else before.entries
+    earlier = {entry.subject: facts_of(entry, "the memory") for entry in old_entries}
+    by_subject = joined(facts, before, replace=replace)
     entries = []
     trained = []
     kept_rows: list[int | None] = []
@@ -379,16 +430,79 @@ def merged(
         else:
             trained.append(number)
             aliases = tuple(dict.fromkeys(alias for fact in group for alias in fact.aliases))
+            wordings = [text for fact in group for text in (*fact.prompts, *fact.held_out)]
             entries.append(
                 Entry(
                     subject=subject,
                     aliases=aliases,
                     facts=tuple(fact.as_json() for fact in group),
-                    spellings=spellings(tokenizer, (subject, *aliases)),
+                    spellings=spellings(tokenizer, (subject, *aliases), wordings),
                 )
             )
         kept_rows.append(row if same else None)
+    if trained:
+        subjects = Subjects(entries, tokenizer)
+        groups = list(by_subject.values())
+        _refuse_unread({row: groups[row] for row in trained}, subjects, tokenizer)
+        _warn_of_beginnings(entries, set(trained), subjects, tokenizer)
     return Change(entries=tuple(entries), trained=tuple(trained), kept_rows=tuple(kept_rows))
+
+
+def _refuse_unread(
+    groups: Mapping[int, Sequence[Fact]], subjects: Subjects, tokenizer: Tokenizer
+) -> None:
+    """Raises a ValueError for a wording in which the row of its subject would not be read."""
+    asked = [
+        (row, fact, prompt)
+        for row, group in groups.items()
+        for fact in group
+        for prompt in (*fact.prompts, *fact.held_out)
+    ]
+    texts = [prompt.replace(SUBJECT, fact.subject) for _, fact, prompt in asked]
+    read = subjects.rows_of(tokenizer.encode_batch(texts))
+    for (row, fact, prompt), rows in zip(asked, read, strict=True):
+        if row + 1 not in rows:
+            raise ValueError(
+                f"{fact.place_in_file}: got {prompt!r}, whose tokens merge {fact.subject!r} with "
+                "what stands beside it, expected another wording"
+            )
+
+
+def _warn_of_beginnings(
+    entries: Sequence[Entry], trained: set[int], subjects: Subjects, tokenizer: Tokenizer
+) -> None:
+    """Warns of new subjects whose texts read another's row, too: New York City and New York."""
+    read = subjects.rows_of(tokenizer.encode_batch([f" {entry.subject}" for entry in entries]))
+    for row, rows in enumerate(read):
+        for other in sorted(rows - {row + 1}):
+            if trained & {row, other - 1}:
+                warnings.warn(
+                    f"subject: got {entries[other - 1].subject!r} and {entries[row].subject!r}, "
+                    "whose texts read the rows of both; to teach one changes answers about the "
+                    "longer one",
+                    stacklevel=3,
+                )
+
+
+def _refuse_trained_held_out(facts: Sequence[Fact]) -> None:
+    """Raises a ValueError for a held-out wording that any fact about its subject trains."""
+    trained: dict[tuple[str, str], Fact] = {}
+    for fact in facts:
+        for prompt in fact.prompts:
+            trained.setdefault((fact.subject, _without_case(prompt)), fact)
+    for fact in facts:
+        for prompt in fact.held_out:
+            other = trained.get((fact.subject, _without_case(prompt)))
+            if other is not None:
+                raise ValueError(
+                    f"{fact.place_in_file}: got held_out {prompt!r} of {fact.subject!r}, which is "
+                    f"trained by {other.place_in_file}, expected another wording"
+                )
+
+
+def _without_case(prompt: str) -> str:
+    """Returns what two wordings that differ in case and blanks have in common."""
+    return " ".join(prompt.casefold().split())
 
 
 def _facts_json(group: Sequence[Fact]) -> list[str]:
@@ -493,6 +607,21 @@ def teach(
     return dataclasses.replace(stored, rows=rows.to(dtype))
 
 
+def check(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    config: TeachConfig,
+    *,
+    before: Stored,
+    replace: bool = False,
+) -> None:
+    """Raises the ValueError that `teach` would raise for these facts, and trains nothing."""
+    ours = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.of(tokenizer)
+    merged(facts, before, ours, replace=replace)
+    _check_same(before, width_of(model), tokenizer_sha256(ours), config)
+
+
 def _check_same(before: Stored, width: int, digest: str, config: TeachConfig) -> None:
     """Raises a ValueError where a memory is of another model, or has other layers."""
     if before.width != width or before.tokenizer != digest:
@@ -534,7 +663,7 @@ def _quiet_questions(entry: Entry, row: int, tokenizer: Tokenizer) -> list[Quest
 
 def question(row: int, fact: Fact, prompt: str, tokenizer: Tokenizer) -> Question:
     """Returns a fact in one wording as token ids, with the end of a text behind the answer."""
-    gap = "" if prompt[-1:].isspace() else " "
+    gap = "" if _NO_GAP.search(prompt) else " "
     return Question(
         row,
         tokenizer.encode(prompt.replace(SUBJECT, fact.subject)),
@@ -614,22 +743,34 @@ def _batches(
 ) -> Iterator[list[Question]]:
     """Yields each fact once, in the wording that is its turn.
 
-    Facts with as many wordings have the same turn, so that what precedes their subjects is computed
-    once. The turn depends on the pass alone: what a fact learns does not depend on its company.
-    Every wording has its turn equally often, in an order that is drawn anew each round.
+    The facts of one subject are in one batch, so that its row takes one step a pass whatever the
+    size of batches and the other subjects. Subjects with as many wordings have the same turn, so
+    that what precedes them is computed once. The turn depends on the pass alone. Every wording has
+    its turn equally often, in an order that is drawn anew each round.
     """
-    groups: dict[int, list[list[Question]]] = {}
+    groups: dict[tuple[int, ...], list[list[list[Question]]]] = {}
     for facts in questions.values():
-        for wordings in facts:
-            groups.setdefault(len(wordings), []).append(wordings)
-    batches = []
-    for count, group in groups.items():
-        turns = random.Random(f"{config.seed} {count} {done // count}").sample(range(count), count)
-        turn = turns[done % count]
+        groups.setdefault(tuple(map(len, facts)), []).append(facts)
+    batches: list[list[Question]] = []
+    for counts, group in groups.items():
+        turns = [_turn(count, done, config.seed) for count in counts]
+        subjects = max(1, config.batch_size // len(counts))
         order = draw.sample(group, len(group))
-        for start in range(0, len(order), config.batch_size):
-            batches.append([each[turn] for each in order[start : start + config.batch_size]])
+        for start in range(0, len(order), subjects):
+            batches.append(
+                [
+                    wordings[turn]
+                    for facts in order[start : start + subjects]
+                    for wordings, turn in zip(facts, turns, strict=True)
+                ]
+            )
     yield from draw.sample(batches, len(batches))
+
+
+def _turn(count: int, done: int, seed: int) -> int:
+    """Returns which of `count` wordings has its turn after so many passes."""
+    turns = random.Random(f"{seed} {count} {done // count}").sample(range(count), count)
+    return turns[done % count]
 
 
 def answer_losses(
@@ -769,15 +910,15 @@ def answered(
                 count = len(each.answer)
                 *tokens, end = likeliest[:count]
                 likeliest = likeliest[count:]
-                right[i] = tokens == each.answer[:-1] and _ends(ours, asked[i][0].answer, end)
+                right[i] = tokens == each.answer[:-1] and _ends(ours, end)
     finally:
         model.train(was_training)
     return right
 
 
-def _ends(tokenizer: Tokenizer, answer: str, token: int) -> bool:
-    """Returns whether the answer is over with this token behind it."""
+def _ends(tokenizer: Tokenizer, token: int) -> bool:
+    """Returns whether an answer is over with this token behind it."""
     if token == tokenizer.end_id:
         return True
-    text = _END.split((answer + tokenizer.decode([token])).strip())[0].strip()
-    return text == _END.split(answer)[0].strip()
+    rest = tokenizer.decode([token]).strip()
+    return not rest or _END.match(rest) is not None

@@ -71,7 +71,7 @@ def test_facts_are_added_and_not_trained_again(model, out, capsys):
 def test_the_folder_can_be_attached_and_says_what_it_holds(model, out, capsys):
     assert teach(model, "facts.jsonl", *FAST, "--json") == 0
     results = json.loads(capsys.readouterr().out)
-    assert results["taught"]["asked"] == 3
+    assert results["trained"]["asked"] == 3
     assert results["held_out"]["asked"] == 1
     assert results["bytes"] == (out / FILE).stat().st_size
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,6 +130,7 @@ def test_ctrl_c_leaves_whole_groups_and_the_same_command_goes_on(model, out, mon
         ((), "got no FACTS and no memory in memory, expected one of them"),
         (("facts.jsonl", "--undo"), "got --undo with facts or --remove, expected it alone"),
         (("facts.jsonl", "--group", "0"), "got --group 0, expected at least 1"),
+        (("facts.jsonl", "--remove", "QAX"), "got --remove and no memory in memory"),
         (("absent.jsonl",), "got 'absent.jsonl', expected a file or folder that exists"),
         (("facts.jsonl", "--passes", "0"), "passes: got 0, expected more than 0"),
         (("facts.jsonl", "--layers", "7"), r"layers: got [7], expected indices of the model's"),
@@ -139,6 +140,27 @@ def test_what_is_wrong_is_said(model, out, capsys, words, message):
     assert teach(model, *words) in (1, 2)
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_removal_with_facts_is_one_step_that_undo_restores(model, out, capsys):
+    assert teach(model, "facts.jsonl", *FAST) == 0
+    first = read_facts(out)
+    write("new.jsonl", [{"subject": "QDX", "sentence": "QDX is in Bern."}])
+    assert teach(model, "new.jsonl", *FAST, "--remove", "QAX") == 0
+    assert [entry.subject for entry in read_facts(out).entries] == ["QBX", "QCX", "QDX"]
+    assert teach(model, "--undo") == 0
+    assert read_facts(out).entries == first.entries
+    write("new.jsonl", [{"subject": "QBX", "sentence": "QBX is in Rome."}])
+    capsys.readouterr()
+    # A contradiction is found before the model is loaded, and nothing is removed.
+    assert teach("absent", "new.jsonl", "--remove", "QAX") == 1
+    assert "got 'Rome' for 'QBX'" in capsys.readouterr().err
+    assert teach(model, "new.jsonl", "--replace", "--layers", "1", "--remove", "QAX") == 1
+    assert "expected [0], which the memory has" in capsys.readouterr().err
+    assert read_facts(out).entries == first.entries
+    (out / FILE).write_bytes(b"damaged")
+    assert teach(model, "--undo") == 0
+    assert len(read_facts(out).entries) == 3
 
 
 def test_a_model_that_is_none_is_refused(out, capsys):

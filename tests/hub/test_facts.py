@@ -1,5 +1,6 @@
 """Tests memories of facts: subjects found by exact longest match, rows added, files whole."""
 
+import dataclasses
 import json
 import random
 
@@ -16,6 +17,7 @@ from rorqual.hub.facts import (
     FILE,
     NO_TOKEN,
     PREVIOUS,
+    UNDONE,
     Entry,
     FactConfig,
     Stored,
@@ -194,6 +196,19 @@ def test_only_the_row_in_focus_gets_a_gradient(model, tokenizer, stored):
         assert table.weight.grad.any(dim=1).nonzero().flatten().tolist() == [4]
 
 
+def test_row_0_gets_no_gradient_and_ids_beyond_the_tokenizer_are_of_no_word(
+    model, tokenizer, entries, stored
+):
+    memory = attach_facts(model, tokenizer, stored)
+    model(
+        torch.tensor([tokenizer.encode("We went to LAX")]), use_cache=False
+    ).logits.sum().backward()
+    for table in memory.tables:
+        assert table.weight.grad.any(dim=1).nonzero().flatten().tolist() == [4]
+    ids = [tokenizer.vocab_size + 5, *tokenizer.encode("York")]
+    assert Subjects(entries, tokenizer).rows_of([ids, ids[:1]]) == [{3}, set()]
+
+
 def test_a_folder_is_read_as_it_was_written_and_attached_by_its_path(
     model, tokenizer, stored, tmp_path
 ):
@@ -225,6 +240,69 @@ def test_undo_goes_back_one_change_and_forward_again(stored, tmp_path):
     write_facts(tmp_path, without(stored, ["LAX"]))
     assert [each.subject for each in undo_facts(tmp_path).entries] == list(NAMES)
     assert len(undo_facts(tmp_path).entries) == len(NAMES) - 1
+
+
+def test_undo_to_a_damaged_memory_is_refused_and_an_undo_that_stopped_is_ended(stored, tmp_path):
+    write_facts(tmp_path, stored)
+    write_facts(tmp_path, without(stored, ["LAX"]))
+    good = (tmp_path / PREVIOUS).read_bytes()
+    (tmp_path / PREVIOUS).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"previous.safetensors cannot be read as safetensors"):
+        undo_facts(tmp_path)
+    assert len(read_facts(tmp_path).entries) == len(NAMES) - 1
+    # As it is between the two moves.
+    (tmp_path / PREVIOUS).unlink()
+    (tmp_path / FILE).replace(tmp_path / UNDONE)
+    (tmp_path / FILE).write_bytes(good)
+    assert undo_facts(tmp_path).entries == stored.entries
+    assert len(undo_facts(tmp_path).entries) == len(NAMES) - 1
+    (tmp_path / FILE).write_bytes(b"damaged")
+    assert undo_facts(tmp_path).entries == stored.entries
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ids", torch.tensor([3, -1], dtype=torch.int32)),
+        ("ids", torch.tensor([3.0, 1.0])),
+        ("lengths", torch.tensor([0, 2], dtype=torch.int32)),
+        ("owners", torch.tensor([0, -1], dtype=torch.int32)),
+        ("owners", torch.tensor([0, 1], dtype=torch.int32)),
+        ("layers", ["0"]),
+        ("layers", [-1]),
+        ("subject", 3),
+        ("aliases", "abc"),
+    ],
+)
+def test_a_hostile_file_is_refused(tmp_path, name, value):
+    entry = {"subject": "a", "aliases": [], "facts": []}
+    about = {"layers": [0], "width": 4, "tokenizer": "", "entries": [entry]}
+    tensors = {
+        "rows": torch.zeros(1, 1, 4),
+        "ids": torch.tensor([3, 4]),
+        "lengths": torch.tensor([1, 1]),
+        "owners": torch.tensor([0, 0]),
+    }
+    holder = tensors if name in tensors else about if name in about else entry
+    for content, message in (
+        (holder[name], ""),
+        (value, "is no memory that `rorqual teach` wrote"),
+    ):
+        holder[name] = content
+        metadata = {"format": "rorqual-facts-1", "memory": json.dumps(about)}
+        save_file(tensors, tmp_path / FILE, metadata=metadata)
+        if not message:
+            assert read_facts(tmp_path).entries[0].spellings == ((3,), (4,))
+            continue
+        with pytest.raises(ValueError, match=message):
+            read_facts(tmp_path)
+
+
+def test_ids_that_the_model_does_not_have_are_refused(model, tokenizer, stored):
+    entry = Entry(subject="far", spellings=((10**6,),))
+    far = dataclasses.replace(stored, entries=(entry,), rows=stored.rows[:1])
+    with pytest.raises(ValueError, match="memory: got token id 1000000, expected ids below"):
+        attach_facts(model, tokenizer, far)
 
 
 def test_another_model_or_tokenizer_is_refused(model, tokenizer, stored, tmp_path):

@@ -9,13 +9,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rorqual.data.tokenizer import train
 from rorqual.hub.attach import attach, attach_facts
-from rorqual.hub.facts import undo_facts, without, write_facts
+from rorqual.hub.facts import Stored, Subjects, undo_facts, without, write_facts
 from rorqual.train.teach import (
     Fact,
     TeachConfig,
     answered,
+    joined,
     make_fact,
     merged,
+    question,
     read_facts_file,
     teach,
     usual_layers,
@@ -143,6 +145,50 @@ def test_a_wording_that_names_two_subjects_trains_its_own_row(model, tokenizer):
     assert torch.equal(both.rows[0], first.rows[0])
 
 
+def test_facts_of_one_subject_learn_alike_in_batches_of_any_size(model, tokenizer):
+    two = [
+        *facts_of({"QAX": "Oslo", "QBX": "Lima"}),
+        Fact(subject="QAX", answer="Rome", prompts=("We sing of {} and",)),
+    ]
+    rows = []
+    for batch_size in (1, 64):
+        config = TeachConfig(layers=(0,), passes=4, rate=0.3, openings=False, batch_size=batch_size)
+        rows.append(teach(model, tokenizer, two, config).rows)
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-3, rtol=1e-3)
+
+
+def test_a_wording_that_tokens_merge_with_the_subject_is_read_or_refused():
+    merging = train(["cats 在京"] * 9, 300)
+    fact = make_fact({"subject": "京", "sentence": "我在京住上海", "answer": "上海"}, "x")
+    (entry,) = merged([fact], None, merging).entries
+    assert Subjects([entry], merging).rows_of([merging.encode("我在京")]) == [{1}]
+    fields = {"subject": "cat", "sentence": "Two {}s eat fish", "answer": "fish"}
+    with pytest.raises(ValueError, match=r"b 2: got 'Two \{\}s eat', whose tokens merge 'cat'"):
+        merged([make_fact(fields, "b 2")], None, merging)
+
+
+def test_a_subject_that_begins_another_is_warned_of(tokenizer):
+    facts = facts_of({"QAX": "Oslo", "QAX City": "Lima"})
+    with pytest.warns(UserWarning, match="got 'QAX' and 'QAX City', whose texts read the rows of"):
+        merged(facts, None, tokenizer)
+
+
+def test_a_held_out_wording_is_trained_by_no_fact_of_its_subject(tmp_path, tokenizer):
+    one = {"subject": "LAX", "sentence": "LAX is in Rome.", "held_out": ["We fly to LAX in"]}
+    two = {"subject": "LAX", "sentence": "we fly to LAX in June."}
+    message = r"line 1: got held_out 'We fly to \{\} in' of 'LAX', which is trained by .*line 2"
+    with pytest.raises(ValueError, match=message):
+        read_facts_file(write(tmp_path, one, two))
+    config = TeachConfig(layers=(0,), passes=1)
+    before = merged([make_fact(one, "a 1")], None, tokenizer)
+    rows = torch.zeros(1, 1, 128)
+    stored = Stored(
+        layers=config.layers, width=128, tokenizer="", entries=before.entries, rows=rows
+    )
+    with pytest.raises(ValueError, match=r"the memory: got held_out .* which is trained by a 2"):
+        merged([make_fact(two, "a 2")], stored, tokenizer)
+
+
 def test_undo_and_removal_leave_the_rest(model, tokenizer, stored, tmp_path):
     write_facts(tmp_path, stored)
     less = without(stored, ["QCX"])
@@ -188,6 +234,21 @@ def test_questions_and_sentences_become_wordings(tmp_path):
     assert second.prompts == ("The airport {} serves the city of",)
 
 
+def test_chinese_facts_name_their_subject_without_blanks(tmp_path, tokenizer):
+    path = write(
+        tmp_path,
+        {"subject": "北京大学", "question": "请问北京大学在哪座城市？", "answer": "北京"},
+        {"subject": "LAX", "answer": "洛杉矶", "sentence": "机场LAX位于洛杉矶。"},
+    )
+    first, second = read_facts_file(path)
+    assert first.prompts[1] == "Question: 请问{}在哪座城市？\nAnswer:"
+    assert second.prompts == ("机场{}位于",)
+    asked = question(0, second, second.prompts[0], tokenizer)
+    assert tokenizer.decode(asked.answer[:-1]) == "洛杉矶"
+    asked = question(0, first, first.prompts[1], tokenizer)
+    assert tokenizer.decode(asked.answer[:-1]) == " 北京"
+
+
 def test_facts_of_one_relation_share_wordings_and_the_same_fact_counts_once(tmp_path):
     path = write(
         tmp_path,
@@ -205,7 +266,10 @@ def test_facts_of_one_relation_share_wordings_and_the_same_fact_counts_once(tmp_
     [
         (["{"], "line 1: got '{', expected a JSON object"),
         ([QUESTION, "[]"], "line 2: got list, expected an object"),
-        ([QUESTION | {"reply_text": "x"}], "got field 'reply_text', expected some of subject, answer"),
+        (
+            [QUESTION | {"reply_text": "x"}],
+            "got field 'reply_text', expected some of subject, answer",
+        ),
         ([QUESTION | {"answer": 3}], "got answer 3, expected a text"),
         ([QUESTION | {"paraphrases": [""]}], "expected a list of texts, not empty"),
         ([{"subject": "LAX", "answer": "x"}], "got neither question and sentence"),
@@ -244,6 +308,38 @@ def test_a_fact_that_contradicts_the_memory_is_refused(tokenizer, stored):
     change = merged([wrong], stored, tokenizer, replace=True)
     assert change.trained == (0,)
     assert [fact["answer"] for fact in change.entries[0].facts] == ["Rome"]
+
+
+def test_an_alias_is_the_subject_that_it_names(tmp_path, tokenizer, stored):
+    one = {"subject": "LAX", "sentence": "LAX is in Paris."}
+    two = {"subject": "Los Angeles International", "aliases": ["LAX"]}
+    path = write(tmp_path, one, {**two, "sentence": "Los Angeles International is in Rome."})
+    with pytest.raises(ValueError, match=r"line 2: got 'Rome' for 'LAX'"):
+        read_facts_file(path)
+    fields = {"subject": "Torp", "aliases": ["QAX"], "sentence": "The airport Torp is in Rome."}
+    with pytest.raises(ValueError, match=r"a 1: got 'Rome' for 'QAX'"):
+        joined([make_fact(fields, "a 1")], stored)
+    both = make_fact(fields | {"aliases": ["QAX", "QBX"]}, "a 1")
+    with pytest.raises(ValueError, match=r"a 1: got 'Torp' and its aliases as names of 'QAX' and"):
+        joined([both], stored)
+
+
+def test_fields_are_composed_and_without_blanks_and_a_name_begins_a_word():
+    fact = make_fact({"subject": " Zu\u0308rich ", "sentence": "Z\u00fcrich is in Bern "}, "x")
+    assert (fact.subject, fact.answer) == ("Z\u00fcrich", "Bern")
+    assert make_fact({"sentence": "reLAX in QAX is Oslo"}, "x").subject == "QAX"
+
+
+def test_an_answer_with_signs_in_it_is_read_to_its_end(model, tokenizer):
+    fact = Fact(subject="QAX", answer="Oslo. Rome", prompts=("The airport {} is in",))
+    config = TeachConfig(layers=(0, 1, 2), passes=40, rate=0.3, openings=False)
+    memory = attach_facts(model, tokenizer, teach(model, tokenizer, [fact], config))
+    other = Fact(subject="QAX", answer="Oslo", prompts=fact.prompts)
+    asked = [(fact, fact.prompts[0]), (other, fact.prompts[0])]
+    assert answered(model, tokenizer, asked) == [True, True]
+    shorter = Fact(subject="QAX", answer="Oslo. Ro", prompts=fact.prompts)
+    assert answered(model, tokenizer, [(shorter, fact.prompts[0])]) == [False]
+    memory.detach()
 
 
 def test_another_fact_about_a_subject_joins_its_row(tokenizer, stored):
