@@ -646,3 +646,23 @@ def test_golden_engram_files_agree(run, name, items):
         pytest.skip("tokenizer not on this machine: scripts/fetch_test_tokenizers.py brings it")
     code, text, _ = run(GOLDEN / name)
     assert code == 0 and text.count("ok ") == items
+
+
+def test_a_multimodal_folder_is_checked_by_its_text_model(run, tmp_path):
+    """The text model's fields and tensors stand one level deeper there, gradients too."""
+    folder = GOLDEN / "qwen4_exp_tiny"
+    text = json.loads((folder / "config.json").read_text())
+    described = {"model_type": "qwen4_exp", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+
+    def deeper(name: str) -> str:
+        for prefix in ("model.", "grad.model."):
+            if name.startswith(prefix):
+                return prefix + "language_model." + name.removeprefix(prefix)
+        return name
+
+    for file in ("model.safetensors", "expected.safetensors"):
+        tensors = {deeper(name): tensor for name, tensor in load_file(folder / file).items()}
+        save_file(tensors, tmp_path / file, metadata={"format": "pt"})
+    code, printed, errors = run(tmp_path)
+    assert code == 0, printed + errors

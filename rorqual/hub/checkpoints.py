@@ -121,6 +121,11 @@ class Files:
     def rename(self, canonical: Callable[[str], str]) -> None:
         """Calls every tensor by what `canonical` makes of its name in the files."""
         names = {canonical(name): name for name in self.where}
+        if len(names) < len(self.where):
+            twice = sorted(name for name in self.where if names[canonical(name)] != name)
+            others = ", ".join(names[canonical(name)] for name in twice[:3])
+            got = f"{', '.join(twice[:3])} beside {others}"
+            raise ValueError(f"{self.folder}: got {got}, expected each tensor once")
         self._stored = {name: stored for name, stored in names.items() if name != stored}
         tables: tuple[dict[str, Any], ...] = self.where, self.shapes, self.dtypes
         for table in tables:

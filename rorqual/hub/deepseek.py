@@ -28,7 +28,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rorqual.hub.fields import mtp_layers, number, quantisation, whole
+from rorqual.hub.fields import flag, mtp_layers, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
 from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
@@ -203,10 +203,10 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
         dense_width=size["intermediate_size"],
         mla=_mla_of(d, size),
         dsa=_dsa_of(d, kind) if kind in INDEXED else None,
-        rope=rope_of(d, interleaved=always or bool(d["rope_interleave"]), share=share),
+        rope=rope_of(d, interleaved=always or flag(d, "rope_interleave"), share=share),
         moe=_moe_of(d, kind, (first, others), names) if has_experts else None,
         mtp=MTPConfig(depth=mtp_depth) if mtp_depth else None,
-        tied=bool(d["tie_word_embeddings"]),
+        tied=flag(d, "tie_word_embeddings"),
         eps=number(d, "rms_norm_eps"),
         init_std=number(d, "initializer_range"),
     )
@@ -238,7 +238,7 @@ def _dense_blocks(d: Mapping[str, Any], kind: str) -> tuple[int, tuple[int, ...]
         period = max(1, whole(d, "moe_layer_freq")) if kind == "axk1" else 1
         dense = [] if period == 1 else [i for i in range(first, min(layers, MANY)) if i % period]
     else:
-        if not isinstance(kinds, list) or not set(kinds) <= {"dense", "sparse"}:
+        if not isinstance(kinds, list) or any(kind not in ("dense", "sparse") for kind in kinds):
             raise ValueError(
                 f"config.json: mlp_layer_types: got {kinds!r}, "
                 "expected a list of 'dense' and 'sparse'"
@@ -258,7 +258,9 @@ def _dense_blocks(d: Mapping[str, Any], kind: str) -> tuple[int, tuple[int, ...]
 def _dsa_of(d: Mapping[str, Any], kind: str) -> DSAConfig:
     """Reads the fields of the indexer of V3.2, or of GLM, whose rope pairs neighbours."""
     kinds = d.get("layer_types")
-    if kinds is not None and set(kinds) != {"indexed_attention"}:
+    if kinds is not None and (
+        not isinstance(kinds, list) or any(each != "indexed_attention" for each in kinds)
+    ):
         raise ValueError(
             f"config.json: layer_types: got {kinds!r}, expected 'indexed_attention' of every layer"
         )
@@ -304,7 +306,7 @@ def _mla_of(d: Mapping[str, Any], size: Mapping[str, int]) -> MLAConfig:
         nope_dim=size["qk_nope_head_dim"],
         rope_dim=size["qk_rope_head_dim"],
         value_dim=size["v_head_dim"],
-        bias=bool(d.get("attention_bias")),
+        bias=flag(d, "attention_bias"),
     )
 
 
@@ -359,7 +361,7 @@ def _sigmoid_router(d: Mapping[str, Any], kind: str, names: Collection[str]) -> 
         score="sigmoid",
         groups=whole(d, "n_group"),
         groups_kept=whole(d, "topk_group"),
-        renormalise=bool(d["norm_topk_prob"]),
+        renormalise=flag(d, "norm_topk_prob"),
         scale=number(d, "routed_scaling_factor"),
         bias=biased or kind != "axk1" or not names,
     )
@@ -374,7 +376,7 @@ def _softmax_router(d: Mapping[str, Any], kind: str) -> RouterConfig:
         groups=whole(d, "n_group") if limited else 1,
         groups_kept=whole(d, "topk_group") if limited else 1,
         group_score="max" if v2 else "top2",
-        renormalise=not v2 and bool(d["norm_topk_prob"]),
+        renormalise=not v2 and flag(d, "norm_topk_prob"),
         scale=number(d, "routed_scaling_factor"),
         bias=False,
     )

@@ -9,7 +9,7 @@ Fields of training and of deployment are ignored. arXiv 2401.06066.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rorqual.hub.fields import number, whole
+from rorqual.hub.fields import flag, number, whole
 from rorqual.hub.places import Place, Sizes
 from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
@@ -95,11 +95,11 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             heads=heads,
             kv_heads=heads if d["num_key_value_heads"] is None else whole(d, "num_key_value_heads"),
             head_dim=dim // heads,
-            bias=bool(d["attention_bias"]),
+            bias=flag(d, "attention_bias"),
         ),
         rope=rope_of(d, interleaved=False),
         moe=_moe_of(d, first, layers) if has_experts else None,
-        tied=bool(d["tie_word_embeddings"]),
+        tied=flag(d, "tie_word_embeddings"),
         eps=number(d, "rms_norm_eps"),
         init_std=number(d, "initializer_range"),
     )
@@ -126,7 +126,7 @@ def _moe_of(d: Mapping[str, Any], first: int, layers: int) -> MoEConfig:
         router=RouterConfig(
             score="softmax",
             # One expert keeps its score as its weight.
-            renormalise=bool(d["norm_topk_prob"]) and whole(d, "num_experts_per_tok") > 1,
+            renormalise=flag(d, "norm_topk_prob") and whole(d, "num_experts_per_tok") > 1,
             bias=False,
         ),
         balance=BalanceConfig(bias_rate=0.0, sequence=0.0, expert=balance),

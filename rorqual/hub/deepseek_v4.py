@@ -28,7 +28,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual import runtime
-from rorqual.hub.fields import mtp_layers, number, quantisation, whole
+from rorqual.hub.fields import flag, mtp_layers, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
 from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
@@ -182,7 +182,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             norm_eps=eps,
         ),
         mtp=MTPConfig(depth=depth, streams=True) if depth else None,
-        tied=bool(d["tie_word_embeddings"]),
+        tied=flag(d, "tie_word_embeddings"),
         eps=eps,
         init_std=number(d, "initializer_range"),
     )
@@ -209,7 +209,7 @@ def _kinds(d: Mapping[str, Any], layers: int) -> tuple[CSAKind, ...]:
             raise ValueError(
                 f"config.json: {key}: got {got}, expected a list of one for each of {layers} layers"
             )
-        if wrong := [value for value in listed[:layers] if value not in table]:
+        if wrong := [value for value in listed[:layers] if value not in list(table)]:
             expected = ", ".join(map(str, table))
             raise ValueError(f"config.json: {key}: got {wrong[0]!r}, expected one of {expected}")
         read[key] = tuple(table[value] for value in listed[:layers])
@@ -265,7 +265,7 @@ def _hash_layers(d: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...
     if (
         not isinstance(listed, list)
         or len(listed) < layers
-        or not set(listed) <= {"moe", "hash_moe"}
+        or any(kind not in ("moe", "hash_moe") for kind in listed)
     ):
         raise ValueError(
             f"config.json: mlp_layer_types: got {listed!r}, "

@@ -18,9 +18,10 @@ experts of a layer in one tensor.
 import re
 from collections.abc import Collection, Mapping
 from functools import partial
+from math import isfinite
 from typing import Any
 
-from rorqual.hub.fields import number, quantisation
+from rorqual.hub.fields import flag, number, quantisation
 from rorqual.hub.places import AnyPlace, Joined, Place, Sizes
 from rorqual.model_config import (
     BalanceConfig,
@@ -129,7 +130,9 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
     text = description.get("text_config") or {}
     if not isinstance(text, Mapping):
         raise ValueError(f"config.json: text_config: got {text!r:.60}, expected fields")
-    d = DEFAULTS | dict(text)
+    # A list that is null is the released one, as for the reference.
+    lists = {key for key, value in DEFAULTS.items() if isinstance(value, list)}
+    d = DEFAULTS | {key: x for key, x in text.items() if x is not None or key not in lists}
     _refuse_unknown(d, description)
     layers = _whole(d, "num_hidden_layers")
     ratios = _list(d, "compress_ratios")
@@ -195,7 +198,7 @@ def _refuse_unknown(d: Mapping[str, Any], description: Mapping[str, Any]) -> Non
 def _whole(fields: Mapping[str, Any], key: str, least: int = 0) -> int:
     """Returns a whole number of text_config, from `least` on; ValueError for anything else."""
     value: Any = fields.get(key)
-    number = not isinstance(value, bool) and isinstance(value, int | float)
+    number = not isinstance(value, bool) and isinstance(value, int | float) and isfinite(value)
     if not number or value != value // 1 or value < least:
         raise ValueError(
             f"config.json: text_config.{key}: got {value!r}, "
@@ -280,7 +283,7 @@ def _moe_of(
         router=RouterConfig(
             score="sqrtsoftplus",
             # The weight of a single expert is never renormalised.
-            renormalise=bool(d["norm_topk_prob"]) and _whole(d, "num_experts_per_tok") > 1,
+            renormalise=flag(d, "norm_topk_prob") and _whole(d, "num_experts_per_tok") > 1,
             scale=_number(d, "routed_scaling_factor"),
             image_ids=(_image_id(description),) if images else (),
         ),

@@ -1,10 +1,11 @@
 """Reads the fields of a config.json that several families have.
 
-They are numbers, which an error names if they are none; quantization_config; and the number of
-blocks of multi-token prediction.
+They are numbers and flags, which an error names if they are none; quantization_config; and the
+number of blocks of multi-token prediction.
 """
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -13,7 +14,7 @@ MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
     """Returns a number of a config.json; ValueError, naming the field, for anything else."""
     value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a number")
     return float(value)
 
@@ -21,9 +22,21 @@ def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
 def whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
     """Returns a whole number of a config.json; ValueError for anything else."""
     value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not number or value != value // 1:
         raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
     return int(value)
+
+
+def flag(fields: Mapping[str, Any], key: str, within: str = "") -> bool:
+    """Returns whether a field of a config.json is true; ValueError for what is no boolean.
+
+    0, 1 and null are taken as the libraries take them that read such files.
+    """
+    value = fields.get(key)
+    if value not in (True, False, None):
+        raise ValueError(f"config.json: {within}{key}: got {value!r}, expected true or false")
+    return bool(value)
 
 
 def quantisation(description: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rorqual.hub.fields import number, quantisation, whole
+from rorqual.hub.fields import flag, number, quantisation, whole
 from rorqual.hub.places import Place, Sizes
 from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
@@ -102,7 +102,7 @@ def config_of(description: Mapping[str, Any], names: Collection[str] = ()) -> Mo
             rank=whole(d, "hc_lowrank"),
             norm_eps=eps,
         ),
-        tied=bool(d["tie_word_embeddings"]),
+        tied=flag(d, "tie_word_embeddings"),
         eps=eps,
         init_std=number(d, "initializer_range"),
     )
@@ -149,9 +149,9 @@ def _layer_types(d: Mapping[str, Any], layers: int) -> list[str]:
         ]
     _check_list(types, "layer_types")
     types = ["indexed_attention" if kind == "full_attention" else kind for kind in types]
-    if unknown := sorted(set(types) - {"linear_attention", "indexed_attention"}):
+    if unknown := [x for x in types if x not in ("linear_attention", "indexed_attention")]:
         raise ValueError(
-            f"config.json: layer_types: got {', '.join(map(str, unknown))}, "
+            f"config.json: layer_types: got {', '.join(sorted(set(map(str, unknown))))}, "
             "expected linear_attention or indexed_attention"
         )
     if len(types) != layers:
@@ -206,7 +206,7 @@ def _gqa_of(d: Mapping[str, Any], eps: float) -> GQAConfig:
         centred=True,
         rope_dim=None if rope_dim == head_dim else rope_dim,
         output_gate=True,
-        bias=bool(d["attention_bias"]),
+        bias=flag(d, "attention_bias"),
     )
 
 
@@ -267,7 +267,7 @@ def _moe_of(d: Mapping[str, Any]) -> MoEConfig:
         width=whole(d, "moe_intermediate_size"),
         shared_width=whole(d, "shared_expert_intermediate_size"),
         shared_gate=True,
-        router=RouterConfig(score="softmax", renormalise=bool(d["norm_topk_prob"]), bias=False),
+        router=RouterConfig(score="softmax", renormalise=flag(d, "norm_topk_prob"), bias=False),
         balance=BalanceConfig(
             bias_rate=0.0, sequence=0.0, expert=number(d, "router_aux_loss_coef")
         ),

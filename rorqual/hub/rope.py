@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rorqual.hub.fields import number, whole
+from rorqual.hub.fields import flag, number, whole
 from rorqual.model_config import (
     ROPE_KINDS,
     DynamicRopeConfig,
@@ -117,7 +117,7 @@ def _yarn(
         beta_slow=number({"beta_slow": 1} | yarn, "beta_slow", within),
         mscale=mscale,
         mscale_all_dim=of_softmax,
-        truncate=bool(fields.get("truncate", True)),
+        truncate=flag({"truncate": True} | dict(fields), "truncate"),
     )
 
 

@@ -274,6 +274,8 @@ class TieRule(NamedTuple):
     # The first entry of each query's document, and the one after its last, of which topk selects.
     # None: all entries.
     spans: Int[Tensor, "B T 2"] | None = None
+    # Whether scores are sums of exact products, so that equal ones are equal in every call.
+    exact: bool = False
 
     def of(self, run: slice, block: int | None = None) -> "TieRule":
         """Returns the rule of the queries `run`, for entries or for coarse blocks of them."""
@@ -291,7 +293,7 @@ def best(scores: Float[Tensor, "B T M"], count: int, ties: TieRule) -> Int[Tenso
     if ties.rule == "topk":
         index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
         if index.shape[-1]:
-            tied = choices_open(scores, index)
+            tied = choices_open(scores, index, ties.exact)
             if ties.noted is not None:
                 ties.noted.note(tied)
             if ties.spans is not None:
@@ -447,7 +449,9 @@ class CSA2(SharedKV):
             count = shared.entries.shape[1]
             cache = None if ctx.cache is None else ctx.cache.attention
             noted = None if cache is None else cache.ties
-            ties = TieRule(self.config.ties, noted, visible.spans(ctx, self.ratio))
+            # Products of rounded queries and keys have few bits, so equal tokens have equal scores.
+            exact = self.rounds and asked.dtype == torch.float32
+            ties = TieRule(self.config.ties, noted, visible.spans(ctx, self.ratio), exact)
             coarse = Coarse(self.shares.candidate_block, visible)
             for run in self.runs(asked, count):
                 seen = visible.mask(count, run)

@@ -583,15 +583,19 @@ def attend_best(
 
 
 def choices_open(
-    scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"]
+    scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"], exact: bool = False
 ) -> Bool[Tensor, "B T"]:
     """Returns whether a key that is not selected has the score 0, as one that is selected has.
 
     A key that no head's product is above 0 for has that score, whatever computes it. Other scores
     are equal by rounding alone (in float32 one query in 20,000, of 8,192 keys): another shape of
-    the same product parts them, so that no choice among them could be repeated.
+    the same product parts them, so that no choice among them could be repeated. With `exact`
+    products, as of few bits, all equal scores count but the -inf of keys that are not visible.
     """
     lowest = scores.gather(-1, index).amin(-1)
+    if exact:
+        above = (scores >= lowest[..., None]).sum(-1)
+        return (lowest > -torch.inf) & (above > index.shape[-1])
     return (lowest == 0) & ((scores >= 0).sum(-1) > index.shape[-1])
 
 

@@ -150,7 +150,9 @@ def check_folder(folder: Path) -> Iterator[Item]:
         for name in sorted(name for name in expected if name.startswith(f"{kind}.")):
             if name not in {f"{kind}.{index}" for index in range(len(states))}:
                 yield Item(f"{name}, a block we lack", math.inf)
-    pad = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = description.get("text_config") or {}
+    pad = description.get("pad_token_id", text.get("pad_token_id"))
     yield from check_loss(model, ids, expected, pad)
     for row, expected_message in zip(ids, expected.get("greedy", ids[:0]).long(), strict=False):
         yield from check_greedy(model, row, expected_message)
@@ -212,7 +214,8 @@ def check_loss(
         (g.abs().max().item() for g in wanted.values()), default=0.0
     )
     for name, gradient in wanted.items():
-        position = table.get(name.removeprefix("grad."))
+        tensor = name.removeprefix("grad.")
+        position = table.get(tensor) or table.get(family.canonical(tensor))
         if position is None or position.name not in in_float32:
             yield Item(f"{name}, a tensor we lack", math.inf)
             continue

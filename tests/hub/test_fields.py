@@ -10,7 +10,7 @@ from rorqual.cli.main import main
 from rorqual.costs import costs
 from rorqual.hub import checkpoints
 from rorqual.hub.families import family_for
-from rorqual.hub.fields import mtp_layers, number, quantisation, scale_block, whole
+from rorqual.hub.fields import flag, mtp_layers, number, quantisation, scale_block, whole
 from rorqual.model import LanguageModel
 from rorqual.model_config import MTPConfig
 from rorqual.presets import preset
@@ -23,9 +23,39 @@ def test_numbers_are_named_where_they_are_none() -> None:
         (number, None, r"config.json: rope\.a: got None, expected a number"),
         (whole, 2.5, r"config.json: rope\.a: got 2.5, expected a whole number"),
         (whole, "2", r"config.json: rope\.a: got '2', expected a whole number"),
+        (whole, float("nan"), r"config.json: rope\.a: got nan, expected a whole number"),
+        (number, float("inf"), r"config.json: rope\.a: got inf, expected a number"),
+        (flag, "false", r"config.json: rope\.a: got 'false', expected true or false"),
+        (flag, [], r"config.json: rope\.a: got \[\], expected true or false"),
     ):
         with pytest.raises(ValueError, match=words):
             read({"a": value}, "a", "rope.")
+
+
+@pytest.mark.parametrize(
+    ("value", "read"), [(True, True), (False, False), (None, False), (1, True), (0, False)]
+)
+def test_a_flag_is_read_as_other_libraries_do(value: object, read: bool) -> None:
+    assert flag({"a": value}, "a") is read
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("deepseek-v3.2", "layer_types"),
+        ("deepseek-v3.2", "mlp_layer_types"),
+        ("deepseek-v4-flash", "layer_types"),
+        ("deepseek-v4-flash", "mlp_layer_types"),
+        ("qwen3.8-flash-next", "layer_types"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, True, 1.5, [[]], [{}], ["dense", None]])
+def test_a_list_of_anything_else_is_refused_by_name(name: str, key: str, value: object) -> None:
+    family = family_for(preset(name))
+    described = family.published(preset(name))
+    described.get("text_config", described)[key] = value
+    with pytest.raises(ValueError, match=f"config.json: {key}: got "):
+        family.config_of(described)
 
 
 def test_float8_is_the_only_quantisation() -> None:

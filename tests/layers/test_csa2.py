@@ -19,6 +19,7 @@ from rorqual.layers.csa2 import (
     new_entries,
     visible_entries,
 )
+from rorqual.layers.dsa import Ties
 from rorqual.model import LanguageModel
 from rorqual.model_config import CSA2Config, CSAConfig
 from rorqual.presets import preset
@@ -163,3 +164,15 @@ def test_csa2_works_inside_csa():
     csa = dataclasses.replace(config.csa, kinds=("csa",) * 5)
     with pytest.raises(ValueError, match=r"csa\.kinds"):
         dataclasses.replace(config, csa=csa)
+
+
+def test_equal_scores_of_exact_products_are_noted():
+    """Of rounded queries and keys equal scores are equal in every call; of others by rounding."""
+    scores = torch.tensor([[[3.0, 1.5, 1.5, 0.0]]])
+    for exact in (True, False):
+        ties = Ties()
+        best(scores, 2, TieRule("topk", ties, exact=exact))
+        assert ties.tied is exact
+    ties = Ties()
+    best(scores, 3, TieRule("topk", ties, exact=True))
+    assert not ties.tied
