@@ -74,7 +74,8 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
     Every rank runs the block. Where several fail, all raise the error of the first of them. What
     waits for other ranks within the block may fail on all of them only. An interrupted rank
-    interrupts all; where one exits, the others raise RuntimeError.
+    interrupts all, whatever others raise; where one exits, the others raise RuntimeError. Ranks
+    wait for each other within gloo: a second ctrl-C is seen when the others have answered.
     """
     error: BaseException | None = None
     try:
@@ -99,9 +100,9 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
             _errors_of_all(error, group)
         raise error
     errors = _errors_of_all(error, group)
-    number, first = next(
-        ((number, each) for number, each in enumerate(errors) if each is not None), (0, None)
-    )
+    failed = [(number, each) for number, each in enumerate(errors) if each is not None]
+    # An interruption comes before errors of ranks before it.
+    number, first = min(failed, key=lambda one: isinstance(one[1], Exception), default=(0, None))
     if first is None:
         return
     if error is not None and number == rank(group):

@@ -214,7 +214,7 @@ class ShardedTable(Table):
         Its error is raised on all ranks, but where everything is on an accelerator: the host would
         have to wait for what arrives.
         """
-        if device.type == "cpu" or self.placement == "disk":
+        if device.type == "cpu" or self.placement != "device":
             dtype = torch.float32 if self.dtype == FP8 else self.dtype
             like = torch.empty(self.width, dtype=dtype, device=device)
             return self.exchange.all_to_all_of(make, like, sent, received)

@@ -119,8 +119,9 @@ def check_ends() -> None:
             assert str(raised.value) == "a rank has exited: SystemExit(3)"
             assert raised.value.__notes__ == [f"raised on rank {rank}"]
 
-    with pytest.raises(KeyboardInterrupt), ranks.together():
-        raise KeyboardInterrupt if ranks.rank() == 0 else ValueError("of rank 1")
+    for rank in (0, 1):
+        with pytest.raises(KeyboardInterrupt), ranks.together():
+            raise KeyboardInterrupt if ranks.rank() == rank else ValueError("of the other rank")
 
 
 def check_rows(folder: Path) -> None:

@@ -157,11 +157,29 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Returns the ids of each text, on all cores.
 
-        With `parse_special` the text of a special token is the token.
+        With `parse_special` the text of a special token is the token. Without it ValueError for a
+        text that the tokenizer's model reads as a special token, as Unigram does where its
+        vocabulary has the token's text.
         """
         backend = self._parsing if parse_special else self.backend
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        ids = [encoding.ids for encoding in encodings]
+        if not parse_special and not all(map(self._never_text.isdisjoint, ids)):
+            raise ValueError(
+                "text: got one that this tokenizer reads as a special token, expected another one, "
+                "or parse_special"
+            )
+        return ids
+
+    @cached_property
+    def _never_text(self) -> set[int]:
+        """The ids of special tokens but those of any text: the unknown token, and lone bytes."""
+        model = json.loads(self.backend.to_str())["model"]
+        usual = {model.get("unk_id"), self.backend.token_to_id(model.get("unk_token") or "")}
+        if model.get("byte_fallback"):
+            usual |= {self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        added = self.backend.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special} - usual
 
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:

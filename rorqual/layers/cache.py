@@ -479,13 +479,17 @@ class Cache:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of memory of all containers, whether a token is stored there yet or not."""
+        return sum(self.storages().values())
+
+    def storages(self) -> dict[int, int]:
+        """Returns the bytes of each storage of all containers, by its address."""
         drafts = [state for draft in self.drafts for state in draft.states()]
         storages: dict[int, int] = {}
         for state in [*self.states(), *drafts]:
             for tensor in _tensors_of(state):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        return storages
 
     def select(self, index: Int[Tensor, " B2"]) -> None:
         """Keeps the sequences `index` of the batch, in this order; one may occur several times.

@@ -22,7 +22,7 @@ another document than the state's. All of it is float32. Gated Delta Networks, a
 chunked form of the delta rule, 2406.06484.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from rorqual.layers.norm import as_float32
 from rorqual.model_config import DeltaNetConfig as DeltaNetConfig
 
 CHUNK = 64  # tokens of a triangular solve
+MAX_STATES = 16  # of one sequence that can be cropped far back
 NORM_EPS = 1e-6  # under the root of the length of queries and keys
 
 
@@ -168,7 +169,8 @@ class Recurrent:
     it forward to the last token that is left.
 
     A copy can be cut further back, where `every` is not None: to the lengths in `earlier`, whose
-    states are kept, at least `every` tokens apart, each a multiple of `multiple`.
+    states are kept, at least `every` tokens apart, each a multiple of `multiple`. There are at most
+    MAX_STATES: of more, every second is dropped, and `every` doubles.
     """
 
     def __init__(self, slack: int = 64):
@@ -206,6 +208,9 @@ class Recurrent:
             self.base = self.base.masked_fill(empty[:, None, None, None], 0.0)
             self.state = self._roll(writes, starts - self.base_lengths)
             self.lengths = starts
+            # States of tokens that were cropped are of another text.
+            least = int(starts.min())
+            self.earlier = {n: state for n, state in self.earlier.items() if n <= least}
         return self.state
 
     def _roll(self, like: Writes, counts: Int[Tensor, " B"]) -> Float[Tensor, "B H K V"]:
@@ -241,6 +246,15 @@ class Recurrent:
             if length % self.multiple == 0 and length - last >= self.every:
                 kept_lengths[count] = last = length
         return kept_lengths
+
+    def keep(self, states: Mapping[int, Float[Tensor, "1 H K V"]]) -> None:
+        """Keeps states by their lengths, each more than the last one that is there."""
+        # A new dictionary, since another thread may count the bytes of this one.
+        earlier = self.earlier | {n: state.detach() for n, state in states.items()}
+        while self.every is not None and len(earlier) > MAX_STATES:
+            self.every *= 2
+            earlier = dict(list(earlier.items())[1::2])
+        self.earlier = earlier
 
     def store(
         self,
@@ -399,7 +413,7 @@ class DeltaNet(nn.Module):
                 ends = cache.ends(writes, ctx)
                 chunks = cache.chunks(writes, ctx)
                 out, after, between, states = chunked(query, writes, state, chunks, tuple(ends))
-                cache.earlier.update(zip(ends.values(), states, strict=True))
+                cache.keep(dict(zip(ends.values(), states, strict=True)))
             cache.store(writes, after, between, ctx)
         assert out is not None
         if ctx.last_only:

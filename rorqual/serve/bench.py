@@ -27,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -441,12 +441,15 @@ def measure(
             pass
     except KeyboardInterrupt:
         ended = time.perf_counter()
-        loop.call_soon_threadsafe(task.cancel)
+        # The thread may have closed its loop.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(task.cancel)
         done.wait(END_SECONDS)
         if measured.began is None:
             raise
         if not done.is_set():
-            loop.call_soon_threadsafe(loop.stop)
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(loop.stop)
             # Copies, since the thread may go on for a while.
             outcomes = [replace(one, pieces=list(one.pieces)) for one in list(measured.outcomes)]
             return outcomes, (measured.ended or ended) - measured.began

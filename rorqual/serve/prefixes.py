@@ -6,13 +6,14 @@
 Tokens are compared in pages of PAGE: a page's key is a hash of its ids and of the key of the page
 before it, so that one look-up per page finds the longest prefix. A cache that is kept can be
 cropped to the end of each of its pages: what others store of the last tokens alone, as Engram's
-convolution its inputs, is kept as far back as the prompt goes. The state of a delta net is as large
-as what attention keeps of hundreds of tokens: it is kept every STATES tokens, where a chunk ends
-with a page, and its prompts can be left there, or less than the slack of its cache before their
-end. With drafts only the latter, since chunks do not end where drafts want it. Where the rotary
-frequencies depend on the length of a sequence (dynamic, LongRoPE), its keys are those of no other
-length, and where MoBA decodes by full attention a single token is read otherwise than several: such
-prompts are read in one piece, and nothing is kept.
+convolution its inputs, is kept as far back as the prompt goes. The states of delta nets are large,
+108 MiB at the sizes of qwen3.8-flash-next: they are kept every STATES tokens, where a chunk ends
+with a page, and twice as far apart each time that there are more than delta_net.MAX_STATES. Such
+prompts can be left there, or less than the slack of their cache before their end. With drafts only
+the latter, since chunks do not end where drafts want it. Where the rotary frequencies depend on the
+length of a sequence (dynamic, LongRoPE), its keys are those of no other length, and where MoBA
+decodes by full attention a single token is read otherwise than several: such prompts are read in
+one piece, and nothing is kept.
 
 The hidden states that MTP drafts from are not kept. Where it does, the last tokens of a prefix, one
 a depth, are read again; the caches of its modules are kept as those of the model.
@@ -67,8 +68,14 @@ class Prefixes:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of memory of all caches; it may be read from any thread."""
-        return sum(cache.allocated_bytes for cache, _ in list(self._kept.values()))
+        """Bytes of memory of all caches; it may be read from any thread.
+
+        A state that several share, as behind one prefix, counts once.
+        """
+        storages: dict[int, int] = {}
+        for cache, _ in list(self._kept.values()):
+            storages |= cache.storages()
+        return sum(storages.values())
 
     def start(self, ids: Sequence[int], *, find: bool = True) -> tuple[Cache, int]:
         """Returns a new cache for these ids, and how many of them it holds, never all of them.

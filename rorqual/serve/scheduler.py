@@ -291,8 +291,10 @@ class Scheduler:
                 starts.add(start)
             count = request.tokens - request.cached
             # Where a selection was tied each call reads all tokens again: one call does.
-            if not request.cache.tied:
-                count = min(count, budget)
+            if not request.cache.tied and count > budget:
+                # A state of a delta net is kept where a chunk ends with a page.
+                paged = (request.cached + budget) // PAGE * PAGE - request.cached
+                count = paged if paged > 0 else budget
             reads.append(Read([request], [count]))
             budget -= count
         groups = [Read(group, [one.tokens for one in group]) for group in by_length(whole)]

@@ -14,7 +14,9 @@ spells `<|im_end|>` look alike. `SpecialTokens` tells them apart:
     rendered  the template's own tokens have no mark: they get names that nobody can spell
     ids       of the text without marks, in which these names alone are special tokens
 
-So a message cannot end its turn and begin another one, and its ids are those of the plain text.
+So a message cannot end its turn and begin another one, and its ids are those of the plain text,
+unless the template changes a text, or makes a token of pieces of several, which nothing here sees.
+A tokenizer that would read a text as a special token all the same is refused.
 llama.cpp calls this special token injection (its issue 24382, "input marking"); transformers
 discusses it in issue 29279.
 """
@@ -40,6 +42,17 @@ except ImportError:  # Windows has no such limits
 MARKS = ("\x7f", *map(chr, range(0xE000, 0xF900)))
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 LONGEST_ERROR = 500  # characters
+MAX_STRINGS = 100_000  # of a chat: each costs some microseconds
+NOT_WORD = re.compile(r"\W")
+
+
+def ids_of_plain_text(backend: Any) -> set[int | None]:
+    """Returns the ids of a tokenizers.Tokenizer that any text may have: unknown, and lone bytes."""
+    model = json.loads(backend.to_str())["model"]
+    ids = {model.get("unk_id"), backend.token_to_id(model.get("unk_token") or "")}
+    if model.get("byte_fallback"):
+        ids |= {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    return ids
 
 
 class SpecialTokens:
@@ -48,6 +61,7 @@ class SpecialTokens:
     def __init__(self, backend: Any) -> None:
         """Adds to the tokenizers.Tokenizer a name for each special token."""
         self._backend = backend
+        self.normalizes = backend.normalizer is not None
         added = backend.get_added_tokens_decoder()
         special = {i: token for i, token in added.items() if token.special and token.content}
         texts = sorted((token.content for token in special.values()), key=len, reverse=True)
@@ -56,15 +70,20 @@ class SpecialTokens:
         # A pattern of no alternatives would match everywhere.
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self._starts = re.compile(f"(?={self._pattern.pattern})(.)", re.DOTALL)
+        # A text without any of these has no special token, and joins to none: each piece has a
+        # character other than letters and digits, if its token has one.
+        self._edges = {char for text in texts for char in NOT_WORD.findall(text)}
+        self._edges |= {text[0] for text in texts if not NOT_WORD.search(text)}
         # What joins a neighbour to a special token; plain words would be marked too often.
         self._prefixes = set(_pieces(texts, lambda text, size: text[:size]))
         self._suffixes = set(_pieces(texts, lambda text, size: text[-size:]))
         prefix = secrets.token_hex(16)
-        self._names = {token.content: f"{prefix}-{i}-" for i, token in special.items()}
+        self._names = {token.content: f"-{prefix}-{i}-" for i, token in special.items()}
         backend.add_tokens(
             [
                 tokenizers.AddedToken(
                     self._names[token.content],
+                    single_word=token.single_word,
                     lstrip=token.lstrip,
                     rstrip=token.rstrip,
                     normalized=False,
@@ -75,6 +94,8 @@ class SpecialTokens:
         self._ids = {
             backend.token_to_id(self._names[token.content]): i for i, token in special.items()
         }
+        self._special = set(special) - ids_of_plain_text(backend)
+        self._whole_words = {token.content for token in special.values() if token.single_word}
 
     def marked(self, value: Any, mark: str) -> Any:
         """Returns a message, or a value in it, with the mark inside of all special tokens' texts.
@@ -84,6 +105,8 @@ class SpecialTokens:
         templates make a token of it.
         """
         if isinstance(value, str):
+            if self._edges.isdisjoint(value):
+                return value
             return self._joined(self._starts.sub(rf"\g<1>{mark}", value), mark)
         if isinstance(value, list):
             return [self.marked(one, mark) for one in value]
@@ -103,7 +126,7 @@ class SpecialTokens:
         inside = (
             bool(core)
             and len(core) < self._longest
-            and re.search(r"\W", core) is not None
+            and NOT_WORD.search(core) is not None
             and any(core in special for special in self._texts)
         )
         first = inside or any(core[:size] in self._suffixes for size in sizes)
@@ -117,10 +140,17 @@ class SpecialTokens:
     def ids(self, rendered: str, mark: str) -> list[int]:
         """Returns the ids of a text in which texts of special tokens with a mark are text."""
 
+        def in_word(match: re.Match[str]) -> bool:
+            before = rendered[max(0, match.start() - 2) : match.start()].replace(mark, "")[-1:]
+            after = rendered[match.end() : match.end() + 2].replace(mark, "")[:1]
+            return re.match(r"\w", before) is not None or re.match(r"\w", after) is not None
+
         def named(match: re.Match[str]) -> str:
             # Inside of a token of one character there is no space for a mark: it follows.
             marked = len(match[0]) == 1 and rendered.startswith(mark, match.end())
-            return match[0] if marked else self._names[match[0]]
+            if marked or (match[0] in self._whole_words and in_word(match)):
+                return match[0]
+            return self._names[match[0]]
 
         text = self._pattern.sub(named, rendered).replace(mark, "")
         self._backend.encode_special_tokens = True
@@ -128,6 +158,11 @@ class SpecialTokens:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         finally:
             self._backend.encode_special_tokens = False
+        if not self._special.isdisjoint(ids):
+            raise ValueError(
+                "messages: got a text that this tokenizer reads as a special token, expected "
+                "another one, or parse_special"
+            )
         return [self._ids.get(i, i) for i in ids]
 
 
@@ -135,8 +170,15 @@ def _pieces(texts: Iterable[str], piece: Any) -> Iterable[str]:
     """Yields the proper prefixes or suffixes of texts that hold more than letters and digits."""
     for text in texts:
         for size in range(1, len(text)):
-            if re.search(r"\W", piece(text, size)):
+            if NOT_WORD.search(piece(text, size)):
                 yield piece(text, size)
+
+
+def _strings(value: Any) -> int:
+    """Returns how many strings are in a value of JSON, with the names of fields."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_strings, value.values()))
+    return sum(map(_strings, value)) if isinstance(value, list) else int(isinstance(value, str))
 
 
 class Template:
@@ -157,7 +199,8 @@ class Template:
         """Returns the ids of messages, or the size of their text where it is more than `largest`.
 
         With `parse_special` the text of a special token in a message is the token. ValueError for
-        messages that hold every mark, or where a tokenizer cannot read such a text as text.
+        messages that hold every mark or more than MAX_STRINGS strings, and for a text that the
+        tokenizer reads as a special token although it is text.
         """
         options = {"add_generation_prompt": True} | options
         mark = ""
@@ -166,8 +209,12 @@ class Template:
             mark = next((one for one in MARKS if one not in whole), "")
             if not mark:
                 raise ValueError("got every private character of Unicode, expected some unused")
+            count = _strings([messages, options])
+            if count > MAX_STRINGS:
+                raise ValueError(f"messages: got {count} strings, expected at most {MAX_STRINGS}")
             changed = self._tokens().marked([messages, options], mark)
-            if changed == [messages, options]:
+            # Where texts are normalised, another text than the token's can become the token.
+            if changed == [messages, options] and not self._tokens().normalizes:
                 mark = ""
             messages, options = changed
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)

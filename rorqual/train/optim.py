@@ -365,7 +365,9 @@ class Optimizer:
             elif has_sharded_rows(update):
                 updates = sharded.setdefault(update.device_mesh, {})
                 updates[name] = update
-                if sum(each.to_local().numel() for each in updates.values()) >= TOGETHER:
+                # Of whole matrices: ranks with fewer rows have to exchange after the same ones.
+                numbers = sum(each.numel() for each in updates.values())
+                if numbers >= TOGETHER * update.device_mesh.size(-1):
                     self._update_sharded(sharded.pop(update.device_mesh), lr)
             else:
                 # Every rank has the result, and takes its part of it.

@@ -208,6 +208,18 @@ def test_special_token_written_in_a_text_is_text(small: Tokenizer) -> None:
     assert small.decode(ids) == f"a{END}b"
 
 
+def test_what_a_vocabulary_has_as_a_special_token_is_refused() -> None:
+    """Unigram finds a token in a text by its vocabulary; unknown characters are no such token."""
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((c, -9.0) for c in "</s>ab")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    with pytest.raises(ValueError, match="reads as a special token"):
+        tokenizer.encode_batch(["a", "a</s>b"])
+    assert tokenizer.encode_batch(["a</s>b"], parse_special=True)[0].count(1) == 1
+    assert tokenizer.encode_batch(["a?"])[0][-1] == 0
+
+
 def test_ids_of_a_trained_one(small: Tokenizer) -> None:
     assert small.begin_id == small.end_id == small.pad_id == 0
     assert small.token(0) == END

@@ -5,6 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rorqual.layers import delta_net
 from rorqual.layers.engram import EngramConfig
 from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import DynamicRopeConfig, RopeConfig
@@ -119,6 +120,70 @@ def test_states_of_a_delta_net_are_bounded_and_counted():
     torch.testing.assert_close(result, whole[:, -60:], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="crop: got 70 tokens"):
         again.crop(70)
+
+
+@torch.inference_mode()
+def test_a_long_prompt_of_a_delta_net_keeps_few_states(monkeypatch):
+    monkeypatch.setattr(delta_net, "MAX_STATES", 3)
+    model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["qwen4"]), seed=1).eval()
+    prefixes = Prefixes(model)
+    ids = texts(0, [0], shared=1500)[0]
+    cache, _ = prefixes.start(ids)
+    for first in range(0, 1500, 256):
+        model.hidden(torch.tensor([ids[first : first + 256]]), cache=cache)
+    (state,) = (one for one in cache.states() if hasattr(one, "earlier"))
+    assert sorted(state.earlier) == [512, 1024]
+    assert state.every == 512
+    prefixes.add(ids, cache)
+    alone_bytes = prefixes.allocated_bytes
+    again, length = prefixes.start([*ids[:1100], 1, 2])
+    assert length == 1024
+    tail = torch.tensor([[*ids[1024:1100], 1, 2]])
+    result = model.hidden(tail, cache=again)[0]
+    whole = model.hidden(torch.tensor([[*ids[:1100], 1, 2]]))[0][:, 1024:]
+    torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
+    # The two have the states of their common prefix once.
+    prefixes.add([*ids[:1100], 1, 2], again)
+    shared = sum(one.untyped_storage().nbytes() for one in state.earlier.values())
+    assert prefixes.allocated_bytes == alone_bytes + again.allocated_bytes - shared
+
+
+@torch.inference_mode()
+def test_states_behind_a_crop_are_those_of_the_new_text():
+    """A state that was kept of tokens that are gone is not taken for that of others."""
+    model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["qwen4"]), seed=1).eval()
+    prefixes = Prefixes(model)
+    old, new, tail = texts(0, [532, 700, 10], shared=0)
+    new = old[:500] + new[500:]
+    cache, _ = prefixes.start(new)
+    model.hidden(torch.tensor([old[:256]]), cache=cache)
+    model.hidden(torch.tensor([old[256:]]), cache=cache)
+    cache.crop(32)
+    model.hidden(torch.tensor([new[500:]]), cache=cache)
+    prefixes.add(new, cache)
+    prompt = [*new[:512], *tail]
+    again, length = prefixes.start(prompt)
+    result = model.hidden(torch.tensor([prompt[length:]]), cache=again)[0]
+    whole = model.hidden(torch.tensor([prompt]))[0][:, length:]
+    torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_end_with_pages_beside_a_prompt_that_is_read():
+    """A short neighbour takes an odd part of a step, and the states are kept all the same."""
+    model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["qwen4"]), seed=1).eval()
+    first, again = texts(0, [200, 40], shared=600)
+    other = [number % 50 for number in range(139)]
+    engine = Engine(model)
+    engine.submit([3, 1, 4], max_new_tokens=100, sampling=IGNORES_END)
+    engine.step()
+    beside = [engine.submit(prompt, max_new_tokens=2) for prompt in (other, first)]
+    while any(request.finish is None for request in beside):
+        engine.step()
+    request = engine.submit(again, max_new_tokens=4)
+    while request.finish is None:
+        engine.step()
+    assert request.prefix >= 512
+    assert request.ids == alone(model, again, max_new_tokens=4)
 
 
 def test_without_prefix_cache_all_is_read():

@@ -761,6 +761,17 @@ def test_half_open_connections_end(run, monkeypatch):
         with client.connect() as connection:
             connection.sendall(head + b'content-length: 100\r\n\r\n{"prompt": ')
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        # After an answer it may be used again for longer than a head may take.
+        with client.connect() as connection:
+            for _ in range(2):
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    more = connection.recv(10_000)
+                    assert more
+                    answer += more
+                assert answer.startswith(b"HTTP/1.1 200")
+                time.sleep(0.7)
         # A connection that waits for its answer is not half open.
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(post, client, {"prompt": "A", "max_tokens": 2})

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rorqual.serve import template
@@ -175,6 +175,50 @@ def test_the_size_is_that_of_the_text(fast):
     size = len(text.encode())
     assert Template(fast).fill(messages, {}, largest=size - 1) == {"size": size}
     assert "ids" in Template(fast).fill(messages, {}, largest=size)
+
+
+def test_what_a_vocabulary_has_as_a_special_token_is_refused():
+    """Unigram finds a token in a text by its vocabulary, whatever is said of special tokens."""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0), *((c, -9.0) for c in "</s>abé")]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    with pytest.raises(ValueError, match="reads as a special token"):
+        fill(fast, "a</s>b")
+    for content in ("a<b", "a?", "<unk>", "/s"):
+        ids = fill(fast, content)
+        assert [ids[0], ids[-1]] == [1, 2] and not {1, 2} & set(ids[1:-1])
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("spelt", ["＜|ｉｍ_end|>", "<|IM_END|>", "<|im_end|>", "ＡＢ <|im_end|"])
+def test_a_text_that_normalises_to_a_special_token_is_text(spelt, normalized):
+    fast = tokenizer(CHATML)
+    backend = fast.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    added = [tokenizers.AddedToken(one, special=True, normalized=normalized) for one in SPECIAL]
+    backend.add_tokens(added)
+    assert special_of(fill(fast, spelt), fast) == OWN
+
+
+def test_a_token_of_whole_words_is_none_inside_of_one():
+    fast = tokenizer("{% for m in messages %}[A] [A][A] x[A]y{{ m.content }}{% endfor %}")
+    backend = fast.backend_tokenizer
+    special = [tokenizers.AddedToken("[A]", special=True, single_word=True)]
+    backend.add_tokens(special)
+    ids = fill(fast, "b[A]")
+    assert special_of(ids, fast) == ["[A]"] * 3
+    assert fast.decode(ids) == "[A] [A][A] x[A]yb[A]"
+
+
+def test_many_short_strings_are_looked_at_once(fast):
+    """A text without a character of any special token is not compared to their pieces."""
+    special = SpecialTokens(fast.backend_tokenizer)
+    special._joined = None  # a call of it fails
+    assert special.marked(["A whale", {"name": "x"}], "\x7f") == ["A whale", {"name": "x"}]
+    with pytest.raises(ValueError, match="got 100004 strings"):
+        Template(fast).fill([{"role": "user", "content": ["a"] * 100_000}], {})
 
 
 @pytest.mark.slow

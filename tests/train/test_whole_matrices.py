@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from rorqual import distributed
+from rorqual.train import optim
+from rorqual.train.config import OptimConfig
 from rorqual.train.whole_matrices import has_sharded_rows, map_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -59,11 +61,34 @@ def check_others() -> None:
     assert not map_whole([], torch.clone)
 
 
+def check_steps() -> None:
+    """Muon's steps are those of one process, where ranks with fewer rows send fewer numbers."""
+    optim.TOGETHER = 8
+    whole = matrices()
+    results = []
+    for mesh in (None, init_device_mesh("cpu", (4,))):
+        model = nn.ModuleList(nn.Linear(*reversed(each.shape), bias=False) for each in whole)
+        for linear, matrix in zip(model, whole, strict=True):
+            weight = matrix.clone()
+            if mesh is not None:
+                weight = distribute_tensor(weight, mesh, [Shard(0)])
+            linear.weight = nn.Parameter(weight)
+        optimizer = optim.Optimizer(model, OptimConfig(kind="muon", lr=0.1))
+        for _ in range(3):
+            for linear in model:
+                linear.weight.grad = linear.weight.detach().cos()
+            optimizer.step()
+        results.append([linear.weight.detach() for linear in model])
+    for expected, rows in zip(*results, strict=True):
+        assert torch.equal(rows.full_tensor(), expected)
+
+
 def everything() -> None:
     for replicas in (1, 2, 4):
         for count in (6, 1):
             check(replicas, count)
     check_others()
+    check_steps()
 
 
 @pytest.mark.slow
