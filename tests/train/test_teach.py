@@ -205,7 +205,10 @@ def test_facts_of_one_relation_share_wordings_and_the_same_fact_counts_once(tmp_
     [
         (["{"], "line 1: got '{', expected a JSON object"),
         ([QUESTION, "[]"], "line 2: got list, expected an object"),
-        ([QUESTION | {"reply_text": "x"}], "got field 'reply_text', expected some of subject, answer"),
+        (
+            [QUESTION | {"reply_text": "x"}],
+            "got field 'reply_text', expected some of subject, answer",
+        ),
         ([QUESTION | {"answer": 3}], "got answer 3, expected a text"),
         ([QUESTION | {"paraphrases": [""]}], "expected a list of texts, not empty"),
         ([{"subject": "LAX", "answer": "x"}], "got neither question and sentence"),
