@@ -546,7 +546,7 @@ class LanguageModel(nn.Module):
     ) -> Loss:
         """Computes `loss` for targets that are known; with a cache the ids follow those in it."""
         training = self.training and self.config.indexer is not None
-        shared_kwargs = {
+        shared_kwargs: dict[str, Any] = {
             "document_ids": document_ids,
             "lengths": lengths,
             "indexer_warmup": indexer_warmup if training else None,
