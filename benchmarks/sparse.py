@@ -128,7 +128,7 @@ def call(attention: GQA | MLA, hidden: torch.Tensor, past: Past, cache: Any) -> 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
 
 
-class Known(nn.Module):
+class FixedOutput(nn.Module):
     """Replaces the projection of one token by a fixed result."""
 
     def __init__(self, width: int):
@@ -147,7 +147,9 @@ def bare(attention: GQA | MLA) -> GQA | MLA:
         for name in PROJECTIONS
         if hasattr(attention, name)
     }
-    result._modules = attention._modules | {name: Known(width) for name, width in widths.items()}
+    result._modules = attention._modules | {
+        name: FixedOutput(width) for name, width in widths.items()
+    }
     return result
 
 
@@ -187,9 +189,9 @@ class Runner:
                 if isinstance(container, Blocks) and container.values.buffer is not None:
                     container.values.buffer.normal_()
         self.past.crop([self.past.length - (length - 1)])
-        self._place()
+        self._rebuild_context()
 
-    def _place(self) -> None:
+    def _rebuild_context(self) -> None:
         self.placed = placed(self.attention, 1, self.past, self.cache)
         self.past.crop([1])
 

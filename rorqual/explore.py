@@ -48,7 +48,7 @@ from rorqual.serve.generate import Run, load
 LOCAL = ("127.0.0.1", "localhost", "::1")
 NAMES = ("127.0.0.1", "localhost", "[::1]")  # the same, as a browser writes them
 LARGEST = 1 << 20  # most bytes of a request
-MOST = 512  # most tokens of a text
+MAX_TOKENS = 512  # most tokens of a text
 BEST = 8  # predictions of each kind that are shown
 ALIKE = 12  # other tokens of the same canonical id that are shown
 _PAGE = Path(__file__).with_name("explore.html")
@@ -135,7 +135,7 @@ class Explorer:
         self.editor = Editor(self.model, self.tokenizer) if self.engram is not None else None
         self.changes: list[str] = []  # each is an edit in every block with Engram
         self._lock = threading.RLock()
-        self._known = min(run.config.vocab_size, self.tokenizer.vocab_size)
+        self._vocab_size = min(run.config.vocab_size, self.tokenizer.vocab_size)
 
     def describe(self) -> dict[str, Any]:
         """Returns sizes and parts of the model, for the page's head."""
@@ -150,7 +150,7 @@ class Explorer:
             "vocab_size": config.vocab_size,
             "streams": config.streams,
             "parts": config.parts,
-            "max_tokens": MOST,
+            "max_tokens": MAX_TOKENS,
             "memory": engram
             and {
                 "layers": engram.layers,
@@ -255,15 +255,15 @@ class Explorer:
     def _ids(self, text: str) -> list[int]:
         """Returns the ids of a text, behind the one that begins every text.
 
-        ValueError for more than MOST tokens, and for half a character.
+        ValueError for more than MAX_TOKENS tokens, and for half a character.
         """
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(
                 "text: got half of a character (a lone surrogate), expected whole ones"
             )
         ids = [self.tokenizer.begin_id, *self.tokenizer.encode(text)]
-        if len(ids) > MOST + 1:
-            raise ValueError(f"text: got {len(ids) - 1} tokens, expected at most {MOST}")
+        if len(ids) > MAX_TOKENS + 1:
+            raise ValueError(f"text: got {len(ids) - 1} tokens, expected at most {MAX_TOKENS}")
         return ids
 
     def _forward(self, ids: list[int]) -> Pass:
@@ -275,7 +275,7 @@ class Explorer:
         names = [f"blocks.{layer}.engram.gate" for layer in layers]
         with quiet(self.model), Taps(self.model, *names) as taps:
             hidden, auxes = self.model.hidden(batch := self._batch(ids))
-            logs = self.model.logits(hidden)[0, :, : self._known].log_softmax(-1)
+            logs = self.model.logits(hidden)[0, :, : self._vocab_size].log_softmax(-1)
         if not logs.isfinite().all():
             raise ValueError(
                 "model: got predictions that are not finite, expected a run that has not diverged"

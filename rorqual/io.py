@@ -13,9 +13,10 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def replace_file(new: Path, path: Path) -> None:
+    """Renames the file `new`, which it flushes first, to `path`; what was there is replaced."""
+    flush(new)
+    new.replace(path)
+    flush(path.parent)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Renames the folder `new`, whose files it flushes first, to `folder`.
 
@@ -130,6 +138,37 @@ def replace_folder(new: Path, folder: Path) -> None:
     new.rename(folder)
     flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yields a folder beside `path` to write in, which becomes `path` when the block ends.
+
+    A damaged folder of that name is replaced; a whole one, which another process has made
+    meanwhile, stays. If the block raises, nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield beside
+        _put(beside, path, is_whole)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _put(beside: Path, path: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Renames the folder to its name, unless another process was first; replaces a damaged one."""
+    for attempt in range(2):
+        try:
+            os.rename(beside, path)
+            break
+        except OSError:
+            if is_whole(path):
+                return
+            if attempt:
+                raise
+            shutil.rmtree(path, ignore_errors=True)
+    flush(path.parent)
 
 
 def restore_folders(parent: Path) -> None:

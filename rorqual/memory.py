@@ -129,7 +129,7 @@ def _parts(model: nn.Module) -> _Parts:
     return _Parts(model.config.engram, model.addresses, list(model.tables), engrams, device)
 
 
-def _place(config: EngramConfig, layer: int) -> int:
+def _table_index(config: EngramConfig, layer: int) -> int:
     """Returns the number of a block among those with memory. ValueError for any other block."""
     if layer not in config.layers:
         raise ValueError(
@@ -221,7 +221,7 @@ def rows_of(model: nn.Module, tokenizer: Tokenizer, ngram: Ngram, layer: int) ->
     They are those of its own order at its last token.
     """
     ids = ids_of(model, tokenizer, ngram)
-    table_index = _place(_parts(model).config, layer)
+    table_index = _table_index(_parts(model).config, layer)
     return _rows_of_many(model, np.array([ids]), table_index)[0].tolist()
 
 
@@ -323,7 +323,7 @@ def popular(
     their document. There is a count for each row, and for up to 2^18 n-grams of each order.
     """
     config, addresses, _, _, device = _parts(model)
-    table_index = _place(config, layer)
+    table_index = _table_index(config, layer)
     counts = _Counts(model, tokenizer)
     dead = torch.tensor(config.dead_tokens, dtype=torch.long)
     number = np.zeros(int(addresses.primes[table_index].sum()), dtype=np.int64)
@@ -376,7 +376,7 @@ def collisions(
 ) -> Collisions:
     """Returns which n-grams of a corpus share a row in one layer, and how many rows they share."""
     readers: dict[int, list[tuple[int, ...]]] = {}
-    addressed = list(_readers(model, tokenizer, texts, _place(_parts(model).config, layer)))
+    addressed = list(_readers(model, tokenizer, texts, _table_index(_parts(model).config, layer)))
     for ngram, row_ids in addressed:
         for row in row_ids:
             readers.setdefault(row, []).append(ngram)
@@ -400,7 +400,9 @@ def sharing(
     canonical = _parts(model).addresses.canonical_map.tolist()
     itself = [canonical[token] for token in ids]
     counts: Counter[str] = Counter()
-    for other, row_ids in _readers(model, tokenizer, texts, _place(_parts(model).config, layer)):
+    for other, row_ids in _readers(
+        model, tokenizer, texts, _table_index(_parts(model).config, layer)
+    ):
         if mine & set(row_ids) and [canonical[token] for token in other] != itself:
             counts[tokenizer.decode(other)] = len(mine & set(row_ids))
     return dict(counts.most_common())
@@ -509,7 +511,7 @@ class Editor:
 
     def _table(self, layer: int) -> Table:
         """Returns the table of a block. ValueError unless its rows are floats on the device."""
-        table = _parts(self.model).tables[_place(_parts(self.model).config, layer)]
+        table = _parts(self.model).tables[_table_index(_parts(self.model).config, layer)]
         if (
             not isinstance(table, Table)
             or table.file is not None

@@ -74,7 +74,9 @@ class Target(NamedTuple):
     parts: int = 1
 
     @classmethod
-    def of(cls, labels: Int[Tensor, "B T"], following: Int[Tensor, "B T"] | None = None):
+    def of(
+        cls, labels: Int[Tensor, "B T"], following: Int[Tensor, "B T"] | None = None
+    ) -> "Target":
         """Makes the target of whole sequences, with its labels counted."""
         return cls(labels, (labels != IGNORED).sum(), following)
 
@@ -249,10 +251,10 @@ class LanguageModel(nn.Module):
         self,
         ids: Int[Tensor, "B T"],
         *,
-        document_ids=None,
-        lengths=None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
         cache: Cache | None = None,
-    ):
+    ) -> Float[Tensor, "B T V"]:
         """Returns the logits [B, T, V] of the token after each id, in float32."""
         return self.logits(
             self.hidden(ids, document_ids=document_ids, lengths=lengths, cache=cache)[0]
@@ -270,12 +272,12 @@ class LanguageModel(nn.Module):
         self,
         ids: Int[Tensor, "B T"],
         *,
-        document_ids=None,
-        lengths=None,
-        cache=None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
+        cache: Cache | None = None,
         last: bool = False,
         for_mtp: bool = False,
-        indexer_warmup=None,
+        indexer_warmup: bool | None = None,
     ) -> tuple[Float[Tensor, "B T2 *S D"], list[Aux]]:
         """Returns the last block's output before the final norm, and the Aux of each block.
 
@@ -312,9 +314,9 @@ class LanguageModel(nn.Module):
         ids: Int[Tensor, "B T"],
         cache: Cache | None = None,
         *,
-        document_ids=None,
-        lengths=None,
-        indexer_warmup=None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
+        indexer_warmup: bool | None = None,
     ) -> tuple[Context, dict[int, object]]:
         """Returns the context of a call, and the rows prefetched for each block with Engram.
 
@@ -347,7 +349,12 @@ class LanguageModel(nn.Module):
         ctx = context(ids.shape[0], ids.shape[1], ids.device, past=ahead)
         cache.announced.append((ids, self._prefetch(ids, ctx, cache.ids)))
 
-    def cache_is_outdated(self, cache: Cache, ids: Int[Tensor, "B T"], lengths=None) -> bool:
+    def cache_is_outdated(
+        self,
+        cache: Cache,
+        ids: Int[Tensor, "B T"],
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
+    ) -> bool:
         """Returns whether the new tokens change what an uncached call computes for the cached ones.
 
         They do if an indexer selects among equal scores as torch.topk does, and if the rotary
@@ -371,7 +378,13 @@ class LanguageModel(nn.Module):
         )
 
     def _hidden_again(
-        self, ids: Tensor, document_ids, lengths, cache: Cache, last: bool, for_mtp: bool
+        self,
+        ids: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None,
+        cache: Cache,
+        last: bool,
+        for_mtp: bool,
     ) -> tuple[Tensor, list[Aux]]:
         """Computes the cached tokens again, together with the new ones, and caches them anew."""
         assert cache.ids is not None and cache.ids.buffer is not None
@@ -422,7 +435,12 @@ class LanguageModel(nn.Module):
         return self.reduction(x) if self.reduction is not None else x.values[:, :, 0]
 
     def _context(
-        self, ids: Tensor, cache: Cache | DraftCache | None, document_ids, lengths, indexer_warmup
+        self,
+        ids: Int[Tensor, "B T"],
+        cache: Cache | DraftCache | None,
+        document_ids: Int[Tensor, "B T"] | None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None,
+        indexer_warmup: bool | None,
     ) -> Context:
         """Returns the context of new tokens behind those of the cache, which then counts them."""
         return context(
@@ -456,10 +474,10 @@ class LanguageModel(nn.Module):
         following: Int[Tensor, "B T"],
         *,
         depth: int = 0,
-        document_ids=None,
-        lengths=None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
         cache: Cache | None = None,
-        indexer_warmup=None,
+        indexer_warmup: bool | None = None,
     ) -> tuple[Float[Tensor, "B T *S D"], Aux]:
         """Runs MTP module `depth` on the hidden states of positions i and the ids at i + 1 + depth.
 
@@ -478,8 +496,8 @@ class LanguageModel(nn.Module):
         ids: Int[Tensor, "B T"],
         labels: Int[Tensor, "B T"],
         *,
-        document_ids=None,
-        lengths=None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
         indexer_warmup: bool = False,
     ) -> Loss:
         """Computes the total loss of a batch and its parts, in nats.
@@ -496,7 +514,12 @@ class LanguageModel(nn.Module):
             indexer_warmup=indexer_warmup,
         )
 
-    def targets(self, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], document_ids=None):
+    def targets(
+        self,
+        ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+    ) -> list[Target]:
         """Returns the Target of the next token, and one for each depth of MTP.
 
         Depth k reads the ids up to t + k, whether they are labels or not, and predicts label t + k,
@@ -516,14 +539,14 @@ class LanguageModel(nn.Module):
         ids: Int[Tensor, "B T"],
         targets: Sequence[Target],
         *,
-        document_ids=None,
-        lengths=None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
         indexer_warmup: bool = False,
         cache: Cache | None = None,
     ) -> Loss:
         """Computes `loss` for targets that are known; with a cache the ids follow those in it."""
         training = self.training and self.config.indexer is not None
-        shared_kwargs = {
+        shared_kwargs: dict[str, Any] = {
             "document_ids": document_ids,
             "lengths": lengths,
             "indexer_warmup": indexer_warmup if training else None,

@@ -123,7 +123,7 @@ class Layout:
         return self.sequences * self.seq_len
 
 
-class Held(NamedTuple):
+class RoleBytes(NamedTuple):
     """Bytes of one role on one rank."""
 
     weights: int
@@ -134,7 +134,7 @@ class Held(NamedTuple):
 class Memory(NamedTuple):
     """The bytes that one rank holds, by role, and in sum on the device and the host."""
 
-    roles: dict[str, Held]  # rows, experts, embedding, rest
+    roles: dict[str, RoleBytes]  # rows, experts, embedding, rest
     gathered: int  # as a whole: the block that runs and the next, and what is outside of blocks
     activations: int  # an estimate
     device: int  # all of it that is on the device
@@ -187,12 +187,12 @@ def memory(
     embedding = -(-counted.embedding // shared)
     rest = -(-(sum(counted.blocks) + counted.others) // shared)
     roles = {
-        "experts": Held(
+        "experts": RoleBytes(
             FLOAT * expert_parameters, FLOAT * expert_parameters, moment * expert_parameters
         ),
         # Embeddings learn by Adam in either case.
-        "embedding": Held(FLOAT * embedding, FLOAT * embedding, 2 * FLOAT * embedding),
-        "rest": Held(FLOAT * rest, FLOAT * rest, moment * rest),
+        "embedding": RoleBytes(FLOAT * embedding, FLOAT * embedding, 2 * FLOAT * embedding),
+        "rest": RoleBytes(FLOAT * rest, FLOAT * rest, moment * rest),
     }
     on_host = 0
     if config.engram is not None:
@@ -200,7 +200,7 @@ def memory(
         rows = sum(-(-total // cluster.devices) for total in row_totals(config.engram))
         ids = distinct_ids(config, layout) if distinct is None else distinct
         gradients = (FLOAT * width + 8) * sum(ids)
-        row_bytes = Held(FLOAT * width * rows, gradients, (2 * FLOAT * width + 4) * rows)
+        row_bytes = RoleBytes(FLOAT * width * rows, gradients, (2 * FLOAT * width + 4) * rows)
         roles = {"rows": row_bytes} | roles
         on_host = row_bytes.weights + row_bytes.state if layout.placement == "host" else 0
     blocks = [

@@ -130,17 +130,17 @@ def commands() -> dict[str, list[str]]:
     typed = [[name] for name in COMMANDS]
     typed += [["table", verb] for verb in VERBS] + [["sweep", kind] for kind in (*KINDS, "needle")]
     results = {}
-    with _wide():
+    with _wide_terminal():
         for words in typed:
-            reply = _said([*words, "--help"])
+            reply = _printed([*words, "--help"])
             results[" ".join(words)] = sorted(set(FLAG.findall(reply)))
-        top = _said(["--help"])
+        top = _printed(["--help"])
     assert all(name in top for name in COMMANDS)
     return results
 
 
 @contextlib.contextmanager
-def _wide() -> Iterator[None]:
+def _wide_terminal() -> Iterator[None]:
     """Sets a terminal width in which no flag is cut in two."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "400"
@@ -153,7 +153,7 @@ def _wide() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _said(words: list[str], *, may_fail: bool = False) -> str:
+def _printed(words: list[str], *, may_fail: bool = False) -> str:
     """Returns what a command prints on standard output."""
     out = io.StringIO()
     err = io.StringIO()
@@ -249,7 +249,7 @@ def answers(folder: Path) -> dict[str, list[str]]:
     }
     results = {}
     for name, words in asked.items():
-        lines = _said([*words, "--json"], may_fail=name == "doctor").strip().splitlines()
+        lines = _printed([*words, "--json"], may_fail=name == "doctor").strip().splitlines()
         printed = {key for line in lines for key in keys(json.loads(line))}
         results[f"rorqual {name} --json"] = sorted(printed)
     lines = (folder / "trained" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

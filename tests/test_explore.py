@@ -20,7 +20,7 @@ from starlette.testclient import TestClient  # noqa: E402 (after the extras are 
 from rorqual import explore  # noqa: E402
 from rorqual.analyze.measures import gates, without_memory  # noqa: E402
 from rorqual.data.tokenizer import train  # noqa: E402
-from rorqual.explore import MOST, ExploreConfig, app, main  # noqa: E402
+from rorqual.explore import MAX_TOKENS, ExploreConfig, app, main  # noqa: E402
 from rorqual.layers.engram import EngramConfig  # noqa: E402
 from rorqual.model import LanguageModel  # noqa: E402
 from rorqual.presets import preset  # noqa: E402
@@ -255,7 +255,7 @@ GOOD = {"text": TEXT, "token": 1, "order": 2}
         ("read", {"text": 3}, "expected str"),
         ("read", {"txt": "a"}, "did you mean 'text'"),
         ("read", [1], "got a list, expected an object"),
-        ("read", {"text": "a b " * MOST}, f"expected at most {MOST}"),
+        ("read", {"text": "a b " * MAX_TOKENS}, f"expected at most {MAX_TOKENS}"),
         ("edit", {}, "text: got nothing"),
         ("edit", GOOD | {"order": 1}, "order: got 1, expected 2..3"),
         ("edit", GOOD | {"order": 4}, "order: got 4"),

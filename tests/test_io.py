@@ -37,6 +37,34 @@ def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_file_is_moved_over_another(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.write_text("after")
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    io.replace_file(new, path)
+    assert path.read_text() == "after"
+    assert not new.exists()
+
+
+def test_a_new_folder_replaces_a_damaged_one_and_leaves_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+
+    def is_whole(folder: Path) -> bool:
+        return (folder / "end").exists()
+
+    path.mkdir()
+    (path / "damaged").touch()
+    for text in ("first", "second"):
+        with io.new_folder(path, is_whole) as beside:
+            (beside / "end").write_text(text)
+        assert [file.name for file in path.iterdir()] == ["end"]
+        assert (path / "end").read_text() == "first"
+    with pytest.raises(ValueError, match="why"), io.new_folder(tmp_path / "b", is_whole):
+        raise ValueError("why")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_kill_leaves_the_old_file_and_the_next_writer_cleans_up(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     io.write_text(path, "before")

@@ -284,7 +284,7 @@ def _nats(model: nn.Module, ids: Tensor, labels: Tensor) -> float:
     )
 
 
-class Kept(NamedTuple):
+class MemoryScores(NamedTuple):
     """Scores of a task with memory and without."""
 
     whole: float
@@ -296,7 +296,9 @@ class Kept(NamedTuple):
         return self.without / self.whole if self.whole else math.nan
 
 
-def suppressed(model: nn.Module, tasks: Mapping[str, Callable[[], float]]) -> dict[str, Kept]:
+def suppressed(
+    model: nn.Module, tasks: Mapping[str, Callable[[], float]]
+) -> dict[str, MemoryScores]:
     """Scores each task with the memory of `model`, and with its output suppressed.
 
     A task is a function that scores the model.
@@ -304,4 +306,6 @@ def suppressed(model: nn.Module, tasks: Mapping[str, Callable[[], float]]) -> di
     with quiet(model):
         whole = {name: float(score()) for name, score in tasks.items()}
         with without_memory(model):
-            return {name: Kept(whole[name], float(score())) for name, score in tasks.items()}
+            return {
+                name: MemoryScores(whole[name], float(score())) for name, score in tasks.items()
+            }

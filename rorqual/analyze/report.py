@@ -22,7 +22,7 @@ import torch
 
 from rorqual import runtime
 from rorqual.analyze import figures
-from rorqual.analyze.measures import Gates, Kept, Load, expert_load, gates, suppression
+from rorqual.analyze.measures import Gates, Load, MemoryScores, expert_load, gates, suppression
 from rorqual.checkpoint import load_model, run_of
 from rorqual.config import to_dict
 from rorqual.costs import Costs, costs
@@ -50,7 +50,9 @@ class Reading:
     records: list[dict[str, Any]]
     gates: Gates | None = None
     load: Load | None = None
-    memory_kept: Kept | None = None  # nats per token of the sample with its memory and without
+    memory_kept: MemoryScores | None = (
+        None  # nats per token of the sample with its memory and without
+    )
     # layer, expert, the tokens that it processes above chance
     favourites: list[tuple[int, int, str]] = field(default_factory=list)
     # tokens per second by placement of the rows, from `rorqual table bench`
@@ -123,7 +125,9 @@ def read_run(
         reading,
         gates=gates(model, tokenizer, sentence) if has_memory else None,
         load=load,
-        memory_kept=_kept(model, tokenizer, texts[:READ_TWICE], context) if has_memory else None,
+        memory_kept=_memory_scores(model, tokenizer, texts[:READ_TWICE], context)
+        if has_memory
+        else None,
         favourites=_favourites(load, tokenizer) if load is not None else [],
     )
 
@@ -148,7 +152,9 @@ def _load(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
     return expert_load(model, (torch.tensor([ids], device=device) for ids in encoded))
 
 
-def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Kept:
+def _memory_scores(
+    model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], context: int
+) -> MemoryScores:
     """Scores each document by itself, with the memory and without.
 
     The end of a document is scored too where it is reached; every token counts alike.
@@ -166,7 +172,7 @@ def _kept(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], cont
             total + nats * following.numel()
             for total, nats in zip(sums, suppression(model, before, following), strict=True)
         ]
-    return Kept(*(total / max(tokens, 1) for total in sums))
+    return MemoryScores(*(total / max(tokens, 1) for total in sums))
 
 
 def _favourites(load: Load, tokenizer: Tokenizer, experts: int = 6) -> list[tuple[int, int, str]]:

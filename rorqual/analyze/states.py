@@ -26,7 +26,7 @@ CHOICES = (
 )
 
 
-class Chosen(NamedTuple):
+class ExpertSelection(NamedTuple):
     """The experts that one forward pass selected: indices from 0, and -1 in a slot not used."""
 
     layers: tuple[int, ...]  # the blocks with experts
@@ -152,14 +152,14 @@ def _block_of(model: nn.Module, engram: str) -> int:
     return cast(Any, model.get_submodule(memory)).config.layers[int(table_index)]
 
 
-def expert_choices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
+def expert_choices(model: nn.Module, ids: Int[Tensor, "B T"]) -> ExpertSelection:
     """Returns the experts that every token selected; ValueError for a model without experts."""
     if (our_model := ours(model)) is not None and our_model.config.moe is not None:
         with quiet(model):
             routings = [aux.routing for aux in our_model.hidden(ids)[1] if aux.routing is not None]
         slots = [r.topk_indices.masked_fill(r.weights == 0, -1).flatten(0, 1) for r in routings]
         layers = tuple(i for i in range(our_model.config.layers) if our_model.config.has_experts(i))
-        return Chosen(layers, our_model.config.moe.routed, slots)
+        return ExpertSelection(layers, our_model.config.moe.routed, slots)
     mixtures = (
         {}
         if our_model is not None
@@ -184,7 +184,7 @@ def expert_choices(model: nn.Module, ids: Int[Tensor, "B T"]) -> Chosen:
     layers = tuple(
         n for name in seen for n, block in enumerate(blocks) if name.startswith(f"{block}.")
     )
-    return Chosen(layers, max(counts.values()), slots)
+    return ExpertSelection(layers, max(counts.values()), slots)
 
 
 def _choice(module: nn.Module) -> str | None:

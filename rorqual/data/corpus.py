@@ -183,7 +183,7 @@ class Corpus:
 
         ValueError at the end if there was none, with the reasons.
         """
-        return (text for text, _ in self._kept())
+        return (text for text, _ in self._positioned())
 
     def sided(self) -> Iterator[tuple[Side, str]]:
         """Yields (side, document) in the order of the source.
@@ -191,7 +191,7 @@ class Corpus:
         Every training, tokenizer and evaluation uses this split.
         """
         together, bound = self._rule
-        for text, position in self._kept():
+        for text, position in self._positioned():
             yield (
                 "validation" if (position if together else position_of(text)) < bound else "train",
                 text,
@@ -205,13 +205,13 @@ class Corpus:
         validate on, so each of its pieces is assigned by itself. Reads until both sides have
         occurred; only small corpora are read far, or whole, for that.
         """
-        lowest, highest = _span(position for _, position in self._kept())
+        lowest, highest = _span(position for _, position in self._positioned())
         together = lowest < highest
         if not together:
-            lowest, highest = _span(position_of(text) for text, _ in self._kept())
+            lowest, highest = _span(position_of(text) for text, _ in self._positioned())
         return together, VALIDATION if lowest < VALIDATION <= highest else math.nextafter(lowest, 1)
 
-    def _kept(self) -> Iterator[tuple[str, float]]:
+    def _positioned(self) -> Iterator[tuple[str, float]]:
         """Yields (document, place of the text that it is part of)."""
         self.skipped = Counter()
         self.examples = {}

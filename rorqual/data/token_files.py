@@ -36,11 +36,11 @@ from rorqual.data.tokens import (
     JoinedIds,
     TokenFolder,
     Tokens,
-    new_folder,
     positions_of,
     write_array,
     write_meta,
 )
+from rorqual.io import new_folder
 
 MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<QBQQ")  # behind the magic: version, dtype, sequences, document bounds

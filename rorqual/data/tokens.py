@@ -15,9 +15,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +32,7 @@ import tokenizers
 from rorqual.data import chats
 from rorqual.data.corpus import VALIDATION, Corpus, Side, position_of
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.io import flush, flush_folder
+from rorqual.io import flush_folder, new_folder
 
 ORDER, WINDOWS = 0, 1  # the two purposes of a draw
 _FORMAT = 1
@@ -190,37 +188,6 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFolder:
 def _is_whole(path: Path) -> bool:
     """Returns whether a folder can be opened by `open_tokens`."""
     return _opened(path) is not None
-
-
-@contextmanager
-def new_folder(path: Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yields a folder beside `path` to write in, which becomes `path` when the block ends.
-
-    A damaged folder of that name is replaced; a whole one, which another process has made
-    meanwhile, stays. If the block raises, nothing is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield beside
-        _put(beside, path, is_whole)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _put(beside: Path, path: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Renames the folder to its name, unless another process was first; replaces a damaged one."""
-    for attempt in range(2):
-        try:
-            os.rename(beside, path)
-            break
-        except OSError:
-            if is_whole(path):
-                return
-            if attempt:
-                raise
-            shutil.rmtree(path, ignore_errors=True)
-    flush(path.parent)
 
 
 class Documents(NamedTuple):

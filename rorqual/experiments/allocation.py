@@ -310,7 +310,10 @@ def conclusion(kind: Kind, rows: Sequence[Row]) -> str:
         other = others[0] if low is first or math.isnan(first.mean) else first
         conclusions += [
             _against(low, other),
-            *(f"at a rate of {rate:g} {_at(rows, rate, low, other)}" for rate in several),
+            *(
+                f"at a rate of {rate:g} {_against_at_rate(rows, rate, low, other)}"
+                for rate in several
+            ),
         ]
         # Every ablated part is compared with the whole memory.
         if kind == "ablation":
@@ -343,7 +346,7 @@ def _against(one: Row, other: Row) -> str:
     return compared(one.point.name, other.point.name, one.losses, other.losses)
 
 
-def _at(rows: Sequence[Row], rate: float, one: Row, other: Row) -> str:
+def _against_at_rate(rows: Sequence[Row], rate: float, one: Row, other: Row) -> str:
     """Formats the same for the two points at learning rate `rate`."""
     by_point = {row.point.name: row for row in rows if row.rate == rate}
     return _against(by_point[one.point.name], by_point[other.point.name])

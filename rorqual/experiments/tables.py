@@ -184,7 +184,7 @@ def _generated(
         ).tolist()
         for way, tables in every:
             model.tables = nn.ModuleList(tables)
-            _warm(way, tables)
+            _cache_files(way, tables)
             steps = decode(model, prompts, max_new_tokens=config.tokens)
             ids, seconds = _walked(steps, tables if way.cold else (), weights)
             generated.append(ids)
@@ -196,7 +196,7 @@ def _generated(
     return {name: config.sequences / statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def _warm(way: Way, tables: Tables) -> None:
+def _cache_files(way: Way, tables: Tables) -> None:
     """Reads the files of a placement that is not cold into the page cache, if it has files.
 
     The cold placements of the round before have dropped them.
@@ -241,7 +241,7 @@ def _line(
         sum(each.metrics().get(name, 0.0) for each in tables) for name in ("hits", "different")
     )
     rate = hits / different if different else 0.0
-    _warm(way, tables)
+    _cache_files(way, tables)
     before = (lambda: _drop_page_cache(table)) if way.cold else lambda: None
     measured = measure(
         table,

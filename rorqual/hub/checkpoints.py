@@ -41,7 +41,7 @@ from rorqual.hub.formats import (
     decoded_shape,
     scale_shape,
 )
-from rorqual.hub.places import AnyPlace, Place, fill
+from rorqual.hub.places import AnyPlace, StateSlice, fill
 from rorqual.io import atomic_write, write_text
 from rorqual.model import LanguageModel
 from rorqual.model_config import ModelConfig, row_totals
@@ -329,7 +329,7 @@ def open_published(
         return []
     by_table: dict[str, list[tuple[int, str]]] = {}
     for name, tensor_place in family.places(config).items():
-        if isinstance(tensor_place, Place) and tensor_place.name.startswith("tables."):
+        if isinstance(tensor_place, StateSlice) and tensor_place.name.startswith("tables."):
             shard = tensor_place.slices[0] if tensor_place.slices else slice(None)
             assert isinstance(shard, slice)
             by_table.setdefault(tensor_place.name, []).append((shard.start or 0, name))

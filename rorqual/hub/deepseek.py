@@ -29,7 +29,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual.hub.fields import flag, mtp_layers, number, quantisation, whole
-from rorqual.hub.places import Place, Sizes
+from rorqual.hub.places import Sizes, StateSlice
 from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
@@ -562,14 +562,14 @@ def _published_moe(config: ModelConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
+def places(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for every tensor that a folder of this config must have."""
     table = {
-        "model.embed_tokens.weight": Place("embed.weight"),
-        "model.norm.weight": Place("norm.weight"),
+        "model.embed_tokens.weight": StateSlice("embed.weight"),
+        "model.norm.weight": StateSlice("norm.weight"),
     }
     if not config.tied:
-        table["lm_head.weight"] = Place("head.weight")
+        table["lm_head.weight"] = StateSlice("head.weight")
     for index in range(config.layers):
         table |= _block(f"model.layers.{index}", f"blocks.{index}", config, index)
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
@@ -582,17 +582,17 @@ def places(config: ModelConfig) -> dict[str, Place]:
             ("eh_proj", "eh_proj"),
             ("shared_head.norm", "norm"),
         ):
-            table[f"{theirs}.{name}.weight"] = Place(f"{ours}.{our_name}.weight")
+            table[f"{theirs}.{name}.weight"] = StateSlice(f"{ours}.{our_name}.weight")
     return table
 
 
-def copies(config: ModelConfig) -> dict[str, Place]:
+def copies(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for tensors that a folder may repeat.
 
     These are MTP's embedding and head, and a tied head.
     """
-    embed = Place("embed.weight")
-    head = Place("embed.weight" if config.tied else "head.weight")
+    embed = StateSlice("embed.weight")
+    head = StateSlice("embed.weight" if config.tied else "head.weight")
     table = {"lm_head.weight": head} if config.tied else {}
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
         theirs = f"model.layers.{config.layers + depth}"
@@ -600,17 +600,17 @@ def copies(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
-def aliases(config: ModelConfig) -> dict[str, Place]:
+def aliases(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps transformers' parameters that no file holds, a layer's experts in one, to places."""
     table = {}
     for index in range(config.layers):
         layer = f"model.layers.{index}"
         if config.has_experts(index) and config.moe is not None and config.moe.norm_eps is not None:
-            norm = Place(f"blocks.{index}.ffn.norm.weight")
+            norm = StateSlice(f"blocks.{index}.ffn.norm.weight")
             table[f"{layer}.mlp.post_mlp_layernorm.weight"] = norm
         if config.has_experts(index):
             for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-                table[f"{layer}.mlp.experts.{theirs}"] = Place(
+                table[f"{layer}.mlp.experts.{theirs}"] = StateSlice(
                     f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
                 )
     return table
@@ -630,7 +630,7 @@ def skipped(name: str) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".post_mlp_layernorm.weight"))
 
 
-def hollow(config: ModelConfig) -> dict[str, Place]:
+def hollow(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to empty places, for the shared experts of a model without any.
 
     The state dict needs an entry "" for them.
@@ -639,7 +639,7 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
         return {}
     blocks = config.layers + (config.mtp.depth if config.mtp is not None else 0)
     return {
-        f"model.layers.{index}.mlp.shared_experts.{name}.weight": Place(
+        f"model.layers.{index}.mlp.shared_experts.{name}.weight": StateSlice(
             "", transposed=name == "down_proj"
         )
         for index in range(blocks)
@@ -648,56 +648,56 @@ def hollow(config: ModelConfig) -> dict[str, Place]:
     }
 
 
-def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, StateSlice]:
     """Returns the places of a block's tensors by published names, which begin with `theirs`."""
     assert config.mla is not None
     absent = (
         ("q_a_proj", "q_a_layernorm", "q_b_proj") if config.mla.q_lora_rank is None else ("q_proj",)
     )
     table = {
-        f"{theirs}.self_attn.{name}.weight": Place(f"{ours}.attention.{name}.weight")
+        f"{theirs}.self_attn.{name}.weight": StateSlice(f"{ours}.attention.{name}.weight")
         for name in ATTENTION
         if name not in absent
     }
     if config.mla.bias:
         table |= {
-            f"{theirs}.self_attn.{name}.bias": Place(f"{ours}.attention.{name}.bias")
+            f"{theirs}.self_attn.{name}.bias": StateSlice(f"{ours}.attention.{name}.bias")
             for name in BIASED
             if name not in absent
         }
     if config.dsa is not None and index not in config.dsa.shared:
         table |= {
-            f"{theirs}.self_attn.indexer.{name}": Place(f"{ours}.attention.indexer.{name}")
+            f"{theirs}.self_attn.indexer.{name}": StateSlice(f"{ours}.attention.indexer.{name}")
             for name in INDEXER
         }
-    table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
-    table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
+    table[f"{theirs}.input_layernorm.weight"] = StateSlice(f"{ours}.attention_norm.weight")
+    table[f"{theirs}.post_attention_layernorm.weight"] = StateSlice(f"{ours}.ffn_norm.weight")
     if config.has_experts(index) and config.moe is not None and config.moe.norm_eps is not None:
-        table[f"{theirs}.post_mlp_layernorm.weight"] = Place(f"{ours}.ffn.norm.weight")
+        table[f"{theirs}.post_mlp_layernorm.weight"] = StateSlice(f"{ours}.ffn.norm.weight")
     if config.has_experts(index):
         return table | _experts(f"{theirs}.mlp", f"{ours}.ffn", config)
     return table | {
-        f"{theirs}.mlp.{name}.weight": Place(f"{ours}.ffn.{name}.weight") for name in SWIGLU
+        f"{theirs}.mlp.{name}.weight": StateSlice(f"{ours}.ffn.{name}.weight") for name in SWIGLU
     }
 
 
-def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, StateSlice]:
     """Returns the places of a mixture's tensors by published names, which begin with `theirs`."""
     moe = config.moe
     assert moe is not None
-    table = {f"{theirs}.gate.weight": Place(f"{ours}.router.weight")}
+    table = {f"{theirs}.gate.weight": StateSlice(f"{ours}.router.weight")}
     if moe.router.bias:
-        table[f"{theirs}.gate.e_score_correction_bias"] = Place(
+        table[f"{theirs}.gate.e_score_correction_bias"] = StateSlice(
             f"{ours}.router.e_score_correction_bias"
         )
     if moe.shared:
         table |= {
-            f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight")
+            f"{theirs}.shared_experts.{name}.weight": StateSlice(f"{ours}.shared.{name}.weight")
             for name in SWIGLU
         }
     if kind_of(config) == "mistral4":
         for name, our_name in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            table[f"{theirs}.experts.{name}"] = Place(f"{ours}.experts.{our_name}", (), True)
+            table[f"{theirs}.experts.{name}"] = StateSlice(f"{ours}.experts.{our_name}", (), True)
         return table
     every = slice(None)
     for expert in range(moe.routed):
@@ -706,7 +706,7 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
             ("up_proj", "gate_up", slice(moe.width, None)),
             ("down_proj", "down", every),
         ):
-            tensor_place = Place(
+            tensor_place = StateSlice(
                 f"{ours}.experts.{our_name}", (expert, every, columns), transposed=True
             )
             table[f"{theirs}.experts.{expert}.{name}.weight"] = tensor_place

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual.hub.fields import flag, number, whole
-from rorqual.hub.places import Place, Sizes
+from rorqual.hub.places import Sizes, StateSlice
 from rorqual.hub.rope import published_rope, rope_of
 from rorqual.model_config import (
     BalanceConfig,
@@ -226,14 +226,14 @@ def foreign(config: ModelConfig) -> list[str]:
     return differences + [name for name, true in unlike.items() if true]
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
+def places(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for every tensor that a folder of this config must have."""
     table = {
-        "model.embed_tokens.weight": Place("embed.weight"),
-        "model.norm.weight": Place("norm.weight"),
+        "model.embed_tokens.weight": StateSlice("embed.weight"),
+        "model.norm.weight": StateSlice("norm.weight"),
     }
     if not config.tied:
-        table["lm_head.weight"] = Place("head.weight")
+        table["lm_head.weight"] = StateSlice("head.weight")
     for index in range(config.layers):
         theirs = f"model.layers.{index}"
         ours = f"blocks.{index}"
@@ -241,48 +241,48 @@ def places(config: ModelConfig) -> dict[str, Place]:
             for kind in (
                 ("weight", "bias") if config.gqa is not None and config.gqa.bias else ("weight",)
             ):
-                table[f"{theirs}.self_attn.{name}.{kind}"] = Place(
+                table[f"{theirs}.self_attn.{name}.{kind}"] = StateSlice(
                     f"{ours}.attention.{name}.{kind}"
                 )
-        table[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
-        table[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.ffn_norm.weight")
+        table[f"{theirs}.input_layernorm.weight"] = StateSlice(f"{ours}.attention_norm.weight")
+        table[f"{theirs}.post_attention_layernorm.weight"] = StateSlice(f"{ours}.ffn_norm.weight")
         table |= _feed_forward(f"{theirs}.mlp", f"{ours}.ffn", config, index)
     return table
 
 
-def _feed_forward(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+def _feed_forward(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, StateSlice]:
     """Returns the places of a block's feed-forward tensors by their published names."""
     moe = config.moe
     if moe is None or not config.has_experts(index):
-        return {f"{theirs}.{name}.weight": Place(f"{ours}.{name}.weight") for name in SWIGLU}
-    table = {f"{theirs}.gate.weight": Place(f"{ours}.router.weight")}
+        return {f"{theirs}.{name}.weight": StateSlice(f"{ours}.{name}.weight") for name in SWIGLU}
+    table = {f"{theirs}.gate.weight": StateSlice(f"{ours}.router.weight")}
     if moe.shared:
         table |= {
-            f"{theirs}.shared_experts.{name}.weight": Place(f"{ours}.shared.{name}.weight")
+            f"{theirs}.shared_experts.{name}.weight": StateSlice(f"{ours}.shared.{name}.weight")
             for name in SWIGLU
         }
     every = slice(None)
     for expert in range(moe.routed):
         columns = {"gate_proj": slice(moe.width), "up_proj": slice(moe.width, None)}
         for name, run in columns.items():
-            table[f"{theirs}.experts.{expert}.{name}.weight"] = Place(
+            table[f"{theirs}.experts.{expert}.{name}.weight"] = StateSlice(
                 f"{ours}.experts.gate_up", (expert, every, run), transposed=True
             )
-        table[f"{theirs}.experts.{expert}.down_proj.weight"] = Place(
+        table[f"{theirs}.experts.{expert}.down_proj.weight"] = StateSlice(
             f"{ours}.experts.down", (expert,), transposed=True
         )
     return table
 
 
-def copies(config: ModelConfig) -> dict[str, Place]:
+def copies(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for tensors that a folder may repeat: a tied head."""
-    return {"lm_head.weight": Place("embed.weight")} if config.tied else {}
+    return {"lm_head.weight": StateSlice("embed.weight")} if config.tied else {}
 
 
-def aliases(config: ModelConfig) -> dict[str, Place]:
+def aliases(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps the names of a layer's experts in one tensor, as transformers' parts of the model."""
     return {
-        f"model.layers.{index}.mlp.experts.{theirs}": Place(
+        f"model.layers.{index}.mlp.experts.{theirs}": StateSlice(
             f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
         )
         for index in range(config.layers)
@@ -291,7 +291,7 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
     }
 
 
-def hollow(config: ModelConfig) -> dict[str, Place]:
+def hollow(config: ModelConfig) -> dict[str, StateSlice]:
     """Returns no names: the published code has no empty tensors."""
     return {}
 

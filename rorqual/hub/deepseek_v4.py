@@ -29,7 +29,7 @@ from typing import Any
 
 from rorqual import runtime
 from rorqual.hub.fields import flag, mtp_layers, number, quantisation, whole
-from rorqual.hub.places import Place, Sizes
+from rorqual.hub.places import Sizes, StateSlice
 from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
     CSAConfig,
@@ -467,41 +467,41 @@ def foreign(config: ModelConfig) -> list[str]:
     return differences + [name for name, true in unlike.items() if true]
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
+def places(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for every tensor that a folder of this config must have."""
-    table = {"embed.weight": Place("embed.weight"), "norm.weight": Place("norm.weight")}
+    table = {"embed.weight": StateSlice("embed.weight"), "norm.weight": StateSlice("norm.weight")}
     if not config.tied:
-        table["head.weight"] = Place("head.weight")
+        table["head.weight"] = StateSlice("head.weight")
     for name in ("fn", "base", "scale"):
-        table[f"hc_head_{name}"] = Place(f"reduction.{name}")
+        table[f"hc_head_{name}"] = StateSlice(f"reduction.{name}")
     for index in range(config.layers):
         table |= _block(f"layers.{index}", f"blocks.{index}", config, index)
     for depth in range(config.mtp.depth if config.mtp is not None else 0):
         name = f"mtp.{depth}"
         table |= _block(name, f"{name}.block", config, config.layers + depth)
         for norm in ("enorm", "hnorm", "norm"):
-            table[f"{name}.{norm}.weight"] = Place(f"{name}.{norm}.weight")
+            table[f"{name}.{norm}.weight"] = StateSlice(f"{name}.{norm}.weight")
         for half, columns in (("e", slice(config.dim)), ("h", slice(config.dim, None))):
-            tensor_place = Place(f"{name}.eh_proj.weight", (slice(None), columns))
+            tensor_place = StateSlice(f"{name}.eh_proj.weight", (slice(None), columns))
             table[f"{name}.{half}_proj.weight"] = tensor_place
         for leaf in ("fn", "base", "scale"):
-            table[f"{name}.hc_head_{leaf}"] = Place(f"{name}.reduction.{leaf}")
+            table[f"{name}.hc_head_{leaf}"] = StateSlice(f"{name}.reduction.{leaf}")
     return table
 
 
-def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, Place]:
+def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str, StateSlice]:
     """Returns the places of a block's tensors by published names, which begin with `theirs`."""
     csa = config.csa
     moe = config.moe
     assert csa is not None and moe is not None
     table = {
-        f"{theirs}.attn_norm.weight": Place(f"{ours}.attention_norm.weight"),
-        f"{theirs}.ffn_norm.weight": Place(f"{ours}.ffn_norm.weight"),
-        f"{theirs}.attn.attn_sink": Place(f"{ours}.attention.attn_sink"),
+        f"{theirs}.attn_norm.weight": StateSlice(f"{ours}.attention_norm.weight"),
+        f"{theirs}.ffn_norm.weight": StateSlice(f"{ours}.ffn_norm.weight"),
+        f"{theirs}.attn.attn_sink": StateSlice(f"{ours}.attention.attn_sink"),
     }
     for site, our_site in (("attn", "attention"), ("ffn", "ffn")):
         for name in ("fn", "base", "scale"):
-            tensor_place = Place(f"{ours}.{our_site}_residual.mixer.{name}")
+            tensor_place = StateSlice(f"{ours}.{our_site}_residual.mixer.{name}")
             table[f"{theirs}.hc_{site}_{name}"] = tensor_place
     tensors = [f"{name}.weight" for name in ATTENTION]
     compressor = ("wkv.weight", "wgate.weight", "norm.weight", "ape")
@@ -510,42 +510,42 @@ def _block(theirs: str, ours: str, config: ModelConfig, index: int) -> dict[str,
     if csa.kind(index) == "csa":
         tensors += ["indexer.wq_b.weight", "indexer.weights_proj.weight"]
         tensors += [f"indexer.compressor.{name}" for name in compressor]
-    table |= {f"{theirs}.attn.{name}": Place(f"{ours}.attention.{name}") for name in tensors}
-    table[f"{theirs}.ffn.gate.weight"] = Place(f"{ours}.ffn.router.weight")
+    table |= {f"{theirs}.attn.{name}": StateSlice(f"{ours}.attention.{name}") for name in tensors}
+    table[f"{theirs}.ffn.gate.weight"] = StateSlice(f"{ours}.ffn.router.weight")
     if moe.router.by_token_id(index):
-        table[f"{theirs}.ffn.gate.tid2eid"] = Place(f"{ours}.ffn.router.table")
+        table[f"{theirs}.ffn.gate.tid2eid"] = StateSlice(f"{ours}.ffn.router.table")
     else:
-        table[f"{theirs}.ffn.gate.bias"] = Place(f"{ours}.ffn.router.e_score_correction_bias")
+        table[f"{theirs}.ffn.gate.bias"] = StateSlice(f"{ours}.ffn.router.e_score_correction_bias")
     for name, our_name in EXPERT.items():
         shared = f"{ours}.ffn.shared.{our_name}.weight"
-        table[f"{theirs}.ffn.shared_experts.{name}.weight"] = Place(shared)
+        table[f"{theirs}.ffn.shared_experts.{name}.weight"] = StateSlice(shared)
     every = slice(None)
     columns = {"w1": slice(moe.width), "w3": slice(moe.width, None), "w2": every}
     for expert in range(moe.routed):
         for name in EXPERT:
             our_name = f"{ours}.ffn.experts.{'down' if name == 'w2' else 'gate_up'}"
-            tensor_place = Place(our_name, (expert, every, columns[name]), transposed=True)
+            tensor_place = StateSlice(our_name, (expert, every, columns[name]), transposed=True)
             table[f"{theirs}.ffn.experts.{expert}.{name}.weight"] = tensor_place
     return table
 
 
-def copies(config: ModelConfig) -> dict[str, Place]:
+def copies(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for what a folder may repeat: a tied head."""
-    return {"head.weight": Place("embed.weight")} if config.tied else {}
+    return {"head.weight": StateSlice("embed.weight")} if config.tied else {}
 
 
-def hollow(config: ModelConfig) -> dict[str, Place]:
+def hollow(config: ModelConfig) -> dict[str, StateSlice]:
     """Returns no tensors: transformers asks for none that our model lacks."""
     return {}
 
 
-def aliases(config: ModelConfig) -> dict[str, Place]:
+def aliases(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps transformers' parameter names to places."""
     table = {transformers_name(name): each for name, each in places(config).items()}
     table |= {transformers_name(name): each for name, each in copies(config).items()}
     for index in range(config.layers):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
+            table[f"model.layers.{index}.mlp.experts.{theirs}"] = StateSlice(
                 f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
             )
     return table

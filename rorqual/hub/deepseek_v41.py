@@ -22,7 +22,7 @@ from math import isfinite
 from typing import Any
 
 from rorqual.hub.fields import flag, number, quantisation
-from rorqual.hub.places import AnyPlace, Joined, Place, Sizes
+from rorqual.hub.places import AnyPlace, Joined, Sizes, StateSlice
 from rorqual.model_config import (
     BalanceConfig,
     CSA2Config,
@@ -500,9 +500,9 @@ def _foreign_engram(config: ModelConfig) -> list[str]:
 def places(config: ModelConfig) -> dict[str, AnyPlace]:
     """Maps published names to places, for every tensor that a folder of this config must have."""
     table: dict[str, AnyPlace] = {
-        EMBEDDING: Place("embed.weight"),
-        "norm.weight": Place("norm.weight"),
-        "head.weight": Place("head.weight"),
+        EMBEDDING: StateSlice("embed.weight"),
+        "norm.weight": StateSlice("norm.weight"),
+        "head.weight": StateSlice("head.weight"),
     }
     for index in range(config.layers):
         table |= _block(config, index)
@@ -514,22 +514,22 @@ def _block(config: ModelConfig, index: int) -> dict[str, AnyPlace]:
     theirs = f"layers.{index}"
     ours = f"blocks.{index}"
     table: dict[str, AnyPlace] = {
-        f"{theirs}.attn_norm.weight": Place(f"{ours}.attention_norm.weight"),
-        f"{theirs}.ffn_norm.weight": Place(f"{ours}.ffn_norm.weight"),
+        f"{theirs}.attn_norm.weight": StateSlice(f"{ours}.attention_norm.weight"),
+        f"{theirs}.ffn_norm.weight": StateSlice(f"{ours}.ffn_norm.weight"),
     }
     for name in _attention(config, index):
-        table[f"{theirs}.attn.{name}"] = Place(f"{ours}.attention.{name}")
+        table[f"{theirs}.attn.{name}"] = StateSlice(f"{ours}.attention.{name}")
     for site, our_site in (("attn", "attention_residual"), ("ffn", "ffn_residual")):
         for name in HYPER:
-            table[f"{theirs}.hc_{site}_{name}"] = Place(f"{ours}.{our_site}.mixer.{name}")
+            table[f"{theirs}.hc_{site}_{name}"] = StateSlice(f"{ours}.{our_site}.mixer.{name}")
     if config.engram is not None and config.has_engram(index):
         number = config.engram.layers.index(index)
         projections = (f"{ours}.engram.{name}.weight" for name in ("key_proj", "value_proj"))
         table |= {
-            f"{theirs}.engram.embed.weight": Place(f"tables.{number}.weight"),
-            f"{theirs}.engram.wkv.weight": Joined(tuple(Place(name) for name in projections)),
-            f"{theirs}.engram.q_weight": Place(f"{ours}.engram.gate.query_norm"),
-            f"{theirs}.engram.k_weight": Place(f"{ours}.engram.gate.key_norm"),
+            f"{theirs}.engram.embed.weight": StateSlice(f"tables.{number}.weight"),
+            f"{theirs}.engram.wkv.weight": Joined(tuple(StateSlice(name) for name in projections)),
+            f"{theirs}.engram.q_weight": StateSlice(f"{ours}.engram.gate.query_norm"),
+            f"{theirs}.engram.k_weight": StateSlice(f"{ours}.engram.gate.key_norm"),
         }
     return table | _experts(f"{theirs}.ffn", f"{ours}.ffn", config)
 
@@ -556,24 +556,26 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, AnyPlace]
     moe = config.moe
     assert moe is not None
     table: dict[str, AnyPlace] = {
-        f"{theirs}.gate.weight": Place(f"{ours}.router.weight"),
-        f"{theirs}.gate.bias": Place(f"{ours}.router.e_score_correction_bias"),
+        f"{theirs}.gate.weight": StateSlice(f"{ours}.router.weight"),
+        f"{theirs}.gate.bias": StateSlice(f"{ours}.router.e_score_correction_bias"),
     }
     if moe.router.image_ids:
-        table[f"{theirs}.gate.bias_vl"] = Place(f"{ours}.router.image_bias")
+        table[f"{theirs}.gate.bias_vl"] = StateSlice(f"{ours}.router.image_bias")
     for name, our_name in SWIGLU.items():
-        table[f"{theirs}.shared_experts.{name}.weight"] = Place(f"{ours}.shared.{our_name}.weight")
+        table[f"{theirs}.shared_experts.{name}.weight"] = StateSlice(
+            f"{ours}.shared.{our_name}.weight"
+        )
     every = slice(None)
     columns = {"w1": slice(moe.width), "w3": slice(moe.width, None), "w2": every}
     for expert in range(moe.routed):
         for name in SWIGLU:
             tensor = f"{ours}.experts.{'down' if name == 'w2' else 'gate_up'}"
-            tensor_place = Place(tensor, (expert, every, columns[name]), transposed=True)
+            tensor_place = StateSlice(tensor, (expert, every, columns[name]), transposed=True)
             table[f"{theirs}.experts.{expert}.{name}.weight"] = tensor_place
     return table
 
 
-def copies(config: ModelConfig) -> dict[str, Place]:
+def copies(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps the biases of image tokens, which the reference asks for, to those of all tokens.
 
     This is so in a model without them.
@@ -581,14 +583,14 @@ def copies(config: ModelConfig) -> dict[str, Place]:
     if config.moe is None or config.moe.router.image_ids:
         return {}
     return {
-        f"layers.{index}.ffn.gate.bias_vl": Place(
+        f"layers.{index}.ffn.gate.bias_vl": StateSlice(
             f"blocks.{index}.ffn.router.e_score_correction_bias"
         )
         for index in range(config.layers)
     }
 
 
-def hollow(config: ModelConfig) -> dict[str, Place]:
+def hollow(config: ModelConfig) -> dict[str, StateSlice]:
     """Returns no names: the reference asks for no empty tensor."""
     return {}
 
@@ -602,7 +604,7 @@ def aliases(config: ModelConfig) -> dict[str, AnyPlace]:
     for index in range(config.layers):
         for name, ours in (("gate_and_up_projs", "gate_up"), ("down_projs", "down")):
             experts = f"blocks.{index}.ffn.experts.{ours}"
-            table[f"model.layers.{index}.ffn.experts.{name}"] = Place(experts)
+            table[f"model.layers.{index}.ffn.experts.{name}"] = StateSlice(experts)
     return table
 
 

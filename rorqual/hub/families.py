@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 from rorqual.hub import deepseek, deepseek_moe, deepseek_v4, deepseek_v41, qwen4_exp
-from rorqual.hub.places import AnyPlace, Place, Sizes
+from rorqual.hub.places import AnyPlace, Sizes, StateSlice
 from rorqual.model_config import ModelConfig
 
 
@@ -37,7 +37,7 @@ class Family(Protocol):
     def places(self, config: ModelConfig) -> Mapping[str, AnyPlace]:
         """Maps published names to places, for every tensor that a folder must have."""
 
-    def copies(self, config: ModelConfig) -> dict[str, Place]:
+    def copies(self, config: ModelConfig) -> dict[str, StateSlice]:
         """Maps published names to places, for tensors that a folder may repeat."""
 
     def aliases(self, config: ModelConfig) -> Mapping[str, AnyPlace]:
@@ -46,7 +46,7 @@ class Family(Protocol):
         Golden folders name gradients so.
         """
 
-    def hollow(self, config: ModelConfig) -> dict[str, Place]:
+    def hollow(self, config: ModelConfig) -> dict[str, StateSlice]:
         """Maps published names to empty tensors that other readers ask for.
 
         Their place is "", for which the state dict needs an entry.

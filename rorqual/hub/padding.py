@@ -49,7 +49,7 @@ class Columns:
     def append(self, batch: int, time: int, packing: Packing | None) -> None:
         """Counts `time` columns of one call, and which of them are padding."""
         if packing is not None:
-            before = self._known(batch, packing.valid.device)
+            before = self._valid_columns(batch, packing.valid.device)
             self._valid = torch.cat([before, packing.valid], dim=1)
         self.count += time
 
@@ -76,7 +76,7 @@ class Columns:
         self.count = 0
         self._valid = None
 
-    def _known(self, batch: int, device: torch.device) -> Bool[Tensor, "B L"]:
+    def _valid_columns(self, batch: int, device: torch.device) -> Bool[Tensor, "B L"]:
         """Returns which of the columns so far are tokens and not padding."""
         valid = torch.ones(batch, self.count, dtype=torch.bool, device=device)
         if self._valid is not None:

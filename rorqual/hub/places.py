@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class StateSlice(NamedTuple):
     """The place of one published tensor in our state dict: state[name][slices].
 
     Its last two axes are exchanged if `transposed`; with a `shape` it is seen in that one.
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 class Joined(NamedTuple):
     """The places of one published tensor that is several of ours, one after another by rows."""
 
-    parts: tuple[Place, ...]
+    parts: tuple[StateSlice, ...]
 
     @property
     def name(self) -> str:
@@ -40,7 +40,7 @@ class Joined(NamedTuple):
         return torch.cat([each.of(state) for each in self.parts])
 
 
-AnyPlace = Place | Joined
+AnyPlace = StateSlice | Joined
 
 
 def fill(tensor_place: AnyPlace, state: Mapping[str, Tensor], values: Tensor) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from rorqual.hub.fields import flag, number, quantisation, whole
-from rorqual.hub.places import Place, Sizes
+from rorqual.hub.places import Sizes, StateSlice
 from rorqual.hub.rope import published_rope, rope_of, tables_alone
 from rorqual.model_config import (
     BalanceConfig,
@@ -462,11 +462,11 @@ def foreign(config: ModelConfig) -> list[str]:
     return differences + [name for name, true in unlike.items() if true]
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
+def places(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for every tensor that a folder of this config must have."""
-    table = {EMBEDDING: Place("embed.weight")}
+    table = {EMBEDDING: StateSlice("embed.weight")}
     if not config.tied:
-        table["lm_head.weight"] = Place("head.weight")
+        table["lm_head.weight"] = StateSlice("head.weight")
     table |= _mixer("model.hyper_connection_mixer", "reduction")
     for index in range(config.layers):
         theirs = f"model.layers.{index}"
@@ -474,7 +474,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
         for name, site in (("attn", "attention_residual"), ("mlp", "ffn_residual")):
             connection = f"{theirs}.{name}_hyper_connection"
             table |= _mixer(connection, f"{ours}.{site}.mixer")
-            table[f"{connection}.block_inject_weight.weight"] = Place(
+            table[f"{connection}.block_inject_weight.weight"] = StateSlice(
                 f"{ours}.{site}.block_inject_weight.weight"
             )
         if config.has_delta(index):
@@ -487,24 +487,26 @@ def places(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
-def _mixer(theirs: str, ours: str) -> dict[str, Place]:
+def _mixer(theirs: str, ours: str) -> dict[str, StateSlice]:
     """Returns the places of one site of the streams by their published names."""
     names = ("hc_norm", "input_mix_weight_down", "input_mix_weight_up")
-    return {f"{theirs}.{name}.weight": Place(f"{ours}.{name}.weight") for name in names}
+    return {f"{theirs}.{name}.weight": StateSlice(f"{ours}.{name}.weight") for name in names}
 
 
-def _delta(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+def _delta(theirs: str, ours: str, config: ModelConfig) -> dict[str, StateSlice]:
     """Returns the places of a delta net's tensors by their published names."""
     delta = config.delta
     assert delta is not None
     linears = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "norm", "out_proj")
     names = [*(f"{name}.weight" for name in linears), "A_log", "dt_bias"]
-    return {f"{theirs}.{name}": Place(f"{ours}.{name}") for name in names} | {
-        f"{theirs}.conv1d.weight": Place(f"{ours}.conv", shape=(delta.conv_width, 1, delta.kernel))
+    return {f"{theirs}.{name}": StateSlice(f"{ours}.{name}") for name in names} | {
+        f"{theirs}.conv1d.weight": StateSlice(
+            f"{ours}.conv", shape=(delta.conv_width, 1, delta.kernel)
+        )
     }
 
 
-def _attention(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+def _attention(theirs: str, ours: str, config: ModelConfig) -> dict[str, StateSlice]:
     """Returns the places of a full attention and its indexer by their published names."""
     assert config.gqa is not None
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -513,19 +515,19 @@ def _attention(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
     names += [f"indexer.{name}.weight" for name in index]
     if config.gqa.bias:
         names += [f"{name}.bias" for name in projections]
-    return {f"{theirs}.{name}": Place(f"{ours}.{name}") for name in names}
+    return {f"{theirs}.{name}": StateSlice(f"{ours}.{name}") for name in names}
 
 
-def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
+def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, StateSlice]:
     """Returns the places of a mixture's tensors by their published names."""
     moe = config.moe
     assert moe is not None
     table = {
-        f"{theirs}.gate.weight": Place(f"{ours}.router.weight"),
-        f"{theirs}.shared_expert_gate.weight": Place(f"{ours}.shared_gate.weight"),
+        f"{theirs}.gate.weight": StateSlice(f"{ours}.router.weight"),
+        f"{theirs}.shared_expert_gate.weight": StateSlice(f"{ours}.shared_gate.weight"),
     }
     for name in SWIGLU:
-        table[f"{theirs}.shared_expert.{name}.weight"] = Place(f"{ours}.shared.{name}.weight")
+        table[f"{theirs}.shared_expert.{name}.weight"] = StateSlice(f"{ours}.shared.{name}.weight")
     every = slice(None)
     for expert in range(moe.routed):
         for name, our_name, columns in (
@@ -533,13 +535,13 @@ def _experts(theirs: str, ours: str, config: ModelConfig) -> dict[str, Place]:
             ("up_proj", "gate_up", slice(moe.width, None)),
             ("down_proj", "down", every),
         ):
-            table[f"{theirs}.experts.{expert}.{name}.weight"] = Place(
+            table[f"{theirs}.experts.{expert}.{name}.weight"] = StateSlice(
                 f"{ours}.experts.{our_name}", (expert, every, columns), transposed=True
             )
     return table
 
 
-def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
+def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, StateSlice]:
     """Returns the places of a block's Engram and of its table's shards by published names."""
     engram = config.engram
     width = config.streams * config.dim
@@ -547,16 +549,16 @@ def _engram(theirs: str, index: int, config: ModelConfig) -> dict[str, Place]:
     table_index = engram.layers.index(index)
     ours = f"blocks.{index}.engram"
     table = {
-        f"{theirs}.key_proj.weight": Place(f"{ours}.key_proj.weight"),
-        f"{theirs}.value_proj.weight": Place(f"{ours}.value_proj.weight"),
-        f"{theirs}.norm_key.weight": Place(f"{ours}.gate.key_norm", shape=(width,)),
-        f"{theirs}.norm_query.weight": Place(f"{ours}.gate.query_norm", shape=(width,)),
-        f"{theirs}.norm_conv.weight": Place(f"{ours}.conv_norm", shape=(width,)),
-        f"{theirs}.conv1d.weight": Place(f"{ours}.conv", shape=(width, 1, engram.kernel)),
+        f"{theirs}.key_proj.weight": StateSlice(f"{ours}.key_proj.weight"),
+        f"{theirs}.value_proj.weight": StateSlice(f"{ours}.value_proj.weight"),
+        f"{theirs}.norm_key.weight": StateSlice(f"{ours}.gate.key_norm", shape=(width,)),
+        f"{theirs}.norm_query.weight": StateSlice(f"{ours}.gate.query_norm", shape=(width,)),
+        f"{theirs}.norm_conv.weight": StateSlice(f"{ours}.conv_norm", shape=(width,)),
+        f"{theirs}.conv1d.weight": StateSlice(f"{ours}.conv", shape=(width, 1, engram.kernel)),
     }
     for shard, rows in enumerate(shards(row_totals(engram)[table_index], engram.shards)):
         name = f"{theirs}.ple_embedding.ngram_embedding.shard_{shard}.weight"
-        table[name] = Place(f"tables.{table_index}.weight", (rows,))
+        table[name] = StateSlice(f"tables.{table_index}.weight", (rows,))
     return table
 
 
@@ -569,12 +571,12 @@ def shards(rows: int, count: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def copies(config: ModelConfig) -> dict[str, Place]:
+def copies(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps published names to places, for tensors that a folder may repeat.
 
     They are a tied head, and what the hash of PLE computes with.
     """
-    table = {"lm_head.weight": Place("embed.weight")} if config.tied else {}
+    table = {"lm_head.weight": StateSlice("embed.weight")} if config.tied else {}
     if (engram := config.engram) is None:
         return table
     heads = (engram.rows_per_token,)
@@ -582,14 +584,16 @@ def copies(config: ModelConfig) -> dict[str, Place]:
         theirs = f"model.layers.{index}.ple.ple_embedding"
         of_table = (table_index,)
         table |= {
-            f"{theirs}.layer_multipliers": Place("addresses.multipliers", of_table),
-            f"{theirs}.ngram_heads_vocab_sizes": Place("addresses.primes", of_table, shape=heads),
-            f"{theirs}.ngram_heads_offsets": Place("addresses.offsets", of_table),
+            f"{theirs}.layer_multipliers": StateSlice("addresses.multipliers", of_table),
+            f"{theirs}.ngram_heads_vocab_sizes": StateSlice(
+                "addresses.primes", of_table, shape=heads
+            ),
+            f"{theirs}.ngram_heads_offsets": StateSlice("addresses.offsets", of_table),
         }
     return table
 
 
-def aliases(config: ModelConfig) -> dict[str, Place]:
+def aliases(config: ModelConfig) -> dict[str, StateSlice]:
     """Maps transformers' parameters that no file holds to places.
 
     They are a layer's experts in one tensor, and a table whole.
@@ -597,16 +601,16 @@ def aliases(config: ModelConfig) -> dict[str, Place]:
     table = {}
     for index in range(config.layers):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            table[f"model.layers.{index}.mlp.experts.{theirs}"] = Place(
+            table[f"model.layers.{index}.mlp.experts.{theirs}"] = StateSlice(
                 f"blocks.{index}.ffn.experts.{ours}", (), transposed=True
             )
     for table_index, index in enumerate(config.engram.layers if config.engram is not None else ()):
         name = f"model.layers.{index}.ple.ple_embedding.ngram_embedding.weight"
-        table[name] = Place(f"tables.{table_index}.weight")
+        table[name] = StateSlice(f"tables.{table_index}.weight")
     return table
 
 
-def hollow(config: ModelConfig) -> dict[str, Place]:
+def hollow(config: ModelConfig) -> dict[str, StateSlice]:
     """Returns nothing: transformers asks for no empty tensors."""
     return {}
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from rorqual.kernels.compiled import compiled, pointer
 
 _BLOCK = 256  # tokens at a time: their intermediate values stay in the first caches
-_FEW = 64  # tokens that each call writes to the cache of ids itself
+_SMALL_CALL = 64  # tokens that each call writes to the cache of ids itself
 _EXACT = 2**13, 2**31  # primes from the first and below the second: the proof above holds
 _LOW = 2**32 - 1  # masks the lowest 32 bits
 _WORTH_A_THREAD = 16384  # addresses; below, starting threads takes longer than the work
@@ -246,7 +246,7 @@ def follow_rows(
     width, reach_rows = window_ids.stride()
     assert window_ids.dtype is torch.int64 and reach_rows == 1
     before = window_ids.data_ptr() + 8 * (column - fixed.orders)
-    if batch * time <= _FEW:
+    if batch * time <= _SMALL_CALL:
         return _run(
             fixed, ids.data_ptr(), stride, before, width, fixed.orders, batch, time, None, 0, out
         )

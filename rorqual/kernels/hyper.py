@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rorqual.kernels import compiled, registered
 
-FEW = 16  # tokens; for more, torch's products are as fast
+SMALL_BATCH = 16  # tokens; for more, torch's products are as fast
 _TILE = 64  # tokens that stay in the first cache
 _TINY = float(np.finfo(np.float32).tiny)
 _loop = functools.partial(compiled.compiled, any_order=True)  # sums may use vector instructions
@@ -125,7 +125,7 @@ def pre_mapping(
 ]:
     """Computes layers.streams.pre_mapping, within float32 rounding."""
     tokens, S = streams.shape[:2]
-    if tokens > FEW:
+    if tokens > SMALL_BATCH:
         reference = registered()["pre_mapping"].reference
         assert reference is not None
         return reference(streams, m, scale, base, handed_on, iterations, eps)
@@ -149,7 +149,7 @@ def post_mapping(
     comb: Float[Tensor, "S S N"] | None,
 ) -> Float[Tensor, "N S D"]:
     """Computes layers.streams.post_mapping, within float32 rounding."""
-    if len(streams) > FEW or comb is None:
+    if len(streams) > SMALL_BATCH or comb is None:
         reference = registered()["post_mapping"].reference
         assert reference is not None
         return reference(streams, out, post, comb)

@@ -22,7 +22,7 @@ _AHEAD = 6  # rows between the one that is prefetched and the one that is update
 _LINE = 16  # float32 numbers in a cache line
 # Update counts whose bias correction is precomputed: two powers a row cost as much as 30 of its
 # numbers.
-_KNOWN = 1024
+_TABULATED = 1024
 
 
 @compiled.compiled
@@ -87,7 +87,7 @@ def _corrections(lr: float, betas: tuple[float, float], eps: float) -> np.ndarra
 
     They are the step size lr sqrt(1 - b2^n) / (1 - b1^n) and the term eps sqrt(1 - b2^n).
     """
-    n = np.arange(_KNOWN)
+    n = np.arange(_TABULATED)
     # Entry 0 is never read: the first update is number 1.
     n[0] = 1
     root = np.sqrt(1.0 - betas[1] ** n)

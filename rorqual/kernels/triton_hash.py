@@ -18,7 +18,7 @@ _TOKENS = 64  # tokens a program
 
 @triton.jit
 @inspect.unwrap  # tests wrap every function to check its shapes
-def _known(ids, offset, canonical, size, inside, strange):
+def _canonical_ids(ids, offset, canonical, size, inside, strange):
     """Returns canonical ids, and sets `strange` where an id has none."""
     raw = tl.load(ids + offset, mask=inside, other=0).to(tl.int64)
     valid = (raw >= 0) & (raw < size)
@@ -31,19 +31,19 @@ def _known(ids, offset, canonical, size, inside, strange):
 @inspect.unwrap
 def _hash(
     ids, reach, canonical, multipliers, primes, offsets, out, strange, tokens, time, size, pad,
-    ORDERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ORDERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the rows of BLOCK tokens in one layer, of all orders and heads."""
     layer = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     current = token // time * (time + ORDERS) + token % time + ORDERS  # in the window
-    head = tl.arange(0, WIDE)
+    head = tl.arange(0, HEAD_BLOCK)
     inside_heads = head < HEADS
     multiplier = multipliers + layer * (ORDERS + 1)
-    mix = _known(ids, current, canonical, size, inside, strange) * tl.load(multiplier)
+    mix = _canonical_ids(ids, current, canonical, size, inside, strange) * tl.load(multiplier)
     for order in range(ORDERS):
-        earlier = _known(ids, current - order - 1, canonical, size, inside, strange)
+        earlier = _canonical_ids(ids, current - order - 1, canonical, size, inside, strange)
         if reach is not None:
             allowed = tl.load(reach + token, mask=inside, other=0) > order
             earlier = tl.where(allowed, earlier, pad)
@@ -83,7 +83,7 @@ def hash_rows(
         _hash[(triton.cdiv(batch * time, _TOKENS), layers)](
             *(x if x is None else x.contiguous() for x in tensors), out, strange,
             batch * time, time, len(canonical_map), pad,
-            ORDERS=orders, HEADS=heads, BLOCK=_TOKENS, WIDE=triton.next_power_of_2(heads),
+            ORDERS=orders, HEADS=heads, BLOCK=_TOKENS, HEAD_BLOCK=triton.next_power_of_2(heads),
         )  # fmt: skip
     if ids.device.type != "cpu":
         # This check does not wait for the device.

@@ -86,7 +86,7 @@ def _forward(
     query, key, value, index, positions, out, sums,
     key_b, key_l, key_g, value_b, value_l, value_g,
     time, length, groups, choices, top_k, block, width, deep, scale,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH_BLOCK: tl.constexpr, DEEP: tl.constexpr,
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _forward(
     r = tl.arange(0, ROWS)
     row = (token * choices + choice) * HEADS + r
     in_range = r < HEADS
-    q = _rows(query, row, in_range, width, WIDE)
+    q = _rows(query, row, in_range, width, WIDTH_BLOCK)
     limit = tl.minimum(tl.load(positions + token) + 1, length)
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -108,7 +108,7 @@ def _forward(
         if which >= 0:
             for first in range(0, block, PIECE):
                 columns, seen = _columns(which, first, block, limit, PIECE)
-                k = _keys(key, batch, columns, group, seen, width, key_b, key_l, key_g, WIDE)
+                k = _keys(key, batch, columns, group, seen, width, key_b, key_l, key_g, WIDTH_BLOCK)
                 v = _keys(value, batch, columns, group, seen, deep, value_b, value_l, value_g, DEEP)
                 logits = _dot(q, tl.trans(k), EXACT) * scale
                 logits = tl.where(seen[None, :], logits, float("-inf"))
@@ -136,7 +136,7 @@ def _backward_queries(
     query, key, value, index, positions, out, sums, d_out, d_query, products,
     key_b, key_l, key_g, value_b, value_l, value_g,
     time, length, groups, choices, top_k, block, width, deep, scale,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH_BLOCK: tl.constexpr, DEEP: tl.constexpr,
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def _backward_queries(
     r = tl.arange(0, ROWS)
     row = (token * choices + choice) * HEADS + r
     in_range = r < HEADS
-    q = _rows(query, row, in_range, width, WIDE)
+    q = _rows(query, row, in_range, width, WIDTH_BLOCK)
     change = _rows(d_out, row, in_range, deep, DEEP)
     product = tl.sum(
         change.to(tl.float32) * _rows(out, row, in_range, deep, DEEP).to(tl.float32), axis=1
@@ -156,19 +156,19 @@ def _backward_queries(
     tl.store(products + row, product, mask=in_range)
     sum_of = tl.load(sums + row, mask=in_range, other=float("inf"))
     limit = tl.minimum(tl.load(positions + token) + 1, length)
-    made = tl.zeros([ROWS, WIDE], tl.float32)
+    made = tl.zeros([ROWS, WIDTH_BLOCK], tl.float32)
     for n in range(top_k):
         which = tl.load(index + (token * choices + choice) * top_k + n)
         if which >= 0:
             for first in range(0, block, PIECE):
                 columns, seen = _columns(which, first, block, limit, PIECE)
-                k = _keys(key, batch, columns, group, seen, width, key_b, key_l, key_g, WIDE)
+                k = _keys(key, batch, columns, group, seen, width, key_b, key_l, key_g, WIDTH_BLOCK)
                 v = _keys(value, batch, columns, group, seen, deep, value_b, value_l, value_g, DEEP)
                 logits = _dot(q, tl.trans(k), EXACT) * scale
                 weights = tl.where(seen[None, :], tl.exp(logits - sum_of[:, None]), 0.0)
                 moved = weights * (_dot(change, tl.trans(v), EXACT) - product[:, None])
                 made += _dot(moved.to(k.dtype), k, EXACT)
-    column = tl.arange(0, WIDE)[None, :]
+    column = tl.arange(0, WIDTH_BLOCK)[None, :]
     made = (made * scale).to(d_query.dtype.element_ty)
     tl.store(
         d_query + row[:, None] * width + column, made, mask=in_range[:, None] & (column < width)
@@ -181,7 +181,7 @@ def _backward_keys(
     query, key, value, positions, sums, d_out, products, order, starts, d_key, d_value,
     key_b, key_l, key_g, value_b, value_l, value_g,
     length, groups, choices, blocks, block, width, deep, scale,
-    HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    HEADS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     DEEP: tl.constexpr,
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
@@ -196,9 +196,9 @@ def _backward_keys(
     batch = (tl.program_id(1) // groups).to(tl.int64)
     group = tl.program_id(1) % groups
     columns, real = _columns(which, first, block, length, PIECE)
-    k = _keys(key, batch, columns, group, real, width, key_b, key_l, key_g, WIDE)
+    k = _keys(key, batch, columns, group, real, width, key_b, key_l, key_g, WIDTH_BLOCK)
     v = _keys(value, batch, columns, group, real, deep, value_b, value_l, value_g, DEEP)
-    of_key = tl.zeros([PIECE, WIDE], tl.float32)
+    of_key = tl.zeros([PIECE, WIDTH_BLOCK], tl.float32)
     of_value = tl.zeros([PIECE, DEEP], tl.float32)
     bucket = tl.program_id(1) * blocks + which
     r = tl.arange(0, ROWS)
@@ -208,7 +208,7 @@ def _backward_keys(
         in_range = (offset < end) & (r % EACH < HEADS)
         pair = tl.load(order + offset, mask=in_range, other=0)  # a token and a choice
         row = pair * HEADS + r % EACH
-        q = _rows(query, row, in_range, width, WIDE)
+        q = _rows(query, row, in_range, width, WIDTH_BLOCK)
         change = _rows(d_out, row, in_range, deep, DEEP)
         seen = in_range[:, None] & (
             columns[None, :]
@@ -222,7 +222,7 @@ def _backward_keys(
         moved = weights * (_dot(change, tl.trans(v), EXACT) - product[:, None])
         of_key += _dot(tl.trans(moved.to(q.dtype)), q, EXACT)
     line = (batch * length + columns.to(tl.int64)) * groups + group
-    column = tl.arange(0, WIDE)[None, :]
+    column = tl.arange(0, WIDTH_BLOCK)[None, :]
     of_key = (of_key * scale).to(d_key.dtype.element_ty)
     tl.store(d_key + line[:, None] * width + column, of_key, mask=real[:, None] & (column < width))
     column = tl.arange(0, DEEP)[None, :]
@@ -243,7 +243,7 @@ def _constants(query: Tensor, value: Tensor, choices: int, block: int) -> dict[s
     heads = query.shape[2] // choices
     return {
         "HEADS": heads,
-        "WIDE": _padded(query.shape[3]),
+        "WIDTH_BLOCK": _padded(query.shape[3]),
         "DEEP": _padded(value.shape[3]),
         "PIECE": piece,
         "EXACT": query.device.type == "cpu",

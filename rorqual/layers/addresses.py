@@ -174,7 +174,8 @@ class Addresses(nn.Module):
         super().__init__()
         self.config = config
         self.has_canonical_map = config.canonical and canonical_map is not None
-        self._staging, self._kept = Staging(), dict[str, Any]()
+        self._staging = Staging()
+        self._scratch: dict[str, Any] = {}
         if not self.has_canonical_map and vocab_size is None:
             raise ValueError(
                 "Addresses: got neither a canonical map nor a vocabulary, expected one"
@@ -227,7 +228,7 @@ class Addresses(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Addresses":
         """Moves the buffers as any module does, and restores their values after `to_empty`."""
         super()._apply(fn, recurse)
-        self._kept.clear()
+        self._scratch.clear()
         for name, value in self._exact.items():
             if (buffer := getattr(self, name)).device.type != "meta":
                 buffer.copy_(torch.from_numpy(value))
@@ -316,15 +317,15 @@ class Addresses(nn.Module):
         )
         out = self._memory(ids)
         try:
-            if (starts := self._place(ids, ctx, history)) is not None:
-                return follow_rows(ids, *starts, *exact, missing, out, self._kept)
+            if (starts := self._stored_at(ids, ctx, history)) is not None:
+                return follow_rows(ids, *starts, *exact, missing, out, self._scratch)
             if history is None:
                 window = F.pad(ids, (self.config.ngram - 1, 0), value=missing)
             else:
                 history.append(ids, ctx)
                 window = history.window(ctx, ids.shape[1])
             reach = self._reach(window, ctx)
-            return hash_rows(window, reach, *exact, self.pad, out, self._kept)
+            return hash_rows(window, reach, *exact, self.pad, out, self._scratch)
         except IndexError:
             window_ids = (
                 ids
@@ -349,7 +350,7 @@ class Addresses(nn.Module):
             layers, *ids.shape, width
         )
 
-    def _place(
+    def _stored_at(
         self, ids: Tensor, ctx: Context, history: Appended | None
     ) -> tuple[Tensor | None, int] | None:
         """Returns where these ids are stored, if they simply follow those before.

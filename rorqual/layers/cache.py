@@ -455,7 +455,10 @@ class Cache:
         ids: Appended | None = None,
         drafts: Sequence[DraftCache] = (),
     ) -> None:
-        self.layers, self.past, self.ids, self.drafts = tuple(layers), past, ids, tuple(drafts)
+        self.layers = tuple(layers)
+        self.past = past
+        self.ids = ids
+        self.drafts = tuple(drafts)
         # Looked up at every step: the containers are many, those that note ties few or none.
         self._ties = [state for state in self.states() if hasattr(state, "tied")]
         # Ids that are likely to follow, and by block the rows that are being fetched for them.

@@ -244,12 +244,11 @@ class Engram(nn.Module):
         """
         cache = None if ctx.cache is None else ctx.cache.engram
         halo = self.config.halo
-        window = (
-            normed
-            if not halo
-            else F.pad(normed, (0, 0, 0, 0, halo, 0))
-            if cache is None
-            else cache.extend(normed, ctx)
-        )
+        if not halo:
+            window = normed
+        elif cache is None:
+            window = F.pad(normed, (0, 0, 0, 0, halo, 0))
+        else:
+            window = cache.extend(normed, ctx)
         document_ids = ctx.documents_before(halo) if self.config.end_of_document else None
         return convolve(window, self.conv, document_ids, halo)

@@ -158,7 +158,7 @@ class MoE(nn.Module):
         routing = self.router(hidden, *extras)
         rows = hidden.flatten(0, 1)
         weights = routing.weights.flatten(0, 1)
-        if self._few(routing):
+        if self._is_small(routing):
             slots = None
             of_slots = self.experts.small_batch(rows, routing.topk_indices.flatten(0, 1))
         else:
@@ -183,7 +183,7 @@ class MoE(nn.Module):
             out = out + shared
         return (out if self.norm is None else self.norm(out)), routing
 
-    def _few(self, routing: Routing) -> bool:
+    def _is_small(self, routing: Routing) -> bool:
         """Returns whether one product for each slot is cheaper than sorting.
 
         That is so for a token or two of decoding, on a device where reading the selected experts

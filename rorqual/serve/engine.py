@@ -39,7 +39,7 @@ from rorqual.serve.sampling import (
 from rorqual.serve.scheduler import NOTHING, Observed, Read, Request, Scheduler, Watch
 from rorqual.serve.trace import experts_of
 
-WARM = 600  # tokens of the longest prompt that is read before the first request
+WARMUP_TOKENS = 600  # tokens of the longest prompt that is read before the first request
 CHUNK = 512  # positions of a prompt whose logits are computed at a time
 
 
@@ -244,15 +244,15 @@ class Engine:
         """Runs the model once, so that no request waits for machine code or weights.
 
         The compiled step is waited for, where it fits the model. Then so many prompts of a few
-        tokens are read together as requests may, and one of at most WARM tokens in chunks beside
-        a request that decodes: kernels that select are compiled once there is a choice. Nothing of
-        it stays in the cache or the counts.
+        tokens are read together as requests may, and one of at most WARMUP_TOKENS tokens in
+        chunks beside a request that decodes: kernels that select are compiled once there is a
+        choice. Nothing of it stays in the cache or the counts.
         """
         self._runner.wait_until_built()
         # Drafts are made for the third id at the earliest.
         size = max(1, min(4, self.context - 2))
         new = min(3, self.context - size)
-        ids = [token % self.vocab_size for token in range(WARM)]
+        ids = [token % self.vocab_size for token in range(WARMUP_TOKENS)]
         for count in (1, 2, min(self.max_batch_size, 4)):
             self.run([ids[:size]] * count, max_new_tokens=new)
         # With an end no id would be left to decode beside the chunks.

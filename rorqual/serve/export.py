@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from rorqual import checkpoint
 from rorqual.hub import checkpoints
 from rorqual.hub.card import CARD, description, front_matter, usage
-from rorqual.io import write_text
+from rorqual.io import replace_file, write_text
 from rorqual.serve.generate import Run
 
 TRAINING = "train.json"
@@ -56,7 +56,7 @@ def export(
         # A folder with config.json is a whole one.
         for name in sorted(names, key=lambda name: name.name == "config.json"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(written / name, folder / name)
+            replace_file(written / name, folder / name)
     return folder
 
 

@@ -64,7 +64,7 @@ class TextStream:
         self._ids: list[int] = []  # since the last id at whose end every character was complete
         self._before = 0  # number of these ids that are context only
         self._shown = 0  # characters of their text that were already returned
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> str:
         """Returns the text that can be shown after one more id."""
@@ -89,8 +89,8 @@ class TextStream:
         rest = self._release(self.tokenizer.decode(self._ids)[self._shown :]) if self._ids else ""
         if self.stopped:
             return rest
-        pending = self._held
-        self._held = ""
+        pending = self._pending
+        self._pending = ""
         self._ids = []
         self._before = 0
         self._shown = 0
@@ -98,17 +98,17 @@ class TextStream:
 
     def _release(self, fresh: str) -> str:
         """Returns new text up to a stop string, less an end that may become one."""
-        text = self._held + fresh
+        text = self._pending + fresh
         places = [position for word in self.stop if (position := text.find(word)) >= 0]
         if places:
             self.stopped = True
-            self._held = ""
+            self._pending = ""
             return text[: min(places)]
         keep = max(
             (n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])),
             default=0,
         )
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 

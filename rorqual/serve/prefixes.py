@@ -57,14 +57,14 @@ class Prefixes:
         self._model = model
         self.keeps = keep and self.divisible
         # Caches in the order of their last use, each with the keys that lead to it.
-        self._kept: OrderedDict[int, tuple[Cache, set[bytes]]] = OrderedDict()
+        self._caches: OrderedDict[int, tuple[Cache, set[bytes]]] = OrderedDict()
         self._by_key: dict[bytes, int] = {}
         self._count = 0
 
     @property
     def pages(self) -> int:
         """The pages that all caches hold together."""
-        return sum(pages_of(cache.length) for cache, _ in self._kept.values())
+        return sum(pages_of(cache.length) for cache, _ in self._caches.values())
 
     @property
     def allocated_bytes(self) -> int:
@@ -73,7 +73,7 @@ class Prefixes:
         A state that several share, as behind one prefix, counts once.
         """
         storages: dict[int, int] = {}
-        for cache, _ in list(self._kept.values()):
+        for cache, _ in list(self._caches.values()):
             storages |= cache.storages()
         return sum(storages.values())
 
@@ -90,9 +90,9 @@ class Prefixes:
         for count, key in reversed(list(enumerate(keys, start=1))):
             if key in self._by_key:
                 number = self._by_key[key]
-                self._kept.move_to_end(number)
+                self._caches.move_to_end(number)
                 length = count * PAGE - self._before
-                cache.load(self._kept[number][0], length)
+                cache.load(self._caches[number][0], length)
                 return cache, length
         return cache, 0
 
@@ -108,22 +108,22 @@ class Prefixes:
         if not keys:
             return
         if keys[-1] in self._by_key:
-            self._kept.move_to_end(self._by_key[keys[-1]])
+            self._caches.move_to_end(self._by_key[keys[-1]])
             return
         number = self._count = self._count + 1
-        self._kept[number] = cache, set(keys)
+        self._caches[number] = cache, set(keys)
         for key in keys:
             before = self._by_key.get(key)
             self._by_key[key] = number
             if before is not None:
-                self._kept[before][1].discard(key)
-                if not self._kept[before][1]:
-                    del self._kept[before]
+                self._caches[before][1].discard(key)
+                if not self._caches[before][1]:
+                    del self._caches[before]
 
     def shrink(self, pages: int) -> None:
         """Drops the caches that were not used for longest until the rest holds at most `pages`."""
-        while self._kept and self.pages > max(0, pages):
-            _, (_, keys) = self._kept.popitem(last=False)
+        while self._caches and self.pages > max(0, pages):
+            _, (_, keys) = self._caches.popitem(last=False)
             for key in keys:
                 del self._by_key[key]
 

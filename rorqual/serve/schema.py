@@ -445,10 +445,10 @@ def _content(value: Any) -> str | None:
         raise PydanticCustomError(
             "content", "got {got}, expected a text or a list of text parts", {"got": short(value)}
         )
-    return "\n".join(_part(piece, index) for index, piece in enumerate(value))
+    return "\n".join(_text_of_piece(piece, index) for index, piece in enumerate(value))
 
 
-def _part(piece: Any, index: int) -> str:
+def _text_of_piece(piece: Any, index: int) -> str:
     """Returns the text of one part of a message. Refuses an image, a sound or a file."""
     kind = piece.get("type") if isinstance(piece, Mapping) else None
     if kind not in ("text", "refusal"):

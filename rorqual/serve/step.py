@@ -39,7 +39,7 @@ from rorqual.model import Block, LanguageModel
 from rorqual.model_config import ROUTER_SCORES, HyperConfig
 
 # The module types that the compiled step implements; any other may be an adapter.
-KNOWN = (
+COMPILED_TYPES = (
     nn.Linear, nn.Embedding, RMSNorm, SwiGLU, MLA, Router, Experts, MoE, Residual, Connection,
     Manifold, StreamReduction, Block,
 )  # fmt: skip
@@ -175,7 +175,7 @@ def fits(model: LanguageModel) -> bool:
         compiled += [block, *(module for child in children for module in child.modules())]
     values = [value for module in compiled for value in module.parameters(recurse=False)]
     return all(
-        type(module) in KNOWN
+        type(module) in COMPILED_TYPES
         and module._forward_hooks == module._forward_pre_hooks == {}
         and "forward" not in module.__dict__
         and getattr(module, "exchange", None) is None

@@ -27,7 +27,7 @@ from rorqual.tables.row_file import ONE_FILE, FileRows, TableError, read_from
 # rows, averages, averages of squares, numbers of updates, which of them, gradient
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
-_KEPT = 4  # reads whose records are kept for an update; those of others are read again
+_CACHED_READS = 4  # reads whose records are kept for an update; those of others are read again
 
 
 class RecordFile:
@@ -63,7 +63,7 @@ class RecordFile:
         """Returns the values of rising ids; their records are cached for the next update."""
         records = np.empty((len(ids), self.record_bytes), np.uint8)
         read_from([self._records], ONE_FILE, ids, records)
-        self._read = [*self._read[1 - _KEPT :], (ids, records)]
+        self._read = [*self._read[1 - _CACHED_READS :], (ids, records)]
         return torch.from_numpy(records[:, : 4 * self.width])
 
     def records(self, ids: Int[np.ndarray, " K"]) -> UInt8[np.ndarray, "K record"]:

@@ -44,13 +44,13 @@ class RowCache:
             return
         first = max(0, len(ids) - self.slots)
         places = {
-            self._place(row): index
+            self._slot(row): index
             for index, row in enumerate(ids[first:].tolist(), first)
             if row not in self._slot_of
         }
         self._values[list(places)] = values.numpy()[list(places.values())]
 
-    def _place(self, row: int) -> int:
+    def _slot(self, row: int) -> int:
         """Returns a free slot, or the slot of the least recently used row, which is removed."""
         if len(self._slot_of) < self.slots:
             slot = len(self._slot_of)

@@ -28,7 +28,7 @@ from rorqual.tables.row_file import BLANK, CHECKED_BYTES, FORMAT, KINDS, RowFile
 Source = Callable[[int, int], Tensor]  # (first, end) -> those rows, as numbers or as fp8 records
 Progress = Callable[[int], None]  # called with the bytes of rows written so far
 
-_PART = 16 << 20  # bytes of rows made and written at a time
+_PIECE = 16 << 20  # bytes of rows made and written at a time
 _MAX_SHARD = 1 << 39  # bytes, whose checksums are 8 MiB of a header; readers take 16
 _ORIGIN = "origin.json"  # in the folder of a build that is not finished: what it is made of
 
@@ -131,7 +131,7 @@ class _Build:
 
     def write(self, folder: Path) -> Path:
         """Writes all shards beside the table's place, then renames their folder."""
-        partial = self._begin(folder)
+        partial = self._new_folder(folder)
         with _alone(partial):
             remove_partial(partial)
             if self.origin is None:
@@ -165,7 +165,7 @@ class _Build:
             )
         return rows
 
-    def _begin(self, folder: Path) -> Path:
+    def _new_folder(self, folder: Path) -> Path:
         """Returns the folder to write into. ValueError if it is taken, or the disk is too small."""
         if folder.name in ("", ".."):
             got = f"{str(folder)!r}, which has no name of its own"
@@ -215,7 +215,7 @@ class _Build:
 
     def _written(self, file: BinaryIO, first: int, end: int) -> Iterator[memoryview]:
         """Writes rows part by part, and yields the bytes of each part."""
-        step = max(1, _PART // self.row_bytes)
+        step = max(1, _PIECE // self.row_bytes)
         for start in range(first, end, step):
             piece = convert_rows(
                 self.source(start, min(start + step, end)), self.dtype

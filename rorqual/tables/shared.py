@@ -23,7 +23,7 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 SHARED = Path("/dev/shm")
-_PART = 1 << 16  # rows copied at a time
+_PIECE = 1 << 16  # rows copied at a time
 _PATIENCE = 3600.0  # timeout in seconds while another process copies
 
 
@@ -31,8 +31,8 @@ def copy_rows(file: RowFile, into: Tensor | None = None) -> Tensor:
     """Copies all rows as they are stored, to new memory or to the bytes of `into`."""
     raw = torch.empty(file.rows * file.row_bytes, dtype=torch.uint8) if into is None else into
     rows = _typed(raw, file)
-    for first in range(0, file.rows, _PART):
-        end = min(first + _PART, file.rows)
+    for first in range(0, file.rows, _PIECE):
+        end = min(first + _PIECE, file.rows)
         rows[first:end] = file.stored(first, end)
     return rows
 

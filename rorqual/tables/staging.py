@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 20  # bytes; torch's allocator keeps smaller blocks itself
-_KEPT = 2  # blocks; a lookup in an fp8 table needs two at once
+_MAX_BLOCKS = 2  # blocks; a lookup in an fp8 table needs two at once
 _LINE = 64  # bytes of a cache line, where rows begin
 
 
@@ -58,6 +58,6 @@ class Staging:
         whole = np.empty(size + _LINE, dtype=np.uint8)
         start = -whole.ctypes.data % _LINE
         lease = whole[start : start + size]
-        if len(self._blocks) < _KEPT:
+        if len(self._blocks) < _MAX_BLOCKS:
             self._blocks.append((whole[start:], weakref.ref(lease)))
         return lease

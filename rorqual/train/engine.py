@@ -370,9 +370,9 @@ def _state_to_save(train_module: TrainModule, train_state: dict[str, Any]) -> di
     is_wrong = torch.tensor(wrong is not None, device=module.step.device, dtype=torch.int)
     if distributed.total(is_wrong).item():
         raise Diverged(
-            f"step {step}: got {wrong or 'a tensor of another rank'} that is not finite, so it "
-            "was not saved; the checkpoint before it stays: lower --optim.lr or raise "
-            "--optim.warmup in another --folder"
+            f"step {step}: got {wrong or 'a tensor of another rank'} that is not finite",
+            ", so it was not saved; the checkpoint before it stays: lower --optim.lr or raise "
+            "--optim.warmup in another --folder",
         )
     module.step.optimizer.mark(step)
     return state
@@ -773,15 +773,17 @@ def roll_back(
     """
     saved = _last_sound(Path(config.folder) / "checkpoints")
     if saved < 0:
-        raise Diverged(f"{error}; there is no checkpoint to roll back to yet") from error
+        hint = f"{error.advice}; there is no checkpoint to roll back to yet"
+        raise Diverged(error.problem, hint) from error
     if len(before) >= config.rollbacks:
-        raise Diverged(f"{error} (there were {len(before)} rollbacks before)") from error
+        hint = f"{error.advice} (there were {len(before)} rollbacks before)"
+        raise Diverged(error.problem, hint) from error
     runtime.log(
         f"step {step}: the run diverged and goes back to step {saved} (rollback {len(before) + 1} "
         f"of {config.rollbacks}); the {step - saved} batches in between are left out",
         style="bold",
     )
-    return Rollback(step, saved, str(error).partition(", so ")[0])
+    return Rollback(step, saved, error.problem)
 
 
 def _raised_by_trainer(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from rorqual.layers.hyper import health
 from rorqual.layers.moba import switch
 from rorqual.layers.moe import MoE
 from rorqual.model import IGNORED, LanguageModel, Loss
+from rorqual.model_config import DSAConfig
 from rorqual.train.config import TrainConfig
 from rorqual.train.optim import Optimizer, schedule
 from rorqual.train.spikes import SpikeDetector
@@ -33,7 +34,15 @@ Batch = Mapping[str, Tensor]  # "ids", "labels" and "document_ids", each [batch_
 
 
 class Diverged(RuntimeError):
-    """Losses, gradients or weights stay NaN or infinite, and training cannot continue."""
+    """Losses, gradients or weights stay NaN or infinite, and training cannot continue.
+
+    `problem` says what was not finite, `advice` what follows; the text is both.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(problem + advice)
+        self.problem = problem
+        self.advice = advice
 
 
 class Problem(NamedTuple):
@@ -161,7 +170,8 @@ class TrainStep:
         indexer = self.model.config.indexer
         if indexer is None:
             return False
-        dense = getattr(indexer, "dense", 0)
+        # DSA alone can begin with steps of dense attention.
+        dense = indexer.dense if isinstance(indexer, DSAConfig) else 0
         return dense < step <= dense + indexer.warmup
 
     def only_indexers_learn(self, step: int) -> bool:
@@ -225,9 +235,9 @@ class TrainStep:
         )
         if count >= limit:
             raise Diverged(
-                f"got no {problem.wanted} in {count} steps in a row, the last of them {step}, so "
-                "the run has stopped; its last checkpoint is good: lower --optim.lr or raise "
-                "--optim.warmup in another --folder"
+                f"got no {problem.wanted} in {count} steps in a row, the last of them {step}",
+                ", so the run has stopped; its last checkpoint is good: lower --optim.lr or raise "
+                "--optim.warmup in another --folder",
             )
 
     def bytes_sent(self) -> int:

@@ -253,8 +253,9 @@ def _train(
         validation.run_tasks(made)
         if not all(map(math.isfinite, scores.values())):
             raise Diverged(
-                f"got a validation loss that is not finite after step {made}, so {folder} gets no "
-                "model: lower --optim.lr or raise --optim.warmup in another --folder"
+                f"got a validation loss that is not finite after step {made}",
+                f", so {folder} gets no model: lower --optim.lr or raise --optim.warmup in another "
+                "--folder",
             )
         _write_tables(folder, model)
         if distributed.rank() == 0:

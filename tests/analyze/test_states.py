@@ -23,14 +23,14 @@ import random_qwen4_exp  # noqa: E402, F401 (it chooses the functions that run o
 
 V = 64
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-WIDE = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+GROUPED = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def host(kind: str, **more):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **({"n_embd": 16, "n_layer": 3, "n_head": 2,
     "vocab_size": V}
-        if kind == "gpt2" else WIDE) | {"initializer_range": 0.5} | more)  # fmt: skip
+        if kind == "gpt2" else GROUPED) | {"initializer_range": 0.5} | more)  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -56,12 +56,12 @@ def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str])
 
 
 def raising(error: BaseException):
-    class Home:
+    class Module:
         @staticmethod
         def doctor_command(argv: list[str]) -> int:
             raise error
 
-    return Home
+    return Module
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from rorqual.data.stream import IGNORED, Mixture, Stream, validation_batches
 from rorqual.data.tokens import Tokens
 
-END = 7
+END_ID = 7
 
 
 def tokens(*documents: list[int], dtype: type = np.uint16) -> Tokens:
-    flat = [i for ids in documents for i in (END, *ids)]
+    flat = [i for ids in documents for i in (END_ID, *ids)]
     starts = np.cumsum([0] + [len(ids) + 1 for ids in documents])
     return Tokens(
         np.array(flat, dtype=dtype),
         starts,
         np.array([len(ids) for ids in documents]),
-        END,
+        END_ID,
         "digest",
     )
 
@@ -254,9 +254,9 @@ def test_validation_foretells_every_token_once(
     real = [i for i, label in enumerate(labels) if label != IGNORED]
     assert real == list(range(len(side))), "padding comes last"
     assert sorted(labels[: len(side)]) == sorted(side.ids.tolist())
-    assert labels[: len(side)] == [*ids[1 : len(side)], END]
+    assert labels[: len(side)] == [*ids[1 : len(side)], END_ID]
     assert set(document_ids[len(side) :]) <= {-1}
-    assert set(ids[len(side) :]) <= {END}
+    assert set(ids[len(side) :]) <= {END_ID}
     read: dict[int, list[int]] = {}
     for i, owner in zip(ids[: len(side)], document_ids[: len(side)], strict=True):
         read.setdefault(owner, []).append(i)
@@ -270,15 +270,15 @@ def test_validation_has_one_order_and_not_that_of_the_text() -> None:
     assert first[: len(side)] != sorted(first[: len(side)])
 
 
-BEGIN = 8
+BEGIN_ID = 8
 
 
 def two_tokens(*documents: list[int]) -> Tokens:
     """Makes `tokens` for a tokenizer whose begin is not its end."""
     side = tokens(*documents)
     ids = side.ids.copy()
-    ids[side.starts[:-1]] = BEGIN
-    return Tokens(ids, side.starts, side.sizes, END, "digest")
+    ids[side.starts[:-1]] = BEGIN_ID
+    return Tokens(ids, side.starts, side.sizes, END_ID, "digest")
 
 
 @pytest.mark.parametrize("seq_len", [1, 3, 8])
@@ -286,7 +286,7 @@ def test_a_document_ends_with_end_whichever_begins_next(seq_len: int) -> None:
     documents = [[100, 101, 102], [200], [], [300, 301]]
     side = two_tokens(*documents)
     expected = sorted(
-        (a, b) for ids in documents for a, b in zip([BEGIN, *ids], [*ids, END], strict=True)
+        (a, b) for ids in documents for a, b in zip([BEGIN_ID, *ids], [*ids, END_ID], strict=True)
     )
     read, labels, _ = endless(side, seq_len, 1)
     for epoch in range(2):

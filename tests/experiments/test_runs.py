@@ -63,7 +63,7 @@ def test_a_run_that_was_killed_before_it_wrote_anything_is_begun(tmp_path):
     assert (tmp_path / "run.before-1" / "log.txt").is_file()
 
 
-def _hold(path):
+def _locked(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -73,7 +73,7 @@ def _hold(path):
 def test_two_that_make_runs_do_not_share_a_folder(tmp_path):
     job = _job(tmp_path / "runs" / "one")
     with (
-        _hold(tmp_path / "runs" / ".lock"),
+        _locked(tmp_path / "runs" / ".lock"),
         pytest.raises(ValueError, match="another process makes runs here; wait"),
     ):
         run([job], console=Console(file=io.StringIO()))
@@ -86,7 +86,7 @@ def test_a_folder_in_which_somebody_trains_is_waited_for_and_left_alone(tmp_path
     job = _job(tmp_path / "one")
     configs.save(_job(tmp_path / "one", seed=1).config, job.folder / "train.json")
     with (
-        _hold(job.folder / ".lock"),
+        _locked(job.folder / ".lock"),
         pytest.raises(ValueError, match="another process trains here; wait"),
     ):
         run([job], console=Console(file=io.StringIO()))

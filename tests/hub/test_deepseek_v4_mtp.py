@@ -33,7 +33,7 @@ from random_deepseek_v4 import KINDS, MODEL, oracle_config
 
 # Seed of the configuration, and the kind of block of each depth.
 CASES = [(0, KINDS[:1]), (3, KINDS[:1]), (4, (KINDS[0], KINDS[1])), (8, (KINDS[2],))]
-OWN = ("enorm", "hnorm", "e_proj", "h_proj", "norm", "hc_head_")
+MTP_NAMES = ("enorm", "hnorm", "e_proj", "h_proj", "norm", "hc_head_")
 
 
 class Oracle:
@@ -183,14 +183,14 @@ def places_of(oracle: Oracle, config: ModelConfig) -> dict:
         if name.startswith("mtp."):
             _, number, rest = name.split(".", 2)
             layer = f"layers.{oracle.layers + int(number)}.{rest}"
-            table[name if rest.startswith(OWN) else deepseek_v4.transformers_name(layer)] = (
+            table[name if rest.startswith(MTP_NAMES) else deepseek_v4.transformers_name(layer)] = (
                 tensor_place
             )
     for depth in range(oracle.depth):
         for theirs, ours in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
             layer = f"model.layers.{oracle.layers + depth}.mlp.experts.{theirs}"
             experts = f"mtp.{depth}.block.ffn.experts.{ours}"
-            table[layer] = deepseek_v4.Place(experts, (), transposed=True)
+            table[layer] = deepseek_v4.StateSlice(experts, (), transposed=True)
     return table
 
 

@@ -240,7 +240,7 @@ def test_nothing_cached_carries_gradients():
 
 
 @dataclass(eq=False)
-class Kept(Bundle):
+class Nested(Bundle):
     keys: Appended
     pair: tuple[Appended, None]
     inner: Bundle | None = None
@@ -248,7 +248,7 @@ class Kept(Bundle):
 
 def test_what_is_done_to_a_bundle_is_done_to_all_in_it():
     def make():
-        return Kept(Appended(), (Appended(), None), BlockCache(Recent(4)))
+        return Nested(Appended(), (Appended(), None), BlockCache(Recent(4)))
 
     bundle = make()
     other = make()

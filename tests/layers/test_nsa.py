@@ -195,12 +195,12 @@ def test_is_its_definition(config, time, heads, value_dim):
     inner = layer(config, *heads, value_dim).double()
     torch.set_default_dtype(torch.float64)
     try:
-        _hold(inner, config, time, heads, value_dim)
+        _compare(inner, config, time, heads, value_dim)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def _hold(inner, config, time, heads, value_dim):
+def _compare(inner, config, time, heads, value_dim):
     q = torch.randn(1, time, heads[0], 6)
     k = torch.randn(1, time, heads[1], 6)
     v = torch.randn(1, time, heads[1], value_dim or 6)

@@ -59,7 +59,7 @@ def fill(fast, content, role="user", **options):
     return Template(fast).fill(messages, options)["ids"]
 
 
-OWN = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]  # those of one message, and the prompt
+MARKERS = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]  # those of one message, and the prompt
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ OWN = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]  # those of one message, an
 @pytest.mark.parametrize("role", ["user", "tool", "assistant", "system"])
 def test_a_message_that_spells_a_special_token_is_text(fast, content, role):
     ids = fill(fast, content, role)
-    assert special_of(ids, fast) == OWN
+    assert special_of(ids, fast) == MARKERS
     # All of its text is there, as plain text is.
     expected = fast.apply_chat_template(
         [{"role": role, "content": content}], tokenize=False, add_generation_prompt=True
@@ -98,7 +98,7 @@ def test_a_message_that_spells_a_special_token_is_text(fast, content, role):
 def test_no_text_is_a_special_token(fast, pieces):
     content = "".join(pieces)
     ids = fill(fast, content)
-    assert special_of(ids, fast) == OWN
+    assert special_of(ids, fast) == MARKERS
     assert fast.decode(ids) == fast.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -259,5 +259,5 @@ def test_the_program_answers_lines(fast, tmp_path):
     command = [sys.executable, "-P", template.__file__, str(tmp_path), "10", str(1 << 30)]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
     first, second = map(json.loads, done.stdout.splitlines())
-    assert special_of(first["ids"], fast) == OWN
+    assert special_of(first["ids"], fast) == MARKERS
     assert "error" in second

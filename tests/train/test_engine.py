@@ -39,7 +39,7 @@ from rorqual.train.run_folder import read_rollbacks
 from rorqual.train.step import Diverged, TrainStep
 
 
-class At(Callback):
+class AtStep(Callback):
     """Calls a function after one step."""
 
     def __init__(self, step: int, what) -> None:
@@ -92,7 +92,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_last_bit(small, run, tmp_path,
     assert run(tmp_path / "straight", straight) == 2 * half
 
     torch.manual_seed(1)
-    assert run(tmp_path / "stopped", small.step(2 * half, kind), stop=At(half, cancel)) == half
+    assert run(tmp_path / "stopped", small.step(2 * half, kind), stop=AtStep(half, cancel)) == half
     for draw in (torch.rand, np.random.rand):
         draw(17)
     random.seed(99)
@@ -126,7 +126,7 @@ def test_a_run_stopped_between_two_stages_of_dsa_is_one_run_to_the_last_bit(
     assert run(tmp_path / "straight", straight) == 8
     torch.manual_seed(1)
     stopped = small.step(8, **options)
-    assert run(tmp_path / "stopped", stopped, stop=At(boundary, cancel)) == boundary
+    assert run(tmp_path / "stopped", stopped, stop=AtStep(boundary, cancel)) == boundary
     torch.rand(17)
     resumed = small.step(8, **options)
     assert run(tmp_path / "stopped", resumed) == 8
@@ -152,7 +152,7 @@ def test_a_checkpoint_written_beside_training_is_of_its_own_step(small, run, tmp
     checkpoint.load_state(tmp_path / "on" / "checkpoints" / "step3", result)
     torch.manual_seed(1)
     stopped = small.step(steps=6)
-    run(tmp_path / "stopped", stopped, stop=At(3, cancel))
+    run(tmp_path / "stopped", stopped, stop=AtStep(3, cancel))
     for name, tensor in state_of(stopped).items():
         assert torch.equal(result[name], tensor), name
 
@@ -171,14 +171,14 @@ def test_rows_that_change_while_they_are_written_are_those_of_the_checkpoints_st
 
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
     torch.manual_seed(1)
-    release = At(5, lambda trainer: go_on.set())
+    release = AtStep(5, lambda trainer: go_on.set())
     run(tmp_path / "on", small.step(steps=6), every=3, keep=3, release=release)
     result = state_of(small.step(steps=6))
     checkpoint.load_state(tmp_path / "on" / "checkpoints" / "step3", result)
     monkeypatch.undo()
     torch.manual_seed(1)
     stopped = small.step(steps=6)
-    run(tmp_path / "stopped", stopped, stop=At(3, cancel))
+    run(tmp_path / "stopped", stopped, stop=AtStep(3, cancel))
     for name, tensor in state_of(stopped).items():
         assert torch.equal(result[name], tensor), name
 
@@ -196,7 +196,7 @@ class Bomb:
 def test_hostile_engine_checkpoints_are_never_opened(small, run, tmp_path):
     """The files that OLMo-core and DCP would unpickle are beside our checkpoint and in it."""
     step = small.step(steps=4)
-    run(tmp_path, step, stop=At(2, cancel))
+    run(tmp_path, step, stop=AtStep(2, cancel))
     marker = tmp_path / "executed"
     bomb = pickle.dumps(Bomb(marker))
     for step in ("step2", "step3", "step999", "."):
@@ -242,7 +242,7 @@ def test_another_models_checkpoint_is_refused(small, run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(small, run, tmp_path, number):
     handler = signal.getsignal(number)
-    last = run(tmp_path, small.step(), kill=At(3, lambda trainer: os.kill(os.getpid(), number)))
+    last = run(tmp_path, small.step(), kill=AtStep(3, lambda trainer: os.kill(os.getpid(), number)))
     assert last == 3
     assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [3]
     assert signal.getsignal(number) is handler
@@ -303,7 +303,7 @@ def test_a_resumed_run_repeats_its_skipped_steps_to_the_last_bit(small, run, tmp
     straight = spoilt()
     run(tmp_path / "straight", straight)
     torch.manual_seed(1)
-    assert run(tmp_path / "stopped", spoilt(), stop=At(3, cancel)) == 3
+    assert run(tmp_path / "stopped", spoilt(), stop=AtStep(3, cancel)) == 3
     resumed = spoilt()
     assert run(tmp_path / "stopped", resumed) == 6
     assert (
@@ -331,7 +331,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_its_checkpoints_intac
     with pytest.raises(
         Diverged, match=r"no finite loss in 4 steps in a row, the last of them 8.*lower --optim\.lr"
     ):
-        run(tmp_path, small.step(skip_limit=4), every=1, keep=2, poison=At(4, poison))
+        run(tmp_path, small.step(skip_limit=4), every=1, keep=2, poison=AtStep(4, poison))
     result = checkpoint.steps(tmp_path / "checkpoints")
     assert [step for step, _ in result][-2:] == [3, 4]
     assert checkpoint.latest(tmp_path / "checkpoints") == result[-1][1]
@@ -359,7 +359,7 @@ def test_a_state_that_is_not_finite_is_never_saved(small, run, tmp_path):
     with pytest.raises(
         Diverged, match=r"step 6: got model\.embed\.weight that is not finite, so it was not saved"
     ):
-        run(tmp_path, small.step(), every=2, keep=1, poison=At(5, poison))
+        run(tmp_path, small.step(), every=2, keep=1, poison=AtStep(5, poison))
     # Whether step 4 has replaced step 2 by then depends on how fast another thread writes.
     assert checkpoint.steps(tmp_path / "checkpoints")[-1][0] == 4
     assert run(tmp_path, small.step(steps=6)) == 6
@@ -382,9 +382,9 @@ def test_a_checkpoint_that_is_not_finite_gives_way_to_the_one_before(small, run,
 
 
 def test_the_newest_checkpoints_stay(small, run, tmp_path):
-    run(tmp_path, small.step(steps=12), every=2, stop=At(5, cancel))
+    run(tmp_path, small.step(steps=12), every=2, stop=AtStep(5, cancel))
     assert [step for step, _ in checkpoint.steps(tmp_path / "checkpoints")] == [4, 5]
-    run(tmp_path, small.step(steps=12), every=2, stop=At(9, cancel))
+    run(tmp_path, small.step(steps=12), every=2, stop=AtStep(9, cancel))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step8", "step9"]
 
 
@@ -402,7 +402,7 @@ def test_a_full_disk_behind_training_ends_the_run_in_a_line(
         no_larger_file(30_000)
 
     with pytest.raises(OSError, match=r"File too large: .*step4"):
-        run(tmp_path, small.step(steps=9), every=2, full=At(3, fill))
+        run(tmp_path, small.step(steps=9), every=2, full=AtStep(3, fill))
     assert "Traceback" not in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step2"]
     no_larger_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -505,7 +505,7 @@ def test_a_run_that_diverged_goes_back_and_leaves_the_batches_out(small, run, tm
     ]
 
     # What is saved in a streak of skipped steps is nothing to go back to.
-    trained("streak", stop=At(7, cancel))
+    trained("streak", stop=AtStep(7, cancel))
     trained("stopped", stop=Once(7, cancel))
     with pytest.raises(RuntimeError, match="killed"):
         trained("killed", stop=Once(5, kill))
@@ -520,7 +520,7 @@ def kill(trainer) -> None:
     raise RuntimeError("killed")
 
 
-class Once(At):
+class Once(AtStep):
     """Calls a function after one step, when the run comes there again after a rollback."""
 
     passed = 0

@@ -452,7 +452,7 @@ def test_a_longer_run_that_was_killed_is_not_finished(config, tmp_path, monkeypa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-ROOM = (
+NO_SPACE = (
     "expected room to write; checkpoints written before are good, "
     "and the same command goes on once there is room"
 )
@@ -463,7 +463,7 @@ def test_tokenising_on_a_full_disk_is_reported_in_a_line(config, tmp_path, no_la
     prepare(data)
     shutil.rmtree(tmp_path / "cache" / "tokens")
     no_larger_file(4096)
-    with pytest.raises(OSError, match=f"got file too large, {ROOM}") as caught:
+    with pytest.raises(OSError, match=f"got file too large, {NO_SPACE}") as caught:
         train(replace(config, data=data))
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
@@ -477,7 +477,7 @@ def test_metrics_on_a_full_disk_are_reported_in_a_line(config):
     folder = train(replace(config, steps=2))
     (folder / "metrics.jsonl").rename(folder / "kept.jsonl")
     (folder / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"got no space left on device, {ROOM}") as caught:
+    with pytest.raises(OSError, match=f"got no space left on device, {NO_SPACE}") as caught:
         train(replace(config, steps=4))
     assert "\n" not in str(caught.value)
     assert [step for step, _ in steps(folder / "checkpoints")] == [2]
@@ -497,7 +497,7 @@ def test_a_full_disk_is_one_line_on_the_command_line(config, tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     *before, last = done.stderr.splitlines()
-    assert last.startswith("rorqual: error: ") and ROOM in last
+    assert last.startswith("rorqual: error: ") and NO_SPACE in last
     assert re.search(r"step3[^:]*: got file too large", last)
     assert "Traceback" not in done.stderr and len(before) <= 9
 
