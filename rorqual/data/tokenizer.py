@@ -157,19 +157,23 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Returns the ids of each text, on all cores.
 
-        With `parse_special` the text of a special token is the token. Without it ValueError for a
-        text that the tokenizer's model reads as a special token, as Unigram does where its
-        vocabulary has the token's text.
+        With `parse_special` the text of a special token is the token.
         """
         backend = self._parsing if parse_special else self.backend
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        if not parse_special and not all(map(self._never_text.isdisjoint, ids)):
+        return [encoding.ids for encoding in encodings]
+
+    def refuse_special(self, ids: Iterable[int]) -> None:
+        """Raises ValueError where a text has become a special token.
+
+        Unigram's model reads it so where its vocabulary has the token's text, whatever
+        `encode_special_tokens` says.
+        """
+        if not self._never_text.isdisjoint(ids):
             raise ValueError(
                 "text: got one that this tokenizer reads as a special token, expected another one, "
                 "or parse_special"
             )
-        return ids
 
     @cached_property
     def _never_text(self) -> set[int]:

@@ -343,7 +343,7 @@ class IndexerSelection(NamedTuple):
 
     def visible(self, run: slice) -> Bool[Tensor, "#B 1 T end"]:
         """Returns the keys that the queries may see, selected or not."""
-        end = self.end(run)
+        end = self.key.shape[1] - self.query.shape[1] + run.stop
         count = run.stop - run.start
         if self.mask is not None:
             return self.mask[:, :, run, :end]

@@ -177,6 +177,8 @@ class Run:
                 raise TooLong(size, longest)
         # A batch of one: for a batch the tokenizers library releases the GIL.
         (ids,) = self.tokenizer.encode_batch([text], parse_special=parse_special)
+        if not parse_special:
+            self.tokenizer.refuse_special(ids)
         return [self.tokenizer.begin_id, *ids]
 
     def chat(

@@ -266,7 +266,7 @@ def test_production_models_learn_in_every_part(small, production):
     The indexer of Qwen4-Exp has none: as in transformers, what it selects is not learnt.
     """
     alone = production.indexer is not None
-    step = small.step(steps=16, config=production, indexer_alone=alone)
+    step = small.step(steps=24, config=production, indexer_alone=alone)
     stream = small.stream()
     first = state_of(step)
     early = run(step, stream, 1, 2)
