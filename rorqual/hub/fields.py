@@ -21,7 +21,7 @@ def number(fields: Mapping[str, Any], key: str, within: str = "") -> float:
 
 def whole(fields: Mapping[str, Any], key: str, within: str = "") -> int:
     """Returns a whole number of a config.json; ValueError for anything else."""
-    value = fields.get(key)
+    value: Any = fields.get(key)
     number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     if not number or value != value // 1:
         raise ValueError(f"config.json: {within}{key}: got {value!r}, expected a whole number")
