@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Shaped
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rorqual.io import BINARY, write_all_at
@@ -124,6 +124,16 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Opens a file to read by position: pages of a mapped file count as memory of the process."""
     with safe_open(path, "pt", backend="pread") as file:
         yield file
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Reads the metadata and all tensors of a file; ValueError for one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def read_pieces(

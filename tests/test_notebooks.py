@@ -157,10 +157,8 @@ def test_a_source_that_is_not_one_is_refused(tmp_path: Path, code: str, message:
 def test_a_repository_adds_links_that_open_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebooks, "site", lambda: ("https://github.com/who/what", "main"))
     line = notebooks.links("01_a", "zh", True)
-    assert (
-        "https://colab.research.google.com/github/who/what/blob/main/notebooks/zh/exercises/01_a.ipynb"
-        in line
-    )
+    colab = "https://colab.research.google.com/github/who/what/blob/main"
+    assert f"{colab}/notebooks/zh/exercises/01_a.ipynb" in line
     assert "[English](../../exercises/01_a.ipynb)" in line
     assert "[含答案与输出的版本](../01_a.ipynb)" in line
     assert '"rorqual[report] @ git+https://github.com/who/what@main"' in notebooks.install("01_a")

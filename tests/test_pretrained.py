@@ -43,7 +43,8 @@ def test_they_are_small() -> None:
     assert sum(path.stat().st_size for path in files) < LARGEST
     for name in pretrained.names():
         with safe_open(pretrained.folder(name) / "model.safetensors", "pt") as file:
-            matrices = [one for one in file.keys() if len(file.get_slice(one).get_shape()) > 1]  # noqa: SIM118
+            names = file.keys()
+            matrices = [one for one in names if len(file.get_slice(one).get_shape()) > 1]
             # Maps of ids and multipliers of hashes are whole numbers.
             dtypes = {file.get_slice(one).get_dtype() for one in matrices}
             assert "BF16" in dtypes and dtypes <= {"BF16", "I64", "I32"}

@@ -80,3 +80,16 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write_tensors(tmp_path / "a", {"a": torch.zeros(2, dtype=torch.complex64)})
     with pytest.raises(OSError, match="nowhere"):
         write_tensors(tmp_path / "nowhere" / "a", {"a": torch.zeros(2)})
+
+
+def test_a_whole_file_is_read_with_its_metadata_or_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"x": torch.arange(6.0).view(2, 3), "y": torch.tensor([1], dtype=torch.int8)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    metadata, read = tensor_file.read_tensors(path)
+    assert metadata == {"format": "pt"} and read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    path.write_bytes(path.read_bytes()[:-3])
+    for damaged in (path, tmp_path / "none.safetensors"):
+        with pytest.raises(ValueError, match=f"{damaged.name} cannot be read as safetensors"):
+            tensor_file.read_tensors(damaged)

@@ -122,7 +122,7 @@ def _run(
 ) -> None:
     """Runs the `waiting` jobs, and shows all of them every POLL seconds until they have ended.
 
-    What still runs when it is left, by an error or Ctrl-C, is told to save and waited for.
+    What still runs when it is left, by an error or Ctrl-C, is asked to save, and waited for.
     """
     running: dict[Job, subprocess.Popen] = {}
     screen = (

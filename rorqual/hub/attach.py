@@ -27,7 +27,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache as HubCache
@@ -53,6 +52,7 @@ from rorqual.layers.context import Context, context
 from rorqual.layers.engram import Engram
 from rorqual.model_config import EngramConfig, row_totals
 from rorqual.tables import Table
+from rorqual.tensor_file import read_tensors
 
 NAME = "rorqual_memory"  # the submodule of the host that holds the memory
 FORMAT = "rorqual-memory-1"
@@ -661,13 +661,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
 
     ValueError, before anything large is allocated, where they do not agree.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    header, tensors = read_tensors(path)
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path} is no memory: got format {header.get('format')!r}, expected {FORMAT!r}"

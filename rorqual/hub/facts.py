@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.io import atomic_write
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
+from rorqual.tensor_file import read_tensors
 
 FORMAT = "rorqual-facts-1"
 FILE = "memory.safetensors"  # the memory, in its folder
@@ -343,13 +343,7 @@ def read_facts(folder: str | Path) -> Stored:
 
 def _read(file: Path) -> Stored:
     """Reads the file of a memory; ValueError for a damaged one."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            names = opened.keys()
-            tensors = {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+    header, tensors = read_tensors(file)
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{file} is no memory of facts: got format {header.get('format')!r}, "

@@ -90,6 +90,17 @@ def test_prompts_of_a_delta_net_share_what_was_read_to_the_end_of_a_page(chunk):
     assert beside.finish in (None, "length")
 
 
+def read_behind_a_prefix(model, prefixes, ids):
+    """Reads a prompt of 1,024 cached ids and some; compares it with the whole one's numbers."""
+    prompt = [*ids[:1100], 1, 2]
+    cache, length = prefixes.start(prompt)
+    assert length == 1024
+    tail = torch.tensor([prompt[1024:]])
+    whole = model.hidden(torch.tensor([prompt]))[0][:, 1024:]
+    torch.testing.assert_close(model.hidden(tail, cache=cache)[0], whole, rtol=1e-4, atol=1e-4)
+    return cache, tail, whole
+
+
 @torch.inference_mode()
 def test_states_of_a_delta_net_are_bounded_and_counted():
     model = LanguageModel(ModelConfig(**SMALL | ATTENTIONS["qwen4"]), seed=1).eval()
@@ -108,12 +119,7 @@ def test_states_of_a_delta_net_are_bounded_and_counted():
     (plain,) = (one for one in without.states() if hasattr(one, "earlier"))
     assert not plain.earlier
     # What is read behind a prefix has the numbers of the whole.
-    again, length = prefixes.start([*ids[:1100], 1, 2])
-    assert length == 1024
-    tail = torch.tensor([[*ids[1024:1100], 1, 2]])
-    result = model.hidden(tail, cache=again)[0]
-    whole = model.hidden(torch.tensor([[*ids[:1100], 1, 2]]))[0][:, 1024:]
-    torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
+    again, tail, whole = read_behind_a_prefix(model, prefixes, ids)
     # It can be cropped as every cache.
     again.crop(60)
     result = model.hidden(tail[:, -60:], cache=again)[0]
@@ -136,12 +142,7 @@ def test_a_long_prompt_of_a_delta_net_keeps_few_states(monkeypatch):
     assert state.every == 512
     prefixes.add(ids, cache)
     alone_bytes = prefixes.allocated_bytes
-    again, length = prefixes.start([*ids[:1100], 1, 2])
-    assert length == 1024
-    tail = torch.tensor([[*ids[1024:1100], 1, 2]])
-    result = model.hidden(tail, cache=again)[0]
-    whole = model.hidden(torch.tensor([[*ids[:1100], 1, 2]]))[0][:, 1024:]
-    torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
+    again, *_ = read_behind_a_prefix(model, prefixes, ids)
     # The two have the states of their common prefix once.
     prefixes.add([*ids[:1100], 1, 2], again)
     shared = sum(one.untyped_storage().nbytes() for one in state.earlier.values())
