@@ -8,6 +8,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -58,21 +59,33 @@ def fork_ranks(ranks: int, work: Callable[[], object], seconds: int = 300) -> No
     It fails after `seconds`, too.
     """
     # The ranks are clients of a store of this process, as under torchrun. A port that was free a
-    # moment ago may be taken when rank 0 opens it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # moment ago may be taken when rank 0 opens it. The store has a thread, so it starts behind the
+    # forks: a lock that a thread holds in a fork stays locked in the child. Until then the ranks
+    # wait in the queue of the socket.
+    listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
+    port = listener.getsockname()[1]
     children = []
     for rank in range(ranks):
         if (child := os.fork()) == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
+                "MASTER_PORT": str(port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             _be_rank(work, seconds)
         children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
+    store = TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    del store
+    if any(codes):
         raise SystemExit(1)
 
 

@@ -16,7 +16,9 @@ spells `<|im_end|>` look alike. `SpecialTokens` tells them apart:
 
 So a message cannot end its turn and begin another one, and its ids are those of the plain text,
 unless the template changes a text, or makes a token of pieces of several, which nothing here sees.
-A tokenizer that would read a text as a special token all the same is refused.
+A tokenizer that would read a text as a special token all the same is refused. A token that looks
+like `<|im_start|>` counts as special whatever the tokenizer's file says of it: DeepSeek's does not
+mark `<｜User｜>`. Other added tokens, as `</think>`, are what models and clients write in messages.
 llama.cpp calls this special token injection (its issue 24382, "input marking"); transformers
 discusses it in issue 29279.
 """
@@ -44,6 +46,7 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 LONGEST_ERROR = 500  # characters
 MAX_STRINGS = 100_000  # of a chat: each costs some microseconds
 NOT_WORD = re.compile(r"\W")
+CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 
 
 def ids_of_plain_text(backend: Any) -> set[int | None]:
@@ -63,7 +66,18 @@ class SpecialTokens:
         self._backend = backend
         self.normalizes = backend.normalizer is not None
         added = backend.get_added_tokens_decoder()
-        special = {i: token for i, token in added.items() if token.special and token.content}
+        unmarked = [
+            token.content
+            for token in added.values()
+            if not token.special and CONTROL.fullmatch(token.content)
+        ]
+        # Without this the backend would read their texts as tokens wherever it finds them.
+        backend.add_special_tokens(unmarked)
+        special = {
+            i: token
+            for i, token in added.items()
+            if token.content and (token.special or token.content in unmarked)
+        }
         texts = sorted((token.content for token in special.values()), key=len, reverse=True)
         self._texts = texts
         self._longest = max(map(len, texts), default=0)

