@@ -93,18 +93,25 @@ def called(work: Callable[[], object]) -> set[str]:
     """Returns the names of the kernels that the workload calls, by running it once."""
     names: set[str] = set()
 
-    def counting(name: str, function: Callable[..., object]) -> Callable[..., object]:
-        def counted(*arguments: object, **named: object) -> object:
-            names.add(name)
-            return function(*arguments, **named)
+    class Counting:
+        """A compiled function, which has more attributes than a call."""
 
-        return counted
+        def __init__(self, name: str, function: Callable[..., object]) -> None:
+            self.name = name
+            self.function = function
+
+        def __call__(self, *arguments: object, **named: object) -> object:
+            names.add(self.name)
+            return self.function(*arguments, **named)
+
+        def __getattr__(self, attribute: str) -> object:
+            return getattr(self.function, attribute)
 
     with contextlib.ExitStack() as stack:
         for name, choice in kernels.registered().items():
             for kernel in choice.kernels:
                 if kernel.kind == CPU_KIND:
-                    counted = counting(name, kernel.function)
+                    counted = Counting(name, kernel.function)
                     stack.enter_context(mock.patch.object(kernel, "function", counted))
         # The workload before may have disabled one of the kernels.
         seconds(work, None)

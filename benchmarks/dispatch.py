@@ -19,7 +19,7 @@ from rorqual.layers.dsa import attend_best
 from rorqual.layers.nsa import attend_small_batch
 from rorqual.layers.sparse import selected_attention
 from rorqual.model_config import EngramConfig, NSAConfig
-from rorqual.train.optim import row_adam, sum_rows
+from rorqual.train.optim import row_adam
 
 BURSTS = 3000
 CALLS = 50
@@ -61,7 +61,6 @@ def main() -> None:
     calls = (
         (follow_rows, (ids, stored, 4, *exact, 7, None, {})),
         (hash_rows, (stored, None, *exact, 7, None, {})),
-        (sum_rows, (touched, rows)),
         (row_adam, (rows, rows, rows, counts, touched, rows, 0.1, (0.9, 0.9), 1e-8)),
         (selected_attention, (query, key, key, index, positions, 4, 0.3)),
         (attend_best, (query, key, query, key, query, 4, 0.3)),

@@ -184,7 +184,7 @@ def elsewhere(code: str, *words: str) -> str:
     Returns what the code prints.
     """
     root = str(Path(runtime.__file__).parents[1])
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "sum_rows=reference"}
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "RORQUAL_KERNELS": "row_adam=reference"}
     command = [sys.executable, "-c", ELSEWHERE + code, root, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

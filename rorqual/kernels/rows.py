@@ -1,7 +1,4 @@
-"""Applies one Adam update to the touched rows of a table: compiled kernels of train.optim.
-
-    sum_rows     sums gradients by row id, so that each row occurs once
-    row_adam     updates distinct rows, their moving averages and update counts
+"""Applies one Adam update to the touched rows of a table: row_adam of train.optim, compiled.
 
 A row, its two averages and its count are read, changed and written back before the next row, so
 that each is read from memory once; later rows are prefetched meanwhile. Threads split the rows,
@@ -23,22 +20,6 @@ _LINE = 16  # float32 numbers in a cache line
 # Update counts whose bias correction is precomputed: two powers a row cost as much as 30 of its
 # numbers.
 _TABULATED = 1024
-
-
-@compiled.compiled
-def _sum(several, order, starts, values, sums, start, end):  # pragma: no cover
-    """Writes sums[k] = values[order[starts[k]]] + ... + values[order[starts[k + 1] - 1]].
-
-    k runs over several[start:end]; the sums are computed in float64.
-    """
-    total = np.empty(values.shape[1])
-    for k in several[start:end]:
-        total[:] = 0.0
-        for j in range(starts[k], starts[k + 1]):
-            one = values[order[j]]
-            for i in range(total.shape[0]):
-                total[i] += one[i]
-        sums[k] = total
 
 
 @compiled.compiled
@@ -98,25 +79,6 @@ def _split(work: Callable[[int, int], None], count: int) -> None:
     """Calls work(start, end) over 0..count, on as many of torch's threads as are worth starting."""
     parts = min(torch.get_num_threads(), max(1, count // _WORTH_A_THREAD))
     compiled.spread(lambda _, start, end: work(start, end), count, parts)
-
-
-def sum_rows(
-    index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
-) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:
-    """Computes train.optim.sum_rows, within float32 rounding."""
-    count = len(index)
-    # Row and position are packed into one number: this makes the sort stable, and numpy sorts
-    # numbers 5 times as fast as torch sorts pairs.
-    keys = index.numpy() * count + np.arange(count)
-    keys.sort()
-    ids, order = np.divmod(keys, max(count, 1))
-    starts = np.append(np.flatnonzero(np.diff(ids, prepend=-1)), count)
-    first = starts[:-1]
-    several = np.flatnonzero(np.diff(starts) > 1)
-    sums = values.detach().index_select(0, torch.from_numpy(order[first]))
-    arrays = (order, starts, values.detach().contiguous().numpy(), sums.numpy())
-    _split(lambda start, end: _sum(several, *arrays, start, end), len(several))
-    return torch.from_numpy(ids[first]), sums
 
 
 def row_adam(

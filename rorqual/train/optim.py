@@ -145,7 +145,6 @@ def row_adam(
         rows.index_copy_(0, index, p.to(rows.dtype))
 
 
-@kernel(numba="rorqual.kernels.rows:sum_rows")
 def sum_rows(
     index: Int[Tensor, " K"], values: Float[Tensor, "K W"]
 ) -> tuple[Int[Tensor, " D"], Float[Tensor, "D W"]]:

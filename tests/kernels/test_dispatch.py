@@ -78,7 +78,7 @@ def test_the_first_kernel_that_can_run_runs(
     [
         ("double", "expected 'reference' or name=kind"),
         ("doubles=numba", "did you mean 'double'"),
-        ("sum_row=numba", "did you mean 'sum_rows'"),
+        ("row_adams=numba", "did you mean 'row_adam'"),
         ("double=numbas", "did you mean 'numba'"),
         ("double=triton", "which does not run here: it runs on cuda, not on cpu"),
     ],
@@ -180,7 +180,7 @@ def test_available_says_why_not(accelerator: Callable[[torch.device | None], Non
     accelerator(None)
     here = kernels.available()
     assert here["double"] == {"numba": True, "triton": "it runs on cuda, not on cpu"}
-    assert here["sum_rows"] == {"numba": True} and here["decode_step"] == {"numba": True}
+    assert here["row_adam"] == {"numba": True} and here["decode_step"] == {"numba": True}
     accelerator(CUDA)
     assert kernels.available()["double"] == {"numba": True, "triton": True}
     assert kernels.available()["fuse"] == {"triton": True}

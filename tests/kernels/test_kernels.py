@@ -301,17 +301,6 @@ def many_rows_of_adam() -> Arguments:
     yield adam(12_000, 9000, 3, (0.9, 0.95))
 
 
-def repeated_rows(dtype: torch.dtype) -> Arguments:
-    for count, width in (0, 3), (1, 1), (50, 17):
-        index = torch.randint(0, max(1, count // 2), (count,)) * 10**9
-        yield index, torch.randn(count, width)
-        yield index, torch.randn(width, count).T
-
-
-def many_repeated_rows() -> Arguments:
-    yield torch.randint(0, 4500, (9000,)), torch.randn(9000, 5)
-
-
 def files(dtype: torch.dtype) -> Arguments:
     """Rows of two files, of which the second was cut in the middle of a row."""
     for size in 1, 7, 70:
@@ -341,7 +330,6 @@ CASES = {
     "attend_small_batch": Case(few_tokens, 1.5e-6, large=more_tokens),
     "attend_best": Case(best_latents, 1e-6, large=more_latents),
     "row_adam": Case(rows_of_adam, 3e-7, large=many_rows_of_adam),
-    "sum_rows": Case(repeated_rows, 3e-7, large=many_repeated_rows),
 }
 # Kernels of what no function is the reference of, and the tests that hold them.
 ELSEWHERE = {"decode_step": "tests/serve/test_step.py"}
