@@ -10,7 +10,6 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -90,12 +89,16 @@ class _Registration(importlib.abc.MetaPathFinder):
     the folder, and `import transformers` alone takes no longer than it did.
     """
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Finds transformers' Auto classes with a loader that registers our models afterwards.
+    def __init__(self) -> None:
+        self._depth = 0
 
-        It returns None for every other module, and leaves sys.meta_path once that one is loaded.
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Finds transformers' modules with a loader that registers our models with Auto classes.
+
+        It does so behind the outermost import that loads these classes: within one, what our models
+        import may be half loaded. It leaves sys.meta_path then.
         """
-        if fullname != _AUTO:
+        if fullname.partition(".")[0] != "transformers":
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -103,10 +106,14 @@ class _Registration(importlib.abc.MetaPathFinder):
         load = spec.loader.exec_module
 
         def load_and_register(module: Any) -> None:
-            load(module)
-            with suppress(ValueError):
+            self._depth += 1
+            try:
+                load(module)
+            finally:
+                self._depth -= 1
+            if _AUTO in sys.modules and not self._depth and self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register()
+                _register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

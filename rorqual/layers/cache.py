@@ -51,6 +51,7 @@ class NewTokens(Protocol):
 Lengths = tuple[Sequence[int], Sequence[int]]
 
 
+@runtime_checkable
 class State(Protocol):
     """Defines the methods of every container."""
 
@@ -69,6 +70,29 @@ class State(Protocol):
     def clear(self) -> None:
         """Frees the memory; the container is as new."""
         ...
+
+
+@runtime_checkable
+class Forgetting(State, Protocol):
+    """Defines a container that forgets what came before its last tokens."""
+
+    slack: int  # how many tokens it can go back
+
+
+@runtime_checkable
+class Recurring(Forgetting, Protocol):
+    """Defines a container whose state is of all tokens, which is cut only where it was stored."""
+
+    every: int | None  # the least number of tokens between two stored states
+    multiple: int  # of which their lengths are multiples
+    earlier: dict[int, Tensor]  # states of one sequence, by its length
+
+
+@runtime_checkable
+class NotesTies(State, Protocol):
+    """Defines a container that says whether a selection depended on the columns of its call."""
+
+    tied: bool
 
 
 class BatchMemory:
@@ -436,7 +460,7 @@ def _tensors_of(state: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from (tensor for tensor in value.values() if isinstance(tensor, Tensor))
-        elif hasattr(value, "clear") and hasattr(value, "__dict__"):
+        elif isinstance(value, State):
             yield from _tensors_of(value)
 
 
@@ -459,8 +483,9 @@ class Cache:
         self.past = past
         self.ids = ids
         self.drafts = tuple(drafts)
-        # Looked up at every step: the containers are many, those that note ties few or none.
-        self._ties = [state for state in self.states() if hasattr(state, "tied")]
+        # Looked up at every step: the containers are many, these few or none.
+        self._ties = [state for state in self.states() if isinstance(state, NotesTies)]
+        self._forgetting = [state for state in self.states() if isinstance(state, Forgetting)]
         # Ids that are likely to follow, and by block the rows that are being fetched for them.
         self.announced: list[tuple[Tensor, dict[int, Any]]] = []
 
@@ -569,16 +594,15 @@ class Cache:
         """Returns whether `load` can take the first `length` tokens, of one sequence."""
         longest = max(self.past.longest)
         return 0 <= length <= self.length and all(
-            longest - length <= state.slack or length in getattr(state, "earlier", ())
-            for state in self.states()
-            if hasattr(state, "slack")
+            longest - length <= state.slack
+            or (isinstance(state, Recurring) and length in state.earlier)
+            for state in self._forgetting
         )
 
     @property
     def _slack(self) -> int | None:
         """How many tokens every container can go back; None: any number."""
-        slacks = [state.slack for state in self.states() if hasattr(state, "slack")]
-        return min(slacks, default=None)
+        return min((state.slack for state in self._forgetting), default=None)
 
     def crop(self, k: int | Sequence[int]) -> None:
         """Removes the last k tokens, of every sequence or so many of each.
@@ -623,7 +647,7 @@ class Cache:
                 "reset it first"
             )
         for state in [*self.states(), *self._draft_states()]:
-            if hasattr(state, "slack"):
+            if isinstance(state, Forgetting):
                 state.slack = k
                 state.clear()
 
@@ -635,10 +659,10 @@ class Cache:
         """
         assert not self.length
         for state in [*self.states(), *self._draft_states()]:
-            if hasattr(state, "every"):
+            if isinstance(state, Recurring):
                 state.every = every
                 state.multiple = multiple
-            elif hasattr(state, "slack"):
+            elif isinstance(state, Forgetting):
                 state.slack = k
                 state.clear()
 

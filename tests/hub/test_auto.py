@@ -302,6 +302,8 @@ def test_another_process_needs_the_import_and_no_code(face, tmp_path):
         "import importlib.util as util, rorqual; util.find_spec('transformers.models.auto')",
         "import transformers; import rorqual",
         "import rorqual; from transformers.models.auto import configuration_auto",
+        "import rorqual; import transformers.integrations.finegrained_fp8",
+        "import rorqual; from transformers.models.deepseek_v3 import modeling_deepseek_v3",
         "import rorqual.hub.auto",
     ],
 )
