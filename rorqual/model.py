@@ -158,17 +158,16 @@ class Block(nn.Module):
             x = x.add(self.engram(x.values, ctx))
         # h is [B, T, D]; the mapping says how the output is written back to the streams.
         h, mapping = self.attention_residual.read(x)
-        # Attentions that share leave a third value for later blocks.
-        out, indexer_loss, *shared = self.attention(self.attention_norm(h), ctx)
+        attended = self.attention(self.attention_norm(h), ctx)
         # The positions before the last one were needed only for their keys.
         if ctx.last_only:
             mapping = mapping.last(ctx.lengths)
             ctx = ctx.last()
-        x = self.attention_residual.write(out, mapping)
+        x = self.attention_residual.write(attended.out, mapping)
         h, mapping = self.ffn_residual.read(x)
         h = self.ffn_norm(h)
         out, routing = self.ffn(h, ctx) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        aux = Aux(indexer_loss, routing, shared[0] if shared else None)
+        aux = Aux(attended.indexer_loss, routing, attended.shared)
         return self.ffn_residual.write(out, mapping), aux
 
     def new_cache(

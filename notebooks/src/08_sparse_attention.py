@@ -148,7 +148,7 @@ def learn(attention: torch.nn.Module) -> list[float]:
         hidden, _, answers = texts(step, 10)
         has_indexer = getattr(attention, "indexer", None) is not None
         phase = {"indexer_warmup": step < STEPS // 2} if has_indexer else {}
-        out, indexer_loss = attention(hidden, facts(attention, hidden, **phase))
+        out, indexer_loss, _ = attention(hidden, facts(attention, hidden, **phase))
         error = F.mse_loss(out[:, FIRST:, :16], answers)
         loss = error if indexer_loss is None else error + indexer_loss.loss
         optimizer.zero_grad()
@@ -192,7 +192,7 @@ def dependence(attention: torch.nn.Module, hidden: torch.Tensor, ctx) -> np.ndar
     """Returns the size of the derivative of each output (row) by each token (column)."""
     attention.double()
     hidden = hidden.double().requires_grad_()
-    out, _ = attention(hidden, ctx)
+    out = attention(hidden, ctx).out
     probe = torch.randn(16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     sizes = []
     for row in out[0, :, :16]:

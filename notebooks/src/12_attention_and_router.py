@@ -26,7 +26,7 @@ from torch import nn
 import rorqual as rq
 from rorqual.data.sources import find
 from rorqual.layers.attend import attend
-from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.attention import GQA, Attended, GQAConfig
 from rorqual.layers.balance import BalanceConfig, max_violation, update_bias
 from rorqual.layers.context import context
 from rorqual.layers.moe import MoEConfig
@@ -158,7 +158,7 @@ class LogSparse(GQA):
             gate = None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
         mask = ctx.visible() & self.reads(ctx)[:, None]
-        return self.finish(attend(query, key, value, self.scale, mask), gate), None
+        return Attended(self.finish(attend(query, key, value, self.scale, mask), gate))
 
     def reads(self, ctx):
         """Returns which keys are at a distance of 0 or a power of two, bool [B, T, L]."""
@@ -178,7 +178,7 @@ class LogSparse(GQA):
             query = ctx.last_of(query)
             ctx = ctx.last()
         mask = ctx.visible() & self.reads(ctx)[:, None]
-        return self.finish(attend(query, key, value, self.scale, mask), gate), None
+        return Attended(self.finish(attend(query, key, value, self.scale, mask), gate))
 
     def reads(self, ctx):
         steps = torch.arange(ctx.columns.shape[1])[None, :, None]

@@ -19,7 +19,6 @@ is multiplied by sigmoid(W_g x), a gate for every value (2505.06708).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from rorqual.layers.attend import attend, attend_shared, by_head
 from rorqual.layers.cache import Appended, Bundle
+from rorqual.layers.context import Attended as Attended
 from rorqual.layers.context import Context
 from rorqual.layers.norm import CentredRMSNorm, RMSNorm
 from rorqual.layers.rope import softmax_factor
@@ -106,8 +106,8 @@ class MLA(nn.Module):
         self,
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
-    ) -> tuple[Float[Tensor, "B T2 D"], Any]:
-        """Returns the output of the new tokens, and None in place of an IndexerLoss.
+    ) -> Attended:
+        """Returns the output of the new tokens.
 
         With `ctx.last_only` only the last token of each sequence has an output. With a cache the
         new tokens are appended to it. The form with fewer multiplications is used; both agree up to
@@ -119,7 +119,7 @@ class MLA(nn.Module):
             ctx = ctx.last()
         nope, rope = self.queries(self.query_latent(hidden), ctx)
         form = self.absorbed if self.absorbs(ctx) else self.expanded
-        return self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)), None
+        return Attended(self.o_proj(form(nope, rope, latent, *visibility(ctx)).flatten(2)))
 
     def latents(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Float[Tensor, "B L R"]:
         """Returns [latent | rotated key] of all tokens, cached ones first: what is cached."""
@@ -257,8 +257,8 @@ class GQA(nn.Module):
         self,
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
-    ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """Returns the output of the new tokens, and None in place of an IndexerLoss.
+    ) -> Attended:
+        """Returns the output of the new tokens.
 
         With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
         cache the new tokens are appended to it.
@@ -268,7 +268,7 @@ class GQA(nn.Module):
             query = ctx.last_of(query)
             gate = None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
-        return self.finish(self._attend(query, key, value, ctx), gate), None
+        return Attended(self.finish(self._attend(query, key, value, ctx), gate))
 
     def finish(
         self, out: Float[Tensor, "B T H Q"], gate: Float[Tensor, "B T H Q"] | None

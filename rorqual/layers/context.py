@@ -1,5 +1,7 @@
 """Holds the facts of a forward pass, besides the hidden states, that layers read.
 
+`Attended` is what an attention returns of it.
+
     positions, document_ids, lengths position and document of each new token; valid ones a sequence
     past, starts                     tokens cached before the call
     key_..., mask                    the same for all keys, cached ones first; keys each query sees
@@ -196,6 +198,25 @@ def _count(document_ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return count - torch.where(begins, count, 0).cummax(1).values
+
+
+class IndexerLoss(NamedTuple):
+    """The indexer loss and recall of one attention call, or their mean over several."""
+
+    loss: Float[Tensor, ""]  # nats a query
+    # Share of the probability over every key that the selected keys carry, over queries with more
+    # keys than they may select.
+    recall: Float[Tensor, ""]
+    # The loss of an indexer that gives the same score to every key that the loss is over.
+    uniform: Float[Tensor, ""]
+
+
+class Attended(NamedTuple):
+    """What an attention returns."""
+
+    out: Float[Tensor, "B T2 D"]  # of the new tokens, or of the last one of each sequence
+    indexer_loss: IndexerLoss | None = None  # where an indexer is trained
+    shared: Any = None  # what later blocks read: Context.shared
 
 
 class Span(NamedTuple):

@@ -38,7 +38,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.cache import Bundle, Recent
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
 from rorqual.layers.dsa import (
     IndexerLoss,
     Ties,
@@ -317,9 +317,7 @@ class SharedKV(nn.Module):
         """Returns an empty cache; memory is allocated at the first token."""
         return SharedKVCache(Recent(self.config.window - 1))
 
-    def forward(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], IndexerLoss | None]:
+    def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
         """Returns the output of the new tokens, and an IndexerLoss if an indexer is trained.
 
         With `ctx.last_only` only the last token of each sequence has an output.
@@ -337,7 +335,7 @@ class SharedKV(nn.Module):
         query = self.queries(latent, ctx)
         selection = self.select(hidden, latent, entries, ctx)
         out, loss = self.attend(query, keys, entries, selection, ctx)
-        return self.output(out, ctx), loss
+        return Attended(self.output(out, ctx), loss)
 
     def queries(self, latent: Float[Tensor, "B T R"], ctx: Context) -> Float[Tensor, "B T H P"]:
         """Returns the rotated queries, each head normed without a weight before."""

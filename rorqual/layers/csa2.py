@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rorqual.layers.cache import Recent
 from rorqual.layers.cache_formats import rounded
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
 from rorqual.layers.csa import (
     COPIED,
     GATHERING,
@@ -371,9 +371,7 @@ class CSA2(SharedKV):
         entries, keys = (Blocks(self.ratio, self.ratio, capacity) for _ in range(2))
         return SourceCache(window, entries, keys, pending, ties=ties)
 
-    def forward(  # type: ignore[override]
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], IndexerLoss | None, Shared | None]:
+    def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
         """Returns the output of the new tokens, an IndexerLoss, and what later blocks share.
 
         With `ctx.last_only` only the last token of each sequence has an output.
@@ -391,7 +389,7 @@ class CSA2(SharedKV):
         if self.indexer is not None:
             shared, loss = self.choose(hidden, latent, query, shared, ctx)
         out = self.attend_shared(query, keys, shared if self.ratio else None, ctx)
-        return self.output(out, ctx), loss, shared
+        return Attended(self.output(out, ctx), loss, shared)
 
     def queries(self, latent: Float[Tensor, "B T R"], ctx: Context) -> Float[Tensor, "B T H P"]:
         """Returns the rotated queries."""

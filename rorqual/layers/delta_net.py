@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rorqual.layers.cache import Bundle, Lengths, NewTokens, Recent
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
 from rorqual.layers.convolution import convolve
 from rorqual.layers.norm import as_float32
 from rorqual.model_config import DeltaNetConfig as DeltaNetConfig
@@ -389,10 +389,8 @@ class DeltaNet(nn.Module):
         halo = self.config.kernel - 1
         return DeltaNetCache(Recent(halo) if halo else None, Recurrent())
 
-    def forward(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """Returns the output of the new tokens, and None in place of an IndexerLoss.
+    def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
+        """Returns the output of the new tokens.
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
@@ -420,7 +418,7 @@ class DeltaNet(nn.Module):
             out = ctx.last_of(out)
             hidden = ctx.last_of(hidden)
         gate = self.in_proj_z(hidden).unflatten(-1, (self.config.value_heads, -1))
-        return self.out_proj(self.norm(out, gate).flatten(2)), None
+        return Attended(self.out_proj(self.norm(out, gate).flatten(2)))
 
     def project(
         self, hidden: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T F"], ctx: Context

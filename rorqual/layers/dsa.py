@@ -29,7 +29,8 @@ from rorqual.kernels import kernel
 from rorqual.layers.attend import attend, attend_shared
 from rorqual.layers.attention import MLA, MLACache, visibility
 from rorqual.layers.cache import Appended, Lengths
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
+from rorqual.layers.context import IndexerLoss as IndexerLoss
 from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import SMALL_BATCH
 from rorqual.layers.top_k import largest
@@ -40,17 +41,6 @@ QUERIES = 512  # processed at a time, at most
 SCORES = 1 << 23  # scores in memory at a time: 32 MiB of float32
 GATHERING = 2.0  # time of a gathered key relative to one that is read in place
 COPIED = 1 << 21  # numbers of latents gathered at a time
-
-
-class IndexerLoss(NamedTuple):
-    """The indexer loss and recall of one attention call, or their mean over several."""
-
-    loss: Float[Tensor, ""]  # nats a query
-    # Share of the probability over every key that the selected keys carry, over queries with more
-    # keys than they may select.
-    recall: Float[Tensor, ""]
-    # The loss of an indexer that gives the same score to every key that the loss is over.
-    uniform: Float[Tensor, ""]
 
 
 def mean_indexer_loss(indexer_losses: list[IndexerLoss]) -> IndexerLoss | None:
@@ -203,10 +193,10 @@ class DSA(MLA):
         self,
         hidden: Float[Tensor, "B T D"],
         ctx: Context,
-    ) -> tuple:
+    ) -> Attended:
         """Returns the output of the new tokens, and an IndexerLoss if the indexer is trained.
 
-        The selected columns are third if the next block attends to the same keys; None is every
+        The selected columns are shared if the next block attends to the same keys; None is every
         key. With `ctx.last_only` only the last token of each sequence has an output. During the
         indexer warm-up every key is attended to. Queries with few keys mask those that are not
         selected; those after them gather the selected keys. The split is where one becomes cheaper.
@@ -236,11 +226,11 @@ class DSA(MLA):
                 out = selection.attend_masked(query, key, value, self.scale)
             else:
                 out = attend(query, key, value, self.scale, *visibility(ctx))
-            return self._returned(out, loss, selection)
+            return self._attended(out, loss, selection)
         absorbing = self.absorbs(ctx)
         if not selection.selects:
             form = self.absorbed if absorbing else self.expanded
-            return self._returned(form(*queries, latent, *visibility(ctx)), None, selection)
+            return self._attended(form(*queries, latent, *visibility(ctx)), None, selection)
         (nope, rope), outs = queries, []
         graded = torch.is_grad_enabled() and latent.requires_grad
         cut = nope.shape[1] if graded else self._gathers_from(selection, absorbing)
@@ -270,17 +260,14 @@ class DSA(MLA):
             else:
                 out = late.attend_gathered(query, latent, self.scale)
             outs.append(self.lift(out, value_up))
-        return self._returned(torch.cat(outs, dim=1), None, selection)
+        return self._attended(torch.cat(outs, dim=1), None, selection)
 
-    def _returned(
+    def _attended(
         self, out: Tensor, loss: IndexerLoss | None, selection: "IndexerSelection"
-    ) -> tuple:
-        """Projects the heads' outputs and returns them with the loss, as `forward` does.
-
-        If the next block attends to the same keys, the selected columns are third.
-        """
-        out = self.o_proj(out.flatten(2))
-        return (out, loss, selection.indices) if self.publishes else (out, loss)
+    ) -> Attended:
+        """Projects the heads' outputs; shares the selection if the next block attends by it."""
+        shared = selection.indices if self.publishes else None
+        return Attended(self.o_proj(out.flatten(2)), loss, shared)
 
     def _gathers_from(self, selection: "IndexerSelection", absorbing: bool) -> int:
         """Returns the first query for which copying the selected keys costs less than masking."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Recent
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
 from rorqual.layers.norm import as_float32
 from rorqual.layers.sparse import (
     Blocks,
@@ -116,10 +116,8 @@ class MoBA(GQA):
         choice = Recent(1) if self.tiles else None
         return MoBACache(Appended(capacity), Appended(capacity), means, choice)
 
-    def forward(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """Returns the output of the new tokens, and None in place of an IndexerLoss.
+    def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
+        """Returns the output of the new tokens.
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
@@ -142,7 +140,7 @@ class MoBA(GQA):
         else:
             out = attend_selected(query, key, value, keys, ctx, self.scale)
         out = ctx.last_of(out) if ctx.last_only else out
-        return self.o_proj(out.flatten(2)), None
+        return Attended(self.o_proj(out.flatten(2)))
 
     def select(
         self,

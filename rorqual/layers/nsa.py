@@ -33,7 +33,7 @@ from rorqual.kernels import kernel
 from rorqual.layers.attend import attend
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended, Bundle, Recent
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
 from rorqual.layers.norm import as_float32
 from rorqual.layers.sparse import (
     SMALL_BATCH,
@@ -138,10 +138,8 @@ class NSA(GQA):
             choice=Recent(1) if self.tiles else None,
         )
 
-    def forward(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """Returns the output of the new tokens, and None in place of an IndexerLoss.
+    def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
+        """Returns the output of the new tokens.
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
@@ -168,7 +166,7 @@ class NSA(GQA):
             out = ctx.last_of(out)
             hidden = whole.last_of(hidden)
         gates = self.gates(hidden).to(out.dtype)[..., None]  # [B, T2, 3, H, 1]
-        return self.o_proj((gates * out).sum(2).flatten(2)), None
+        return Attended(self.o_proj((gates * out).sum(2).flatten(2)))
 
     def gates(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3 H"]:
         """Computes each head's weights, in (0, 1), of the three branches.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rorqual.layers.attention import GQA, GQACache
 from rorqual.layers.cache import Appended
-from rorqual.layers.context import Context
+from rorqual.layers.context import Attended, Context
 from rorqual.layers.norm import CentredRMSNorm, RMSNorm, as_float32
 from rorqual.layers.rope import rope_tables, rotate
 from rorqual.layers.sparse import (
@@ -141,10 +141,8 @@ class QSA(GQA):
             index_blocks=Blocks(block, block, capacity),
         )
 
-    def forward(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[Float[Tensor, "B T2 D"], None]:
-        """Returns the output of the new tokens, and None in place of an IndexerLoss.
+    def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
+        """Returns the output of the new tokens.
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
@@ -161,7 +159,7 @@ class QSA(GQA):
             out = full_attention(query, key, value, ctx, self.scale)
         else:
             out = attend_selected(query, key, value, keys, ctx, self.scale)
-        return self.finish(out, gate), None
+        return Attended(self.finish(out, gate))
 
     def select(
         self, query: Float[Tensor, "B T J P"], blocks: IndexBlocks, ctx: Context

@@ -237,9 +237,10 @@ class _Compiled:
             of_block = ctx.for_block(cache.layers[index], pending.get(index))
             if first % 2:
                 work = self.step.work
-                out, _, *shared = block.attention(torch.from_numpy(work.hidden)[:, None], of_block)
-                torch.from_numpy(work.delta).copy_(out[:, 0])
-                ctx = replace(ctx, shared=shared[0]) if shared else ctx
+                attended = block.attention(torch.from_numpy(work.hidden)[:, None], of_block)
+                torch.from_numpy(work.delta).copy_(attended.out[:, 0])
+                if attended.shared is not None:
+                    ctx = replace(ctx, shared=attended.shared)
             elif block.engram is not None:
                 x += block.engram(x[:, None], of_block)[:, 0]
             ends = last == self.edges[-1]

@@ -301,7 +301,7 @@ class Net(nn.Module):
         )
         hidden = self.embed(ids)
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
-            out, indexer_loss = attention(
+            out, indexer_loss, _ = attention(
                 norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache))
             )
             hidden = hidden + out

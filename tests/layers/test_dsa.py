@@ -48,7 +48,7 @@ def layer(top_k=5, mla=LATENT):
 
 def run(attention, hidden, indexer_losses=None, **expected):
     """Returns the output; the loss of an indexer that is trained goes to `indexer_losses`."""
-    out, indexer_loss = attention(
+    out, indexer_loss, _ = attention(
         hidden,
         context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **expected),
     )
@@ -395,7 +395,7 @@ def test_a_block_without_an_indexer_attends_to_the_keys_of_the_block_before(way)
     where = context(2, 13, "cpu", rope=(ROPE, 4))
     _, loss, selected = first(hidden, where)
     assert loss is None and selected.shape == (2, 13, 4)
-    out, loss = second(hidden, replace(where, shared=selected))
+    out, loss, _ = second(hidden, replace(where, shared=selected))
     mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
     mask = mask.scatter_(-1, selected[:, None], True) & where.visible()
     expected = dense(second)(hidden, replace(where, mask=mask))[0]
@@ -411,7 +411,7 @@ def test_a_dense_layer_has_no_indexer_loss():
     dsa.switch(attention, True)
     for indexer_warmup in (None, False, True):
         where = context(2, 13, "cpu", rope=(ROPE, 4), indexer_warmup=indexer_warmup)
-        out, loss = attention(hidden, where)
+        out, loss, _ = attention(hidden, where)
         assert loss is None
         torch.testing.assert_close(out, dense(attention)(hidden, where)[0], atol=1e-5, rtol=0)
     dsa.switch(attention, False)
