@@ -79,7 +79,10 @@ ALLOWED = {
     ("floor", "rorqual/layers/rope.py"): "math.floor",
     ("floor", "tests/layers/test_rope.py"): "math.floor",
     ("floor", "rorqual/kernels/*"): "numpy.floor, and the smallest value of a denominator",
-    ("recall", "rorqual/layers/context.py"): "of the indexer: the share of probability that it selects",
+    (
+        "recall",
+        "rorqual/layers/context.py",
+    ): "of the indexer: the share of probability that it selects",
     ("recall", "rorqual/layers/dsa.py"): "of the indexer: the share of probability that it selects",
     ("recall", "rorqual/train/step.py"): "of the indexer",
     ("recall", "tests/layers/test_dsa.py"): "of the indexer",
