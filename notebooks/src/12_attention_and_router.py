@@ -104,7 +104,7 @@ ids = torch.randint(32, (2, 50), generator=torch.Generator().manual_seed(0))
 def test_it_reads_exactly_these_keys(model: rq.LanguageModel) -> None:
     hidden = torch.randn(1, 40, 32, requires_grad=True)
     ctx = context(1, 40, "cpu", rope=(config.rope, config.rope_dim))
-    out, _ = model.blocks[0].attention(hidden, ctx)
+    out = model.blocks[0].attention(hidden, ctx).out
     (gradient,) = torch.autograd.grad(out[0, -1].sum(), hidden)
     read = gradient[0].norm(dim=-1).nonzero().flatten()
     assert (39 - read).tolist() == [32, 16, 8, 4, 2, 1, 0]
@@ -151,7 +151,7 @@ class LogSparse(GQA):
     """Attends to the tokens 0, 1, 2, 4, 8, ... before: log2(T) + 1 keys a query."""
 
     def forward(self, hidden, ctx):
-        """Returns the output of the new tokens, and None in place of an indexer's loss."""
+        """Returns the output of the new tokens."""
         query, key, value, gate = self.project(hidden, ctx)
         if ctx.last_only:
             query = ctx.last_of(query)
@@ -196,7 +196,7 @@ class LogSparse(GQA):
             query = ctx.last_of(query)
             ctx = ctx.last()
         out = attend(query, key, value, self.scale, self.reads(ctx)[:, None])
-        return self.finish(out, gate), None
+        return Attended(self.finish(out, gate))
 
     def reads(self, ctx):
         distance = (ctx.columns[..., None] - torch.arange(ctx.key_count)).abs()
