@@ -268,17 +268,25 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_larger_file() -> Iterator[Callable[[int], None]]:
+def no_larger_file(request: pytest.FixtureRequest) -> Callable[[int], None]:
     """Provides a function that limits the size of files in bytes until the test ends.
 
-    Writes beyond it fail, as on a disk that is full.
+    Writes beyond it fail, as on a disk that is full. The limit ends before pytest reports the test,
+    perhaps into a file of its own.
     """
     resource = pytest.importorskip("resource", reason="a system without limits of resources")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    test = request.node.obj
+
+    @functools.wraps(test)
+    def limited(*args: Any, **named: Any) -> Any:
+        try:
+            return test(*args, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    request.node.obj = limited
+    return lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
 
 @pytest.fixture
