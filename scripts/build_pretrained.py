@@ -40,8 +40,8 @@ SHOWN_BY = ("06_gates", "08_sparse_attention", "09_drafts")  # notebooks that lo
 # Steps of 8 x 128 tokens: four to thirty minutes each on one core. 3,400 are one time over the
 # text.
 STEPS = {
-    "tiny": 1600,
-    "tiny-engram": 1600,
+    "tiny": 3400,
+    "tiny-engram": 3400,
     "tiny-gqa": 800,
     "tiny-nsa": 800,
     "tiny-moba": 800,
