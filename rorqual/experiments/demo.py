@@ -32,7 +32,7 @@ SENTENCE = (
     "The blue whale is the largest mammal; "
     "Alexander the Great was king of Macedon, in northern Greece."
 )
-PROMPT = "whale,"
+PROMPT = "oak tree:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +44,11 @@ class DemoConfig:
     data: str = "wordnet"
     folder: str = "runs/demo"
     cache: str = "runs/cache"
-    steps: int = 420
+    steps: int = 1300
     batch_size: int = 8  # sequences per step
     seq_len: int = 128  # sequence length in tokens
     optim: OptimConfig = field(default_factory=lambda: recipe(preset("tiny").dim))
-    seeds: int = 2  # runs per arm
+    seeds: int = 1  # runs per arm
     minutes: float = 7.0  # further seeds are skipped when they would not end by then
     sentence: str = SENTENCE
     prompt: str = PROMPT
@@ -181,7 +181,7 @@ def _show(config: DemoConfig, jobs: dict[str, list[Job]], verdict: str, console:
     folder = Path(config.folder)
     for arm, arm_jobs in jobs.items():
         text = load(arm_jobs[0].folder).generate(
-            config.prompt, max_new_tokens=40, temperature=0.7, seed=0
+            config.prompt, max_new_tokens=40, temperature=0.5, seed=0
         )
         console.print(Text.assemble((f"{arm}: ", "bold"), (config.prompt, "dim"), text))
     memory = load(jobs["engram"][0].folder)
