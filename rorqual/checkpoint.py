@@ -54,6 +54,7 @@ from rorqual.io import (
     BINARY,
     atomic_write,
     flush,
+    flush_open,
     remove_partial,
     replace_folder,
     restore_folders,
@@ -517,7 +518,7 @@ def write_together(path: Path, state: Mapping[str, Tensor]) -> None:
                 error = failure
         raise_together(error)
         with together(), _naming(path):
-            os.fsync(file)
+            flush_open(file)
         # Rank 0 names the file.
         with together():
             atomic.pop_all().close()

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, locks files, and reads and writes at a position.
+"""Writes files whole or not at all, flushes, locks and checks them, and reads at a position.
 
 Configs, weights, tokenizers, tables and edits of memory are written through this module, so that a
 kill or a full disk at any moment leaves the file that was there before. Locks end with their
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from xxhash import xxh3_64
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends otherwise
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")  # the names of files that are not whole yet
 _ABANDONED = 3600.0  # seconds since its last write, after which a partial file counts as abandoned
+# The checksum of rows, headers and journals: Checksum(data).hexdigest(), or .update piece by piece.
+Checksum = xxh3_64
 # Some file systems refuse to flush a folder with one of these.
 _NO_FLUSH = (
     errno.EINVAL,
@@ -124,6 +127,12 @@ def replace_file(new: Path, path: Path) -> None:
     flush(path.parent)
 
 
+def rename(old: Path, new: Path) -> None:
+    """Renames a file or folder that is flushed; the new name is on the disk afterwards."""
+    old.rename(new)
+    flush(new.parent)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Renames the folder `new`, whose files it flushes first, to `folder`.
 
@@ -135,8 +144,7 @@ def replace_folder(new: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-    new.rename(folder)
-    flush(folder.parent)
+    rename(new, folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -192,12 +200,17 @@ def flush(path: Path) -> None:
     try:
         file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
-            os.fsync(file)
+            flush_open(file)
         finally:
             os.close(file)
     except OSError as error:
         if not path.is_dir() or error.errno not in _NO_FLUSH:
             raise
+
+
+def flush_open(file: int) -> None:
+    """Waits until all bytes of an open file are on the disk."""
+    os.fsync(file)
 
 
 def flush_folder(folder: Path) -> None:

@@ -386,15 +386,16 @@ class LanguageModel(nn.Module):
         for_mtp: bool,
     ) -> tuple[Tensor, list[Aux]]:
         """Computes the cached tokens again, together with the new ones, and caches them anew."""
-        assert cache.ids is not None and cache.ids.buffer is not None
+        assert cache.ids is not None
+        stored = cache.ids.stored
+        assert stored is not None
         past = list(cache.past.lengths)
         time = ids.shape[1]
         counts = [time] * len(ids) if lengths is None else [int(n) for n in lengths]
-        stored = cache.ids.buffer[:, cache.ids.before :]
         stored_documents = None
         if cache.past.named or document_ids is not None:
-            buffer = cache.past.document_ids.buffer
-            stored_documents = torch.zeros_like(stored) if buffer is None else buffer
+            named = cache.past.document_ids.stored
+            stored_documents = torch.zeros_like(stored) if named is None else named
         everything = []
         documents_of_all = []
         for sequence, length in enumerate(past):

@@ -144,6 +144,19 @@ def test_few_files_are_distributed() -> None:
     ]
 
 
+def test_one_file_knows_how_caches_store() -> None:
+    """Layers call a cache's methods, so that its memory can change without them."""
+    cache = PACKAGE / "layers" / "cache.py"
+    readers = [
+        name(path)
+        for path in FILES
+        if path != cache
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and node.attr == "buffer"
+    ]
+    assert not readers
+
+
 def test_one_file_names_the_engine() -> None:
     files = [path for path in FILES if path != PACKAGE / "train" / "engine.py"]
     named = [

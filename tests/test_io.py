@@ -190,6 +190,25 @@ def test_a_folder_is_replaced_and_a_stop_in_between_is_undone(tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
 
 
+def test_a_new_name_is_flushed_after_the_rename(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "new").write_text("rows")
+    names = []
+    monkeypatch.setattr(
+        io, "flush", lambda path: names.append(sorted(p.name for p in path.iterdir()))
+    )
+    io.rename(tmp_path / "new", tmp_path / "table")
+    assert names == [["table"]]
+
+
+def test_files_keep_their_checksums() -> None:
+    """XXH3's published values, which tables and journals on disks hold."""
+    assert io.Checksum(b"").hexdigest() == "2d06800538d394c2"
+    pieces = io.Checksum()
+    for piece in (b"a", b"bc"):
+        pieces.update(piece)
+    assert pieces.intdigest() == io.Checksum(b"abc").intdigest() == 0x78AF5F94892F3950
+
+
 @pytest.mark.parametrize("portable", [False, True])
 @given(first=st.binary(min_size=1, max_size=40), offset=st.integers(0, 50), size=st.integers(0, 60))
 def test_positions(

@@ -329,8 +329,8 @@ class Addresses(nn.Module):
         except IndexError:
             window_ids = (
                 ids
-                if history is None or history.buffer is None
-                else torch.cat([ids.flatten(), history.buffer.flatten()])
+                if history is None or history.stored is None
+                else torch.cat([ids.flatten(), history.stored.flatten()])
             )
             got = window_ids[_strange(window_ids, self.canonical_map)][0].item()
             canonical = (self.canonical_map >= 0).sum().item()

@@ -105,6 +105,11 @@ class BatchMemory:
     buffer: Tensor | None = None
     _memory: Tensor | None = None  # [R, C, ...], R >= B
 
+    @property
+    def empty(self) -> bool:
+        """Returns whether nothing was stored since the start, or since `clear`."""
+        return self.buffer is None
+
     def clear(self) -> None:
         """Frees the memory; the next call allocates it for a batch of any size."""
         self.buffer = self._memory = None
@@ -168,6 +173,16 @@ class Appended(BatchMemory):
             sequences, columns = _places(ctx.starts, 0, new.shape[1])
             stored[sequences, columns] = new.detach().to(stored.dtype)
         return stored[:, :end]
+
+    @property
+    def stored(self) -> Shaped[Tensor, "B C ..."] | None:
+        """Returns what is stored from the first token on, None if nothing is.
+
+        Columns beyond the length of a sequence mean nothing.
+        """
+        if self.buffer is None or not self.before:
+            return self.buffer
+        return self.buffer[:, self.before :]
 
     def reserve(self, like: Shaped[Tensor, "B T ..."], length: int) -> Shaped[Tensor, "B C ..."]:
         """Returns the buffer with space for `length` tokens a sequence, as wide as `like`.
@@ -264,6 +279,15 @@ class Recent(BatchMemory):
             return buffer[:, column : column + count]
         return torch.cat([buffer[:, column:], buffer[:, : column + count - size]], 1)
 
+    def tokens_from(self, starts: Int[Tensor, " B"], count: int) -> Shaped[Tensor, "B N ..."]:
+        """Returns `count` tokens of each sequence from its start on.
+
+        Those that are not among its last `count` + `slack` mean nothing.
+        """
+        assert self.buffer is not None
+        sequences, columns = _places(starts, 0, count)
+        return self.buffer[sequences, columns % self.buffer.shape[1]]
+
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
         """Stores the new tokens in place of the oldest; `before` has been called."""
         assert self.buffer is not None
@@ -349,7 +373,7 @@ class Past:
     @property
     def named(self) -> bool:
         """Whether any call has given document ids."""
-        return self.document_ids.buffer is not None
+        return not self.document_ids.empty
 
     def starts(self, device: torch.device | str) -> Int[Tensor, " B"] | None:
         """Returns the number of tokens cached in each sequence; None if all have the same."""

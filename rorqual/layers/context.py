@@ -321,7 +321,7 @@ def _append_documents(
     if document_ids is None:
         if not past.named:
             return None
-        stored = past.document_ids.buffer
+        stored = past.document_ids.stored
         assert stored is not None
         last = torch.tensor([[max(0, length - 1)] for length in past.lengths], device=stored.device)
         document_ids = stored.gather(1, last).expand(shape)

@@ -189,7 +189,7 @@ class Compressor(nn.Module):
         last = (ctx.past + time) // ratio
         if cache is None:
             tokens = F.pad(tokens, (0, 0, self.span - 1, 0))
-        elif aligned and first == last and cache.tokens.buffer is not None:
+        elif aligned and first == last and not cache.tokens.empty:
             # No entry is completed.
             cache.tokens.store(tokens.detach(), ctx)
         else:
@@ -247,7 +247,7 @@ class Compressor(nn.Module):
         """Rotates and stores new entries, the norms of `pooled`; returns those of all tokens."""
         total = ctx.key_count // self.ratio
         batch = len(ctx.positions)
-        stored = None if cache is None else cache.entries.values.buffer
+        stored = None if cache is None else cache.entries.values.stored
         if pooled.sequences is None and not values.shape[1] and stored is not None and total:
             return stored[:, :total]
         assert ctx.compressed_frequencies is not None

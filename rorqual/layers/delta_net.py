@@ -216,13 +216,11 @@ class Recurrent:
     def _roll(self, like: Writes, counts: Int[Tensor, " B"]) -> Float[Tensor, "B H K V"]:
         """Returns the state `counts` tokens after `base`, computed from the stored writes."""
         assert self.base is not None and self.base_lengths is not None
-        buffer = self.writes.buffer
         longest = int(counts.max())
-        if buffer is None or not longest:
+        if self.writes.empty or not longest:
             return self.base
         steps = torch.arange(longest, device=counts.device)
-        columns = (self.base_lengths[:, None] + steps) % buffer.shape[1]
-        packed = buffer[torch.arange(len(buffer), device=counts.device)[:, None], columns]
+        packed = self.writes.tokens_from(self.base_lengths, longest)
         packed = packed.masked_fill((steps >= counts[:, None])[..., None], 0.0)
         return chunked(None, like.unpack(packed), self.base).state
 

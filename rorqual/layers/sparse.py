@@ -100,7 +100,7 @@ class Blocks:
         of a shorter sequence means nothing.
         """
         total = self.count(ctx.key_count)
-        stored = self.values.buffer
+        stored = self.values.stored
         # An emptied cache may have had a batch of another size.
         if stored is not None and len(stored) != len(keys):
             stored = None

@@ -253,7 +253,7 @@ class _Compiled:
         capacity = 0
         for layer, block_cache in enumerate(cache.layers):
             latent = block_cache.attention.latent
-            buffer = latent.reserve(latent.buffer, longest)
+            buffer = latent.reserve(latent.stored, longest)
             self.places[layer, self.latent] = buffer.data_ptr()
             capacity = buffer.shape[1]
         page = self.step.PAGE

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
-from rorqual.io import BINARY, flush, write_all_at, write_json
+from rorqual.io import BINARY, Checksum, flush, flush_open, write_all_at, write_json
 from rorqual.tables.row_file import TableError
 
 _HEAD = struct.Struct("<QQ")  # rows of an entry, checksum of its ids and records
@@ -52,7 +51,7 @@ class Journal:
             self._open()
         ids = ids[fresh]
         body = ids.astype("<i8").tobytes() + records[fresh].tobytes()
-        head = _HEAD.pack(len(ids), xxhash.xxh3_64_intdigest(body))
+        head = _HEAD.pack(len(ids), Checksum(body).intdigest())
         end = os.fstat(self._file).st_size
         try:
             write_all_at(self._file, head + _seal(head) + body, end)
@@ -74,7 +73,7 @@ class Journal:
             raise TableError(f"{path}: {got}, expected the table rewound first") from None
         try:
             write_all_at(self._file, _boot(), 0)
-            os.fsync(self._file)
+            flush_open(self._file)
             flush(self.folder)
         except OSError as error:
             self.close()
@@ -138,7 +137,7 @@ class Journal:
         body = file.read(count * (8 + self.size)) if sealed else b""
         if sealed and len(body) < count * (8 + self.size):
             return None
-        if not sealed or xxhash.xxh3_64_intdigest(body) != expected:
+        if not sealed or Checksum(body).intdigest() != expected:
             got = f"got a damaged note before byte {file.tell()}"
             raise TableError(f"{path}: {got}, expected it as it was written")
         ids = np.frombuffer(body, dtype="<i8", count=count)
@@ -190,4 +189,4 @@ def read_marks(folder: Path) -> list[int]:
 
 def _seal(head: bytes) -> bytes:
     """Returns the checksum of an entry's head, which tells a damaged entry from one that is cut."""
-    return _SEAL.pack(xxhash.xxh3_64_intdigest(head))
+    return _SEAL.pack(Checksum(head).intdigest())

@@ -19,7 +19,7 @@ from filelock import BaseFileLock
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from rorqual.io import BINARY, acquired, write_all_at
+from rorqual.io import BINARY, acquired, flush_open, write_all_at
 from rorqual.tables.draw import draw_rows
 from rorqual.tables.journal import Journal
 from rorqual.tables.row_file import ONE_FILE, FileRows, TableError, read_from
@@ -169,13 +169,13 @@ class RecordFile:
     def mark(self, step: int) -> None:
         """Waits until all writes are on the disk, and makes `step` a mark to go back to."""
         with self._explained("when they were flushed"):
-            os.fsync(self._records.file)
+            flush_open(self._records.file)
         self._journal.mark(step)
 
     def rewind(self, step: int) -> None:
         """Restores rows and state as of mark `step`. TableError if they are not available."""
         self._read = []
-        self._journal.rewind(step, self._records.write, lambda: os.fsync(self._records.file))
+        self._journal.rewind(step, self._records.write, lambda: flush_open(self._records.file))
 
     def close(self) -> None:
         """Closes the files and releases the lock."""

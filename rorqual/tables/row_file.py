@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from rorqual.io import BINARY, read_at, write_all_at
+from rorqual.io import BINARY, Checksum, flush_open, read_at, write_all_at
 from rorqual.kernels import kernel
 from rorqual.tables.fp8 import BLOCK, FP8, dequantise
 
@@ -355,7 +354,7 @@ class RowFile:
     def drop_page_cache(self) -> None:
         """Makes the system drop these files from its memory, to measure the disk itself."""
         for shard in self.shards:
-            os.fsync(shard.file)
+            flush_open(shard.file)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -395,7 +394,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
 def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
     """Yields 16 hexadecimal digits for every MiB of bytes that come in pieces of any size."""
-    digest = xxhash.xxh3_64()
+    digest = Checksum()
     left = CHECKED_BYTES
     for piece in pieces:
         while piece:
@@ -405,7 +404,7 @@ def checksums(pieces: Iterable[memoryview]) -> Iterator[str]:
             piece = piece[len(chunk) :]
             if not left:
                 yield digest.hexdigest()
-                digest = xxhash.xxh3_64()
+                digest = Checksum()
                 left = CHECKED_BYTES
     if left < CHECKED_BYTES:
         yield digest.hexdigest()
@@ -521,7 +520,7 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], Mapping[str, str]]:
     if any(key.startswith("xxh3") for key in metadata):
         noted = metadata.get("xxh3_header", "")
         blank = raw.replace(noted.encode("utf-8", "replace"), BLANK.encode(), 1)
-        if xxhash.xxh3_64_hexdigest(blank) != noted:
+        if Checksum(blank).hexdigest() != noted:
             raise TableError(f"{path}: its header is not as it was written")
     return header, metadata
 

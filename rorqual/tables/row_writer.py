@@ -17,11 +17,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-import xxhash
 from jaxtyping import Shaped
 from torch import Tensor
 
-from rorqual.io import atomic_write, flush, lock, remove_partial
+from rorqual.io import Checksum, atomic_write, lock, remove_partial, rename
 from rorqual.tables.fp8 import FP8, convert_rows, row_bytes, stored_as
 from rorqual.tables.row_file import BLANK, CHECKED_BYTES, FORMAT, KINDS, RowFile, checksums
 
@@ -143,8 +142,7 @@ class _Build:
                 if self.origin is None:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-            partial.rename(folder)
-            flush(folder.parent)
+            rename(partial, folder)
             # Removed last: until the table has its name, the same command can resume the build.
             (folder / _ORIGIN).unlink()
         return folder
@@ -242,7 +240,7 @@ class _Build:
         }
         text = json.dumps({"__metadata__": metadata, "rows": entry}).encode()
         text += b" " * (-len(text) % 8)
-        text = text.replace(BLANK.encode(), xxhash.xxh3_64_hexdigest(text).encode(), 1)
+        text = text.replace(BLANK.encode(), Checksum(text).hexdigest().encode(), 1)
         return len(text).to_bytes(8, "little") + text
 
 
