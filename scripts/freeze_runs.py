@@ -304,7 +304,7 @@ def run(frozen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "losses": losses(frozen),
         "gradients": {
-            "document_ids": gradients(frozen, 0),
+            "documents": gradients(frozen, 0),
             "plain": gradients(frozen, 1, indexer_warmup=True),
         },
         "greedy": continuations(frozen),

@@ -83,7 +83,6 @@ ALLOWED = {
         "recall",
         "rorqual/layers/context.py",
     ): "of the indexer: the share of probability that it selects",
-    ("recall", "rorqual/layers/dsa.py"): "of the indexer: the share of probability that it selects",
     ("recall", "rorqual/train/step.py"): "of the indexer",
     ("recall", "tests/layers/test_dsa.py"): "of the indexer",
     ("recall", "tests/train/test_step.py"): "of the indexer",

@@ -337,7 +337,9 @@ def selected_blocks(query: torch.Tensor, key: torch.Tensor, size: int, top_k: in
 # %% tags=["gate"]
 moba = attentions["MoBA"]
 with torch.no_grad():
-    query, key, _, _ = moba.project(hidden, facts(moba, hidden))
+    projected = moba.project(hidden, facts(moba, hidden))
+query = projected.query
+key = projected.key
 answer = selected_blocks(query[0], key[0, :, 0], 8, 3)
 means = key.unflatten(1, (-1, 8)).mean(2)
 own_block = (torch.arange(TIME) // 8)[None]

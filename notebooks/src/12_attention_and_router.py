@@ -152,13 +152,13 @@ class LogSparse(GQA):
 
     def forward(self, hidden, ctx):
         """Returns the output of the new tokens."""
-        query, key, value, gate = self.project(hidden, ctx)
+        projected = self.project(hidden, ctx)
         if ctx.last_only:
-            query = ctx.last_of(query)
-            gate = None if gate is None else ctx.last_of(gate)
+            projected = projected.last(ctx)
             ctx = ctx.last()
         mask = ctx.visible() & self.reads(ctx)[:, None]
-        return Attended(self.finish(attend(query, key, value, self.scale, mask), gate))
+        out = attend(projected.query, projected.key, projected.value, self.scale, mask)
+        return Attended(self.finish(out, projected.gate))
 
     def reads(self, ctx):
         """Returns which keys are at a distance of 0 or a power of two, bool [B, T, L]."""
@@ -173,12 +173,13 @@ class LogSparse(GQA):
     """Takes columns of this call for columns of all keys: wrong behind a cache."""
 
     def forward(self, hidden, ctx):
-        query, key, value, gate = self.project(hidden, ctx)
+        projected = self.project(hidden, ctx)
         if ctx.last_only:
-            query = ctx.last_of(query)
+            projected = projected.last(ctx)
             ctx = ctx.last()
         mask = ctx.visible() & self.reads(ctx)[:, None]
-        return Attended(self.finish(attend(query, key, value, self.scale, mask), gate))
+        out = attend(projected.query, projected.key, projected.value, self.scale, mask)
+        return Attended(self.finish(out, projected.gate))
 
     def reads(self, ctx):
         steps = torch.arange(ctx.columns.shape[1])[None, :, None]
@@ -191,12 +192,13 @@ class LogSparse(GQA):
     """Forgets what a token must not see."""
 
     def forward(self, hidden, ctx):
-        query, key, value, gate = self.project(hidden, ctx)
+        projected = self.project(hidden, ctx)
         if ctx.last_only:
-            query = ctx.last_of(query)
+            projected = projected.last(ctx)
             ctx = ctx.last()
-        out = attend(query, key, value, self.scale, self.reads(ctx)[:, None])
-        return Attended(self.finish(out, gate))
+        mask = self.reads(ctx)[:, None]
+        out = attend(projected.query, projected.key, projected.value, self.scale, mask)
+        return Attended(self.finish(out, projected.gate))
 
     def reads(self, ctx):
         distance = (ctx.columns[..., None] - torch.arange(ctx.key_count)).abs()

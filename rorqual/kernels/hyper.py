@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rorqual.kernels import compiled, registered
+from rorqual.kernels.results import Read
 
 SMALL_BATCH = 16  # tokens; for more, torch's products are as fast
 _TILE = 64  # tokens that stay in the first cache
@@ -120,9 +121,7 @@ def pre_mapping(
     handed_on: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
-) -> tuple[
-    Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
-]:
+) -> Read:
     """Computes layers.streams.pre_mapping, within float32 rounding."""
     tokens, S = streams.shape[:2]
     if tokens > SMALL_BATCH:
@@ -139,7 +138,7 @@ def pre_mapping(
     out = streams.new_empty(tokens, streams.shape[2])
     weights = pre if handed_on is None else handed_on.detach().contiguous()
     _read(streams.detach().contiguous().numpy(), weights.numpy(), out.numpy())
-    return out, pre, post, comb
+    return Read(out, pre, post, comb)
 
 
 def post_mapping(

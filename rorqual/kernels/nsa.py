@@ -176,7 +176,8 @@ def attend_small_batch(
     arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
     items = batch * time * groups
     block_count = compressed_key.shape[1]
-    work = items * (heads // groups) * (block_count + sizes[3] * sizes[2] + sizes[4]) * width
+    keys = block_count + config.top_k * config.select_block + config.window
+    work = items * (heads // groups) * keys * width
     parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)
     rest = places, block_count, key.shape[1], sizes, np.float32(scale), out.numpy()
     compiled.spread(lambda _, *span: _attend(*arguments, *rest, *span), items, parts)

@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rorqual.kernels.results import Read
+
 _TILE = 64  # tokens times streams of a tile, and its columns
 _TINY = 1.1754943508222875e-38  # float32's smallest normal number
 
@@ -360,11 +362,9 @@ def pre_mapping(
     handed_on: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
-) -> tuple[
-    Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
-]:
+) -> Read:
     """Computes layers.streams.pre_mapping, within rounding."""
-    return _PreMapping.apply(streams, m, scale, base, handed_on, iterations, eps)
+    return Read(*_PreMapping.apply(streams, m, scale, base, handed_on, iterations, eps))
 
 
 def post_mapping(

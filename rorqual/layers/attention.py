@@ -19,6 +19,7 @@ is multiplied by sigmoid(W_g x), a gate for every value (2505.06708).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,29 @@ class GQACache(Bundle):
 
     keys: Appended
     values: Appended
+
+
+class Expanded(NamedTuple):
+    """What MLA attends with in the expanded form: every head has a key and a value of its own."""
+
+    query: Float[Tensor, "B T H P"]  # P = nope_dim + rope_dim; rotated, as the keys are
+    key: Float[Tensor, "B L H P"]  # of all tokens, cached ones first
+    value: Float[Tensor, "B L H Q"]
+
+
+class Projected(NamedTuple):
+    """What GQA makes of the hidden states, before it attends."""
+
+    query: Float[Tensor, "B T H P"]  # of the new tokens; rotated, as the keys are
+    key: Float[Tensor, "B L G P"]  # of all tokens, cached ones first
+    value: Float[Tensor, "B L G Q"]
+    # Logits of the output's gates, of the new tokens; None without an output gate.
+    gate: Float[Tensor, "B T H Q"] | None
+
+    def last(self, ctx: Context) -> "Projected":
+        """Returns the queries and gates of each sequence's last new token, with all keys."""
+        gate = None if self.gate is None else ctx.last_of(self.gate)
+        return self._replace(query=ctx.last_of(self.query), gate=gate)
 
 
 class MLA(nn.Module):
@@ -177,16 +201,17 @@ class MLA(nn.Module):
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool
     ) -> Float[Tensor, "B T H Q"]:
         """Attends in the expanded form: each latent is projected to every head's key and value."""
-        return attend(*self.expand(nope, rope, latent), self.scale, mask, causal)
+        heads = self.expand(nope, rope, latent)
+        return attend(heads.query, heads.key, heads.value, self.scale, mask, causal)
 
-    def expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Forms queries and keys [B, T or L, H, nope + rope] and values [B, L, H, value]."""
+    def expand(self, nope: Tensor, rope: Tensor, latent: Tensor) -> Expanded:
+        """Joins the parts of the queries, and forms every head's keys and values of the latents."""
         c = self.config
         latent, key = latent.split([c.kv_lora_rank, c.rope_dim], dim=-1)
         up = self.kv_b_proj(latent).unflatten(-1, (c.heads, -1))  # [B, L, H, nope + value]
         key_nope, value = up.split([c.nope_dim, c.value_dim], dim=-1)
         key = by_head(key_nope, key.unsqueeze(2).expand(-1, -1, c.heads, -1))
-        return by_head(nope, rope), key, value
+        return Expanded(by_head(nope, rope), key, value)
 
     def absorbed(
         self, nope: Tensor, rope: Tensor, latent: Tensor, mask: Tensor | None, causal: bool = False
@@ -263,12 +288,11 @@ class GQA(nn.Module):
         With `ctx.last_only` only the last token has an output. GQA has no indexer to train. With a
         cache the new tokens are appended to it.
         """
-        query, key, value, gate = self.project(hidden, ctx)
+        projected = self.project(hidden, ctx)
         if ctx.last_only:
-            query = ctx.last_of(query)
-            gate = None if gate is None else ctx.last_of(gate)
+            projected = projected.last(ctx)
             ctx = ctx.last()
-        return Attended(self.finish(self._attend(query, key, value, ctx), gate))
+        return Attended(self.finish(self._attend(projected, ctx), projected.gate))
 
     def finish(
         self, out: Float[Tensor, "B T H Q"], gate: Float[Tensor, "B T H Q"] | None
@@ -276,17 +300,10 @@ class GQA(nn.Module):
         """Projects the heads' outputs, each multiplied by its gate if there is one."""
         return self.o_proj((out if gate is None else out * gate.sigmoid()).flatten(2))
 
-    def project(
-        self, hidden: Float[Tensor, "B T D"], ctx: Context
-    ) -> tuple[
-        Float[Tensor, "B T H P"],
-        Float[Tensor, "B L G P"],
-        Float[Tensor, "B L G Q"],
-        Float[Tensor, "B T H Q"] | None,
-    ]:
-        """Returns rotated queries of the new tokens, keys and values of all tokens, and gates.
+    def project(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Projected:
+        """Returns queries and gates of the new tokens, and keys and values of all tokens.
 
-        The gates are logits of the new tokens, None without an output gate.
+        With a cache the new keys and values are appended to it.
         """
         c = self.config
         query, key = (
@@ -311,14 +328,17 @@ class GQA(nn.Module):
             cached = cache.keys.append(key, ctx), cache.values.append(value, ctx)
             # Those that other ranks fill carry gradients (context_parallel.py).
             key, value = cached if ctx.past or cached[0].requires_grad else (key, value)
-        return query, key, value, gate
+        return Projected(query, key, value, gate)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
+    def _attend(self, projected: Projected, ctx: Context) -> Float[Tensor, "B T H Q"]:
         """Attends to all keys, or to those of the config's window, with the sinks if there are any.
 
         Where all sequences have one length, the keys before every window are not read at all;
         otherwise the mask excludes them.
         """
+        query = projected.query
+        key = projected.key
+        value = projected.value
         window = self.config.window
         time = query.shape[1]
         if window is None or key.shape[1] <= window:

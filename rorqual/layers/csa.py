@@ -41,6 +41,7 @@ from rorqual.layers.cache import Bundle, Recent
 from rorqual.layers.context import Attended, Context
 from rorqual.layers.dsa import (
     IndexerLoss,
+    LossSums,
     Ties,
     attention_target,
     choices_open,
@@ -422,15 +423,15 @@ class SharedKV(nn.Module):
                 mask = window_mask(ctx, window, run, document_ids)
                 seen = entries.visible(ctx, run, count)
             if selection is not None and gathers:
-                index, real = selection.choose(selection.scores(run, count), seen, run)
+                selected = selection.choose(selection.scores(run, count), seen, run)
                 outs.append(
-                    attend_gathered(queries, key, mask, entries.values, index, real, sink, scale)
+                    attend_gathered(queries, key, mask, entries.values, selected, sink, scale)
                 )
                 continue
             if selection is not None:
                 if ctx.indexer_warmup is not None:
                     scores = selection.scores(run, count)
-                    selected_mask = selection.mask(*selection.choose(scores, seen, run), count)
+                    selected_mask = selection.mask(selection.choose(scores, seen, run), count)
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     heads = queries, values, scale, ctx.indexer_warmup
                     losses.append(entry_loss(scores, seen, selected_mask, *heads, valid))
@@ -438,7 +439,7 @@ class SharedKV(nn.Module):
                 elif count > selection.top_k:
                     with torch.no_grad():
                         selected = selection.choose(selection.scores(run, count), seen, run)
-                    seen = selection.mask(*selected, count)
+                    seen = selection.mask(selected, count)
             both = torch.broadcast_tensors(mask[..., :1], seen[..., :1])[0].shape[:2]
             mask = torch.cat([mask.expand(*both, -1), seen.expand(*both, -1)], dim=-1)
             key = torch.cat([key, values.to(key.dtype)], dim=1)
@@ -552,6 +553,13 @@ class CSA(HCA):
         return selection._replace(as_topk=True, spans=entries.spans(ctx), ties=ties)
 
 
+class SelectedEntries(NamedTuple):
+    """The entries that each query of a run selects."""
+
+    numbers: Int[Tensor, "B T K"]
+    real: Bool[Tensor, "B T K"]  # False where a query sees fewer than it may select
+
+
 class EntrySelection(NamedTuple):
     """Scores and selects entries for the queries of a call, one run of them at a time."""
 
@@ -575,8 +583,8 @@ class EntrySelection(NamedTuple):
 
     def choose(
         self, scores: Float[Tensor, "B T M"], visible: Bool[Tensor, "#B T M"], run: slice
-    ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"]]:
-        """Returns the visible entries of largest score of the queries `run`, and which exist."""
+    ) -> SelectedEntries:
+        """Returns the visible entries of largest score of the queries `run`."""
         scores = scores.detach().masked_fill(~visible, -torch.inf)
         if self.as_topk:
             # Which of equal scores torch.topk selects depends on the number of all.
@@ -589,24 +597,13 @@ class EntrySelection(NamedTuple):
                 choose_within(self.spans[:, run], scores, index, tied)
         else:
             index = largest(scores, self.top_k)
-        return index, scores.gather(-1, index) > -torch.inf
+        return SelectedEntries(index, scores.gather(-1, index) > -torch.inf)
 
-    def mask(
-        self, index: Int[Tensor, "B T K"], real: Bool[Tensor, "B T K"], count: int
-    ) -> Bool[Tensor, "B T M"]:
+    def mask(self, selected: SelectedEntries, count: int) -> Bool[Tensor, "B T M"]:
         """Returns True at those of the first `count` entries that `choose` selected."""
+        real = selected.real
         mask = real.new_zeros(*real.shape[:2], self.keys.shape[1])
-        return mask.scatter_(-1, index, real)[..., :count]
-
-
-class EntryLoss(NamedTuple):
-    """Sums over the queries of a run, and their numbers."""
-
-    loss: Float[Tensor, ""]
-    captured: Float[Tensor, ""]
-    uniform: Float[Tensor, ""]  # the loss of equal scores
-    queries: Float[Tensor, ""]  # that see an entry
-    choosing: Float[Tensor, ""]  # that see more entries than they select
+        return mask.scatter_(-1, selected.numbers, real)[..., :count]
 
 
 def entry_loss(
@@ -618,7 +615,7 @@ def entry_loss(
     scale: float,
     indexer_warmup: bool,
     valid: Bool[Tensor, "B T"] | None,
-) -> EntryLoss:
+) -> LossSums:
     """Sums KL(attention over the entries || softmax(scores)) over the queries of a run.
 
     It is over every visible entry in the warm-up, later over the selected ones. The
@@ -628,31 +625,29 @@ def entry_loss(
     with torch.no_grad():
         key = values.detach()[:, :, None].expand(-1, -1, query.shape[2], -1)
         masks = visible[:, None], selected_mask[:, None]
-        target, captured = attention_target(query.detach(), key, *masks, scale, indexer_warmup)
+        target = attention_target(query.detach(), key, *masks, scale, indexer_warmup)
+    share = target.probabilities
     log = scores.masked_fill(~over, torch.finfo(scores.dtype).min).log_softmax(-1)
-    terms = torch.special.xlogy(target, target) - target * log.masked_fill(~over, 0.0)
+    terms = torch.special.xlogy(share, share) - share * log.masked_fill(~over, 0.0)
     number = visible.sum(-1)
-    counts = (number > 0).expand_as(captured).float()
+    counts = (number > 0).expand_as(target.captured).float()
     counts = counts if valid is None else counts * valid
     choosing = counts * (number > selected_mask.sum(-1))
     # A query that sees no entry counts as none.
     equal = over.sum(-1).clamp_min(1).log()
-    uniform = torch.special.xlogy(target, target).sum(-1) + equal
-    return EntryLoss(
-        (counts * terms.sum(-1)).sum(),
-        (choosing * captured).sum(),
-        (counts * uniform).sum(),
-        counts.sum(),
-        choosing.sum(),
+    uniform = torch.special.xlogy(share, share).sum(-1) + equal
+    return LossSums(
+        loss=(counts * terms.sum(-1)).sum(),
+        captured=(choosing * target.captured).sum(),
+        uniform=(counts * uniform).sum(),
+        queries=counts.sum(),
+        choosing=choosing.sum(),
     )
 
 
-def mean_entry_loss(losses: list[EntryLoss]) -> IndexerLoss:
-    """Returns the means over the queries of all runs; the recall is 1 where none had to select."""
-    total = EntryLoss(*(torch.stack(sums).sum() for sums in zip(*losses, strict=True)))
-    share = torch.where(total.choosing > 0, total.captured / total.choosing.clamp_min(1), 1.0)
-    count = total.queries.clamp_min(1)
-    return IndexerLoss(total.loss / count, share, total.uniform / count)
+def mean_entry_loss(losses: list[LossSums]) -> IndexerLoss:
+    """Returns the means over the queries of all runs."""
+    return LossSums(*(torch.stack(sums).sum() for sums in zip(*losses, strict=True))).mean()
 
 
 def unweighted_norm(x: Float[Tensor, "*B P"], eps: float) -> Float[Tensor, "*B P"]:
@@ -716,21 +711,21 @@ def attend_gathered(
     key: Float[Tensor, "B L P"],
     mask: Bool[Tensor, "#B T L"],
     values: Float[Tensor, "B M P"],
-    index: Int[Tensor, "B T K"],
-    real: Bool[Tensor, "B T K"],
+    selected: SelectedEntries,
     sink: Float[Tensor, " H"],
     scale: float,
 ) -> Float[Tensor, "B T H P"]:
-    """Attends to window keys and to copies of the entries `index`, where they are `real`."""
+    """Attends to window keys and to copies of the selected ones of the entries `values`."""
+    numbers = selected.numbers
     # Gathering from a view of the cache, all sequences at once, would copy it whole.
-    copies = [one.index_select(0, i.flatten()) for one, i in zip(values, index, strict=True)]
-    entries = torch.stack(copies).unflatten(1, index.shape[1:]).to(key.dtype)  # [B, T, K, P]
+    copies = [one.index_select(0, i.flatten()) for one, i in zip(values, numbers, strict=True)]
+    entries = torch.stack(copies).unflatten(1, numbers.shape[1:]).to(key.dtype)  # [B, T, K, P]
     query = query * scale
     width = key.shape[1]
     logits_of_window = (query.flatten(1, 2) @ key.mT).unflatten(1, query.shape[1:3])
     logits = torch.cat([logits_of_window, query @ entries.mT], dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    seen = torch.cat([mask.expand(len(real), -1, -1), real], dim=-1)
+    seen = torch.cat([mask.expand(len(numbers), -1, -1), selected.real], dim=-1)
     logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
     sinks = sink.to(logits.dtype)[:, None].expand(*logits.shape[:3], 1)
     weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1].to(key.dtype)

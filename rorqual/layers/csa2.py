@@ -35,6 +35,7 @@ from rorqual.layers.csa import (
     COPIED,
     GATHERING,
     QUERIES,
+    SelectedEntries,
     SharedKV,
     SharedKVCache,
     attend_gathered,
@@ -514,8 +515,10 @@ class CSA2(SharedKV):
                 continue
             selected = shared.selected[:, run]
             if gathers:
-                places = shared.entries, selected.clamp_min(0), selected >= 0
-                outs.append(attend_gathered(queries, key, mask, *places, sink, scale))
+                copied = SelectedEntries(selected.clamp_min(0), selected >= 0)
+                outs.append(
+                    attend_gathered(queries, key, mask, shared.entries, copied, sink, scale)
+                )
                 continue
             if ctx.indexer_warmup:
                 seen = visible_entries(ctx, self.ratio).mask(count, run)

@@ -218,14 +218,17 @@ class DSA(MLA):
         if self.publishes and not self.dense and not ctx.indexer_warmup:
             selection = selection._replace(indices=selection.topk_indices())
         if ctx.indexer_warmup is not None:
-            query, key, value = self.expand(*queries, latent)
+            heads = self.expand(*queries, latent)
             loss = None
             if self.indexer is not None and not self.dense:
-                loss = selection.kl_loss(query, key, self.scale, ctx.indexer_warmup, ctx.valid)
+                loss = selection.kl_loss(
+                    heads.query, heads.key, self.scale, ctx.indexer_warmup, ctx.valid
+                )
+            attended = heads.query, heads.key, heads.value, self.scale
             if selection.selects and not ctx.indexer_warmup:
-                out = selection.attend_masked(query, key, value, self.scale)
+                out = selection.attend_masked(*attended)
             else:
-                out = attend(query, key, value, self.scale, *visibility(ctx))
+                out = attend(*attended, *visibility(ctx))
             return self._attended(out, loss, selection)
         absorbing = self.absorbs(ctx)
         if not selection.selects:
@@ -241,8 +244,8 @@ class DSA(MLA):
                 keys = latent[:, : early.end(run)]
                 outs.append(self.absorbed(nope[:, run], rope[:, run], keys, mask))
         elif cut:
-            arguments = self.expand(nope[:, :cut], rope[:, :cut], latent[:, : ctx.past + cut])
-            outs.append(early.attend_masked(*arguments, self.scale))
+            heads = self.expand(nope[:, :cut], rope[:, :cut], latent[:, : ctx.past + cut])
+            outs.append(early.attend_masked(heads.query, heads.key, heads.value, self.scale))
         if cut < nope.shape[1]:
             query, value_up = self.absorb(nope[:, cut:], rope[:, cut:])
             inputs = query, latent, late.query, late.key, late.weights
@@ -278,6 +281,29 @@ class DSA(MLA):
             factor *= (2 * c.kv_lora_rank + c.rope_dim) / (c.nope_dim + c.rope_dim + c.value_dim)
         keys = int(selection.top_k * max(factor, 1.0))
         return min(max(keys - (selection.key.shape[1] - time), 0), time)
+
+
+class Selected(NamedTuple):
+    """The keys that each query of a slice selects."""
+
+    columns: Int[Tensor, "B T K"]  # of the keys
+    visible: Bool[Tensor, "B T K"] | None = None  # which of them the query may see; None: all
+
+
+class LossSums(NamedTuple):
+    """Sums over queries that indexer loss and recall are made of, and the numbers of queries."""
+
+    loss: Float[Tensor, ""]  # of the divergences, in nats
+    captured: Float[Tensor, ""]  # of the selected keys' shares, over the `choosing` queries
+    uniform: Float[Tensor, ""]  # of the divergences of equal scores
+    queries: Float[Tensor, ""]  # that count in the loss
+    choosing: Float[Tensor, ""]  # of these, that see more keys than they may select
+
+    def mean(self) -> IndexerLoss:
+        """Returns the means over the queries; the recall is 1 where none had to select."""
+        share = torch.where(self.choosing > 0, self.captured / self.choosing.clamp_min(1), 1.0)
+        count = self.queries.clamp_min(1)
+        return IndexerLoss(self.loss / count, share, self.uniform / count)
 
 
 class IndexerSelection(NamedTuple):
@@ -343,12 +369,11 @@ class IndexerSelection(NamedTuple):
         run: slice,
         scores: Float[Tensor, "B T end"] | None = None,
         every_column: bool = False,
-    ) -> tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None:
-        """Returns the selected keys of each query, and which of them it may see (None: all).
+    ) -> Selected | None:
+        """Returns the selected keys of the queries `run`; None if every key is selected.
 
-        Returns None if every key is selected. `scores` are those of index_scores, if they are
-        computed already. Selected keys that a query may not see are clamped to columns below `end`
-        unless `every_column` is True.
+        `scores` are those of index_scores, if they are computed already. Selected keys that a query
+        may not see are clamped to columns below `end` unless `every_column` is True.
         """
         end = self.end(run)
         count = run.stop - run.start
@@ -360,7 +385,7 @@ class IndexerSelection(NamedTuple):
                 index = self.indices[:, run]
                 inside = index.clamp_max(end - 1)
                 visible = self.visible(run)[:, 0].expand(len(index), -1, -1)
-                return inside, visible.gather(-1, inside) & (index < end)
+                return Selected(inside, visible.gather(-1, inside) & (index < end))
             if scores is None:
                 scores = index_scores(self.query[:, run], self.key[:, :end], self.weights[:, run])
             if self.mask is not None or count > 1:
@@ -376,9 +401,9 @@ class IndexerSelection(NamedTuple):
                 if self.spans is not None:
                     choose_within(self.spans[:, run], scores, index, tied)
             if self.mask is None and end - count + 1 >= self.top_k:
-                return index, None
-            real = scores.gather(-1, index) > -torch.inf
-            return (index if every_column else index.clamp_max(end - 1)), real
+                return Selected(index)
+            visible = scores.gather(-1, index) > -torch.inf
+            return Selected(index if every_column else index.clamp_max(end - 1), visible)
 
     def topk_indices(self) -> Int[Tensor, "B T K"] | None:
         """Returns the columns of all queries' selected keys, None if every key is selected."""
@@ -392,7 +417,7 @@ class IndexerSelection(NamedTuple):
                 shape = len(self.query), run.stop - run.start, self.top_k
                 parts.append(torch.arange(self.top_k, device=self.key.device).expand(shape))
             else:
-                parts.append(selected[0])
+                parts.append(selected.columns)
         return torch.cat(parts, dim=1)
 
     def split(self, count: int) -> tuple["IndexerSelection", "IndexerSelection"]:
@@ -457,13 +482,14 @@ class IndexerSelection(NamedTuple):
             for column in range(run.start, run.stop, at_once):
                 chunk = slice(column - run.start, column - run.start + at_once)
                 some = query[:, column : min(column + at_once, run.stop)]
-                real = None if selected[1] is None else selected[1][:, chunk, None, None]
+                visible = selected.visible
+                visible = None if visible is None else visible[:, chunk, None, None]
                 outs_of_sequences = []
                 # Gathering from a view of the cache, all sequences at once, would copy it whole.
-                for sequence, index in enumerate(selected[0][:, chunk]):
+                for sequence, index in enumerate(selected.columns[:, chunk]):
                     keys = latent[sequence].index_select(0, index.flatten())
                     keys = keys.unflatten(0, index.shape)  # [T, K, R]
-                    mask = None if real is None else real[sequence]
+                    mask = None if visible is None else visible[sequence]
                     queries = some[sequence].unsqueeze(1)
                     outs_of_sequences.append(attend_shared(queries, keys, scale, mask).squeeze(1))
                 outs.append(torch.stack(outs_of_sequences))
@@ -484,10 +510,7 @@ class IndexerSelection(NamedTuple):
         """
         attention = query.detach(), key.detach(), scale, indexer_warmup
         sums = _Divergence.apply(*self[:5], *attention, valid, self.ties, self.spans)
-        summed, captured, queries, choosing, uniform = sums
-        recall = torch.where(choosing > 0, captured / choosing.clamp_min(1), 1.0)
-        count = queries.clamp_min(1)
-        return IndexerLoss(summed / count, recall, uniform / count)
+        return LossSums(*sums).mean()
 
 
 def shared_selection(
@@ -515,16 +538,17 @@ def switch(model: nn.Module, dense: bool) -> None:
 def selected_mask(
     selection: IndexerSelection,
     run: slice,
-    selected: tuple[Int[Tensor, "B T K"], Bool[Tensor, "B T K"] | None] | None,
+    selected: Selected | None,
 ) -> Bool[Tensor, "#B 1 T end"]:
     """Returns True at the keys that `select` returned and that the query may see."""
     if selected is None:
         return selection.visible(run)
-    index, real = selected
-    mask = torch.zeros(*index.shape[:2], selection.end(run), dtype=torch.bool, device=index.device)
-    mask = mask.scatter_(-1, index, True)[:, None]
+    columns = selected.columns
+    shape = *columns.shape[:2], selection.end(run)
+    mask = torch.zeros(shape, dtype=torch.bool, device=columns.device)
+    mask = mask.scatter_(-1, columns, True)[:, None]
     # A query that selected keys it may not see sees no more than it may select.
-    return mask if real is None else mask & selection.visible(run)
+    return mask if selected.visible is None else mask & selection.visible(run)
 
 
 @kernel(numba="rorqual.kernels.dsa:attend_best")
@@ -627,6 +651,13 @@ def index_scores(
         return (weights.float().unsqueeze(2) @ products.unflatten(1, query.shape[1:3])).squeeze(2)
 
 
+class AttentionTarget(NamedTuple):
+    """What an indexer learns: how the attention's probability is spread over the keys."""
+
+    probabilities: Float[Tensor, "B T L"]  # averaged over the heads
+    captured: Float[Tensor, "B T"]  # share of that over every key which the selected keys carry
+
+
 def attention_target(
     query: Float[Tensor, "B T H P"],
     key: Float[Tensor, "B L H P"],
@@ -634,11 +665,10 @@ def attention_target(
     seen: Bool[Tensor, "#B 1 T L"],
     scale: float,
     indexer_warmup: bool,
-) -> tuple[Float[Tensor, "B T L"], Float[Tensor, "B T"]]:
+) -> AttentionTarget:
     """Computes the indexer's target: MLA's attention probabilities, averaged over the heads.
 
-    During the warm-up they are over every visible key, later over those in `seen`. The second
-    result is the share of the probability over every key that the `seen` keys carry.
+    During the warm-up they are over every visible key, later over the selected ones, `seen`.
     """
     with torch.autocast(query.device.type, enabled=False):
         # [B, H, T, L]
@@ -649,15 +679,14 @@ def attention_target(
     among = (powers * seen).sum(-1, keepdim=True)
     captured = (among / every).mean(1).squeeze(-1)
     if indexer_warmup:
-        return powers.div_(every).mean(1), captured
-    return powers.mul_(seen).div_(among.clamp_min(1e-30)).mean(1), captured
+        return AttentionTarget(powers.div_(every).mean(1), captured)
+    return AttentionTarget(powers.mul_(seen).div_(among.clamp_min(1e-30)).mean(1), captured)
 
 
 class _Divergence(torch.autograd.Function):
-    """Sums the KL divergence and the recall over queries, and counts the queries of each.
+    """Computes the LossSums of a call, and the gradient of its loss together with it.
 
-    The divergence is KL(target || softmax(I)), and in the last sum that of equal scores. The recall
-    is over queries that have more keys than they may select. With s_j = <q_j, k> the gradients are
+    The divergence is KL(target || softmax(I)). With s_j = <q_j, k> the gradients are
 
         e = dKL/dI = softmax(I) - target    dw_j = sum_s e relu(s_j)    ds_j = e w_j [s_j > 0]
     """
@@ -692,21 +721,21 @@ class _Divergence(torch.autograd.Function):
                 scores = (weights[:, run].float().unsqueeze(2) @ products).squeeze(2)
                 seen = selected_mask(selection, run, selection.select(run, scores))
                 heads = attended[:, run], attended_key[:, : selection.end(run)]
-                target, captured = attention_target(*heads, visible, seen, scale, indexer_warmup)
+                target = attention_target(*heads, visible, seen, scale, indexer_warmup)
+                share = target.probabilities
                 over = (visible if indexer_warmup else seen)[:, 0]
-                terms, error = _compared(scores, target, over)
-                uniform = torch.special.xlogy(target, target).sum(-1) + over.sum(-1).log()
+                terms, error = _compared(scores, share, over)
+                uniform = torch.special.xlogy(share, share).sum(-1) + over.sum(-1).log()
                 counts = torch.ones_like(terms) if valid is None else valid[:, run].float()
                 choosing = counts * (visible[:, 0].sum(-1) > top_k)
-                sums += torch.stack(
-                    [
-                        (counts * terms).sum(),
-                        (choosing * captured).sum(),
-                        counts.sum(),
-                        choosing.sum(),
-                        (counts * uniform).sum(),
-                    ]
+                of_run = LossSums(
+                    loss=(counts * terms).sum(),
+                    captured=(choosing * target.captured).sum(),
+                    uniform=(counts * uniform).sum(),
+                    queries=counts.sum(),
+                    choosing=choosing.sum(),
                 )
+                sums += torch.stack(of_run)
                 if graded:
                     _add_gradients(grads, run, products, error * counts.unsqueeze(-1), selection)
         ctx.grads = grads

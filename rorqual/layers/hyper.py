@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rorqual.layers.streams import Streams as Streams
 from rorqual.layers.streams import (
+    Read,
     coefficient_dtype,
     post_mapping,
     pre_mapping,
@@ -37,6 +37,7 @@ from rorqual.layers.streams import (
     read,
     squash,
 )
+from rorqual.layers.streams import Streams as Streams
 from rorqual.model_config import HyperConfig as HyperConfig
 
 
@@ -75,15 +76,6 @@ class Coefficients(NamedTuple):
     pre: Float[Tensor, "B T S"]
     post: Float[Tensor, "B T S"]
     comb: Float[Tensor, "B T S S"] | None
-
-
-class Read(NamedTuple):
-    """A mixer's result: the sublayer's input, and the coefficients with the tokens last."""
-
-    u: Float[Tensor, "N D"]
-    pre: Float[Tensor, "S N"]
-    post: Float[Tensor, "S N"]
-    comb: Float[Tensor, "S S N"] | None
 
 
 def unrounded(streams: Tensor) -> torch.autocast:
@@ -140,11 +132,10 @@ class Manifold(nn.Module):
         scale = self.scale.to(precision)
         base = self.base.to(precision)
         if config.mix == "sinkhorn":
-            return Read(
-                *pre_mapping(streams, m, scale, base, handed_on, config.iterations, config.eps)
-            )
-        pre, post, _ = squash(m, scale, base, config.streams, config.eps)
-        return Read(read(streams, pre if handed_on is None else handed_on), pre, post, None)
+            return pre_mapping(streams, m, scale, base, handed_on, config.iterations, config.eps)
+        squashed = squash(m, scale, base, config.streams, config.eps)
+        u = read(streams, squashed.pre if handed_on is None else handed_on)
+        return Read(u, squashed.pre, squashed.post, None)
 
 
 class Unconstrained(nn.Module):
@@ -218,10 +209,12 @@ class Connection(nn.Module):
         """Computes pre, post and comb for these streams, for analysis."""
         batch, time, S, _ = streams.shape
         with unrounded(streams):
-            _, pre, post, comb = self.mixer(streams.flatten(0, 1))
+            made = self.mixer(streams.flatten(0, 1))
+        comb = made.comb
         if comb is not None:
             comb = comb.permute(2, 0, 1).reshape(batch, time, S, S)
-        return Coefficients(pre.T.reshape(batch, time, S), post.T.reshape(batch, time, S), comb)
+        pre, post = (x.T.reshape(batch, time, S) for x in (made.pre, made.post))
+        return Coefficients(pre, post, comb)
 
     def read(self, x: Streams) -> tuple[Float[Tensor, "B T D"], Mapping]:
         """Returns the sublayer's input, sum_i pre_i x_i, and the mapping for `write`."""
@@ -230,19 +223,19 @@ class Connection(nn.Module):
         single = self.config.kind == "single_pass"
         with unrounded(flat):
             handed_on = x.pre.flatten(0, 1).T if single and x.pre is not None else None
-            u, pre, post, comb = self.mixer(flat, handed_on)
-        if single and x.pre is None:
-            # The first site's pre-mapping is one-hot on stream 0.
-            u = x.values[:, :, 0]
-        return u.view(batch, time, dim), Mapping(flat, (batch, time), post, comb, pre)
+            made = self.mixer(flat, handed_on)
+        # The first site's pre-mapping is one-hot on stream 0.
+        u = x.values[:, :, 0] if single and x.pre is None else made.u
+        mapping = Mapping(flat, (batch, time), made.post, made.comb, made.pre)
+        return u.view(batch, time, dim), mapping
 
     def write(self, out: Float[Tensor, "B T D"], mapping: Mapping) -> Streams:
         """Computes x_k <- post_k out + sum_j comb[j, k] x_j."""
-        flat, shape, post, comb, pre = mapping
-        assert post is not None and pre is not None
-        with unrounded(flat):
-            written = post_mapping(flat, out.flatten(0, 1), post, comb)
-        return Streams(written.unflatten(0, shape), pre.T.unflatten(0, shape))
+        assert mapping.post is not None and mapping.pre is not None
+        with unrounded(mapping.streams):
+            written = post_mapping(mapping.streams, out.flatten(0, 1), mapping.post, mapping.comb)
+        values = written.unflatten(0, mapping.shape)
+        return Streams(values, mapping.pre.T.unflatten(0, mapping.shape))
 
 
 class Residual(nn.Module):

@@ -13,6 +13,7 @@ selects for all of them (layers/tiles.py), is ours.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,14 @@ from rorqual.layers.sparse import (
 )
 from rorqual.model_config import GQAConfig, RopeConfig
 from rorqual.model_config import MoBAConfig as MoBAConfig
+
+
+class BlockMeans(NamedTuple):
+    """The mean key of each block of each sequence, and where documents are in it."""
+
+    means: Float[Tensor, "B M G P"]
+    # The block of each key, counted through the documents of a sequence; None without documents.
+    segment: Int[Tensor, "B L"] | None = None
 
 
 def block_means(
@@ -121,32 +130,32 @@ class MoBA(GQA):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        query, key, value, _ = self.project(hidden, ctx)
+        projected = self.project(hidden, ctx)
         # A single new token after a cache; the last token of a prompt does not count as one.
-        single = ctx.past > 0 and query.shape[1] == 1
+        single = ctx.past > 0 and hidden.shape[1] == 1
         full = self.full or (single and self.moba.decode == "full")
         # A cache needs means and selections even while attention is full: it may be switched.
         cached = ctx.cache is not None and not self.always
-        segment, means = self._means(key, ctx) if cached or not full else (None, None)
+        blocks = self._means(projected.key, ctx) if cached or not full else None
         # With tiles the first query of a tile selects, even if only the last one is needed.
         if ctx.last_only and not self.tiles:
-            query = ctx.last_of(query)
+            projected = projected.last(ctx)
             ctx = ctx.last()
         keys = None
-        if means is not None and (self.tiles or not full):
-            keys = self.select(query, means, segment, ctx)
+        if blocks is not None and (self.tiles or not full):
+            keys = self.select(projected.query, blocks, ctx)
+        attended = projected.query, projected.key, projected.value
         if keys is None or full:
-            out = full_attention(query, key, value, ctx, self.scale)
+            out = full_attention(*attended, ctx, self.scale)
         else:
-            out = attend_selected(query, key, value, keys, ctx, self.scale)
+            out = attend_selected(*attended, keys, ctx, self.scale)
         out = ctx.last_of(out) if ctx.last_only else out
         return Attended(self.o_proj(out.flatten(2)))
 
     def select(
         self,
         query: Float[Tensor, "B T H P"],
-        means: Float[Tensor, "B M G P"],
-        segment: Int[Tensor, "B L"] | None,
+        blocks: BlockMeans,
         ctx: Context,
     ) -> Selection | None:
         """Returns the blocks that each query attends to; None where there is no more than one.
@@ -155,7 +164,7 @@ class MoBA(GQA):
         """
         size = self.moba.block
         top_k = self.moba.top_k
-        own_block = own_blocks(ctx, segment, size)
+        own_block = own_blocks(ctx, blocks.segment, size)
         first = own_block - ctx.positions // size
         if not self.tiles and ctx.key_count <= size:
             return None
@@ -167,26 +176,25 @@ class MoBA(GQA):
             if queries is None and ctx.mask is None:
                 # No query of the run sees later blocks.
                 end = -(-(ctx.past + run.stop) // size)
-            scores = block_scores(query[:, run_queries], means[:, :end])
+            scores = block_scores(query[:, run_queries], blocks.means[:, :end])
             index.append(
                 best_blocks(scores, own_block[:, run_queries], first[:, run_queries], top_k)
             )
         if not self.tiles:
-            return Selection(torch.cat(index, dim=1), size, segment)
+            return Selection(torch.cat(index, dim=1), size, blocks.segment)
         choice = None if ctx.cache is None else ctx.cache.attention.choice
-        keys = by_tiles(torch.cat(index, dim=1), ctx, segment, size, choice)
+        keys = by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
         return None if ctx.key_count <= size else keys
 
-    def _means(
-        self, key: Tensor, ctx: Context
-    ) -> tuple[Int[Tensor, "B L"] | None, Float[Tensor, "B M G P"]]:
-        """Returns the block of each key, None where columns determine it, and the blocks' means."""
+    def _means(self, key: Tensor, ctx: Context) -> BlockMeans:
+        """Returns the means of all blocks; the cache keeps those of complete ones."""
         size = self.moba.block
         if (segment := segments(ctx, size)) is not None:
-            return segment, block_means(key.detach(), segment, most_blocks(segment))
+            means = block_means(key.detach(), segment, most_blocks(segment))
+            return BlockMeans(means, segment)
         if ctx.cache is not None:
-            return None, ctx.cache.attention.means.update(key, _mean, ctx)
-        return None, _mean(windows(key.detach(), size, size))
+            return BlockMeans(ctx.cache.attention.means.update(key, _mean, ctx))
+        return BlockMeans(_mean(windows(key.detach(), size, size)))
 
 
 def _mean(keys: Float[Tensor, "B M G l P"]) -> Float[Tensor, "B M G P"]:

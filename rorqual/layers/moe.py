@@ -29,6 +29,17 @@ Exchange = Callable[
 ]
 
 
+class Sorted(NamedTuple):
+    """An order of slots in which those of one expert are rows side by side.
+
+    Slots of no expert are its last rows.
+    """
+
+    order: Int[Tensor, " slots"]  # slot of each row
+    rows: Int[Tensor, " slots"]  # row of each slot
+    ends: Int[Tensor, " E"]  # one more than the last row of each expert
+
+
 class Slots(NamedTuple):
     """Copies of tokens, sorted by expert; there are fewer than N * K where slots are not taken.
 
@@ -40,18 +51,12 @@ class Slots(NamedTuple):
     counts: Int[Tensor, " E"]  # rows of each expert
 
 
-def sort_by_expert(
-    topk_indices: Int[Tensor, " slots"], experts: int
-) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"], Int[Tensor, " E"]]:
-    """Sorts slots by expert, those of one expert in their order.
-
-    Returns the slot of each row, the row of each slot, and the end of each expert's rows; slots of
-    no expert (E) come last.
-    """
+def sort_by_expert(topk_indices: Int[Tensor, " slots"], experts: int) -> Sorted:
+    """Sorts slots by expert, those of one expert in their order; those of no expert (E) last."""
     expert, order = topk_indices.sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True)
     rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return order, rows, ends
+    return Sorted(order, rows, ends)
 
 
 def sort_slots(routing: Routing, dropping: bool) -> Slots:
@@ -63,7 +68,10 @@ def sort_slots(routing: Routing, dropping: bool) -> Slots:
     topk_indices = routing.topk_indices.flatten()
     if dropping:
         topk_indices = topk_indices.where(routing.taken().flatten(), experts)
-    order, rows, ends = sort_by_expert(topk_indices, experts)
+    by_expert = sort_by_expert(topk_indices, experts)
+    order = by_expert.order
+    rows = by_expert.rows
+    ends = by_expert.ends
     if dropping:
         taken = int(ends[-1])
         order = order[:taken]

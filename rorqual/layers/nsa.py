@@ -68,6 +68,28 @@ class Compressed(NamedTuple):
     segment: Int[Tensor, "B L"] | None = None  # selection block of each key
 
 
+class KeyValue(NamedTuple):
+    """Keys and values of all tokens that a branch projects for itself, cached ones first."""
+
+    key: Float[Tensor, "B L G P"]  # rotated
+    value: Float[Tensor, "B L G Q"]
+
+
+class Branches(NamedTuple):
+    """What the branches beside the selected one project; that has GQA's keys and values."""
+
+    uncompressed: KeyValue  # of which the blocks of the compressed branch are made
+    window: KeyValue
+
+
+class Scored(NamedTuple):
+    """The importance of selection blocks to some queries, and which of them each may select."""
+
+    importance: Float[Tensor, "B T G J"]  # p_slc
+    own_block: Int[Tensor, "B T"]  # the block that the query is in
+    first: Int[Tensor, "B T"]  # the first block of the query's document
+
+
 class Compression(nn.Module):
     """Compresses the keys (or values) of a block into one.
 
@@ -145,22 +167,24 @@ class NSA(GQA):
         """
         whole = ctx
         scale = self.scale
-        query, key, value, _ = self.project(hidden, ctx)
-        uncompressed, window_pair = self._project_branches(hidden, ctx)
-        blocks = self._compress(*uncompressed, ctx)
+        projected = self.project(hidden, ctx)
+        branches = self._project_branches(hidden, ctx)
+        blocks = self._compress(branches.uncompressed, ctx)
         # With tiles the first query of a tile selects, even if only the last one is needed.
         if ctx.last_only and not self.tiles:
-            query = ctx.last_of(query)
+            projected = projected.last(ctx)
             ctx = ctx.last()
+        query = projected.query
+        pair = projected.key, projected.value
         if ctx.past and blocks.segment is None and query.shape[1] <= SMALL_BATCH:
             index = self.select(query, blocks, ctx).blocks if self.tiles else None
-            pairs = key, value, blocks.keys, blocks.values, *window_pair
+            pairs = *pair, blocks.keys, blocks.values, *branches.window
             out = attend_small_batch(query, *pairs, index, ctx.positions, self.nsa, scale)
         else:
             compressed, keys = self.attend_compressed(query, blocks, ctx)
             keys = self.select(query, blocks, ctx) if keys is None else keys
-            selected = attend_selected(query, key, value, keys, ctx, scale)
-            window = self._attend_window(query, *window_pair, ctx)
+            selected = attend_selected(query, *pair, keys, ctx, scale)
+            window = self._attend_window(query, branches.window, ctx)
             out = torch.stack([compressed, selected, window], dim=2)
         if whole.last_only:
             out = ctx.last_of(out)
@@ -191,8 +215,9 @@ class NSA(GQA):
             seen = self._seen(blocks, ctx, run_queries)
             keys = blocks.keys[:, : seen.shape[-1]]
             weights = _probabilities(query[:, run_queries], keys, seen, self.scale)
+            scored = self._importance(weights, blocks, ctx, run_queries)
             index.append(
-                best_blocks(*self._importance(weights, blocks, ctx, run_queries), top_k, 3)
+                best_blocks(scored.importance, scored.own_block, scored.first, top_k, forced=3)
             )
         choice = None if ctx.cache is None else ctx.cache.attention.choice
         return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
@@ -205,6 +230,7 @@ class NSA(GQA):
         Every query selects by its probabilities, which are formed once for both. With tiles only
         the first query of each selects, and None is returned.
         """
+        top_k = self.nsa.top_k
         outs = []
         index = []
         for run in runs(query.shape[1]):
@@ -219,37 +245,37 @@ class NSA(GQA):
             out = torch.einsum("bghtm,bmgq->btghq", weights.to(queries.dtype), values)
             outs.append(out.flatten(2, 3))
             scored = self._importance(weights, blocks, ctx, run)
-            index.append(best_blocks(*scored, self.nsa.top_k, 3))
+            index.append(
+                best_blocks(scored.importance, scored.own_block, scored.first, top_k, forced=3)
+            )
         if self.tiles:
             return torch.cat(outs, dim=1), None
         selection = Selection(torch.cat(index, dim=1), self.nsa.select_block, blocks.segment)
         return torch.cat(outs, dim=1), selection
 
-    def _project_branches(self, hidden: Tensor, ctx: Context) -> list[tuple[Tensor, Tensor]]:
-        """Projects the keys and values of the compressed and the window branch.
-
-        Returns rotated keys [B, L, G, P] and values [B, L, G, Q] of each.
-        """
+    def _project_branches(self, hidden: Tensor, ctx: Context) -> Branches:
+        """Projects the keys and values of the compressed and the window branch."""
         both = [
             linear(hidden).unflatten(-1, (self.config.kv_heads, -1))
             for linear in (self.compressed_kv, self.window_kv)
         ]
         keys, values = torch.cat(both, dim=2).split([self.config.head_dim, self.value_dim], dim=-1)
         turned = ctx.rotate(keys, self.interleaved)
-        pairs = list(zip(turned.chunk(2, 2), values.chunk(2, 2), strict=True))
+        branches = Branches(*map(KeyValue, turned.chunk(2, 2), values.chunk(2, 2)))
         if ctx.cache is None:
-            return pairs
+            return branches
         cache = ctx.cache.attention
-        stored = [
-            (containers.keys.append(key, ctx), containers.values.append(value, ctx))
-            for containers, (key, value) in zip(
-                (cache.uncompressed, cache.window), pairs, strict=True
-            )
-        ]
-        return stored if ctx.past else pairs
+        stored = (
+            KeyValue(containers.keys.append(new.key, ctx), containers.values.append(new.value, ctx))
+            for containers, new in zip((cache.uncompressed, cache.window), branches, strict=True)
+        )
+        cached = Branches(*stored)
+        return cached if ctx.past else branches
 
-    def _compress(self, keys: Tensor, values: Tensor, ctx: Context) -> Compressed:
+    def _compress(self, uncompressed: KeyValue, ctx: Context) -> Compressed:
         """Compresses the complete blocks of the compressed branch's keys and values."""
+        keys = uncompressed.key
+        values = uncompressed.value
         block = self.nsa.block
         stride = self.nsa.stride
         if (segment := segments(ctx, self.nsa.select_block)) is not None:
@@ -294,8 +320,8 @@ class NSA(GQA):
 
     def _importance(
         self, weights: Tensor, blocks: Compressed, ctx: Context, queries: slice | Tensor
-    ) -> tuple[Float[Tensor, "B T G J"], Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """Computes p_slc; returns it with each query's own block and its document's first one."""
+    ) -> Scored:
+        """Computes p_slc of the new tokens `queries`, of their probabilities p_cmp."""
         size = self.nsa.select_block
         positions = ctx.positions[:, queries]
         own_block = own_blocks(ctx, blocks.segment, size)[:, queries]
@@ -311,12 +337,14 @@ class NSA(GQA):
             if isinstance(queries, slice) and ctx.mask is None:
                 end = ctx.past + queries.stop
             importance = importance_of(probabilities, -(-end // size), self.nsa)
-        return importance.transpose(1, 2), own_block, own_block - positions // size
+        return Scored(importance.transpose(1, 2), own_block, own_block - positions // size)
 
     def _attend_window(
-        self, query: Tensor, key: Tensor, value: Tensor, ctx: Context
+        self, query: Tensor, branch: KeyValue, ctx: Context
     ) -> Float[Tensor, "B T H Q"]:
         """Attends to the last `window` keys of the document, up to the query."""
+        key = branch.key
+        value = branch.value
         window = self.nsa.window
         parts = []
         for run in runs(query.shape[1]):

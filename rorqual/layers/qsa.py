@@ -146,20 +146,20 @@ class QSA(GQA):
 
         With `ctx.last_only` only the last token of each sequence has an output.
         """
-        query, key, value, gate = self.project(hidden, ctx)
+        projected = self.project(hidden, ctx)
         index_query, index_keys = self.indexer.project(hidden, ctx)
         blocks = self.indexer.blocks(index_keys, ctx)
         if ctx.last_only:
-            query = ctx.last_of(query)
+            projected = projected.last(ctx)
             index_query = ctx.last_of(index_query)
-            gate = None if gate is None else ctx.last_of(gate)
             ctx = ctx.last()
         keys = self.select(index_query, blocks, ctx)
+        attended = projected.query, projected.key, projected.value
         if keys is None:
-            out = full_attention(query, key, value, ctx, self.scale)
+            out = full_attention(*attended, ctx, self.scale)
         else:
-            out = attend_selected(query, key, value, keys, ctx, self.scale)
-        return Attended(self.finish(out, gate))
+            out = attend_selected(*attended, keys, ctx, self.scale)
+        return Attended(self.finish(out, projected.gate))
 
     def select(
         self, query: Float[Tensor, "B T J P"], blocks: IndexBlocks, ctx: Context

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rorqual.kernels import kernel
+from rorqual.kernels.results import Read as Read
 
 
 class Streams(NamedTuple):
@@ -28,6 +29,14 @@ class Streams(NamedTuple):
     def add(self, update: Float[Tensor, "B T S D"]) -> "Streams":
         """Returns the streams with `update` added to their values."""
         return self._replace(values=self.values + update)
+
+
+class Squashed(NamedTuple):
+    """Two of a site's coefficients, and what the third is made of, tokens last."""
+
+    pre: Float[Tensor, "S N"]
+    post: Float[Tensor, "S N"]
+    logits: Float[Tensor, "L N"]  # of comb, row-major; none if the streams do not mix
 
 
 def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,7 +135,7 @@ def squash(
     base: Float[Tensor, " K"],
     streams: int,
     eps: float,
-) -> tuple[Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "L N"]]:
+) -> Squashed:
     """Computes pre, post and the logits of comb from the projections m.
 
     Rows of m and base: S of pre, S of post, the rest of comb.
@@ -137,7 +146,7 @@ def squash(
     # are small differences, in which a second rounding shows.
     pre = torch.sigmoid(torch.addcmul(base[:S], m[:S], scale[0])) + eps
     post = 2 * torch.sigmoid(torch.addcmul(base[S : 2 * S], m[S : 2 * S], scale[1]))
-    return pre, post, torch.addcmul(base[2 * S :], m[2 * S :], scale[2])
+    return Squashed(pre, post, torch.addcmul(base[2 * S :], m[2 * S :], scale[2]))
 
 
 def read(streams: Float[Tensor, "N S D"], pre: Float[Tensor, "S N"]) -> Float[Tensor, "N D"]:
@@ -162,17 +171,16 @@ def pre_mapping(
     handed_on: Float[Tensor, "S N"] | None = None,
     iterations: int = 20,
     eps: float = 1e-6,
-) -> tuple[
-    Float[Tensor, "N D"], Float[Tensor, "S N"], Float[Tensor, "S N"], Float[Tensor, "S S N"]
-]:
+) -> Read:
     """Computes u, pre, post and comb of one site, with K = 2S + S*S projections.
 
     comb's rows are row-major [j, k]. u is read with the pre-mapping `handed_on` if it is given.
     """
     S = streams.shape[1]
-    pre, post, logits = squash(m, scale, base, S, eps)
-    comb = sinkhorn(logits.view(S, S, -1), iterations, eps)
-    return read(streams, pre if handed_on is None else handed_on), pre, post, comb
+    squashed = squash(m, scale, base, S, eps)
+    comb = sinkhorn(squashed.logits.view(S, S, -1), iterations, eps)
+    u = read(streams, squashed.pre if handed_on is None else handed_on)
+    return Read(u, squashed.pre, squashed.post, comb)
 
 
 @kernel(

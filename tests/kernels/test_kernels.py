@@ -385,9 +385,11 @@ def test_a_kernel_has_the_signature_of_its_reference() -> None:
         assert reference is not None
         if kernel.missing:
             continue
-        theirs, ours = (inspect.signature(f).parameters for f in (reference, kernel.function))
-        assert list(ours) == list(theirs), name
-        for one, other in zip(ours.values(), theirs.values(), strict=True):
+        theirs, ours = (inspect.signature(f) for f in (reference, kernel.function))
+        assert str(ours.return_annotation) == str(theirs.return_annotation), name
+        assert list(ours.parameters) == list(theirs.parameters), name
+        pairs = zip(ours.parameters.values(), theirs.parameters.values(), strict=True)
+        for one, other in pairs:
             assert (one.default, one.kind) == (other.default, other.kind), f"{name}: {one}"
 
 

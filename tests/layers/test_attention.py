@@ -209,13 +209,20 @@ def test_gqa_equals_one_query_at_a_time(name):
     c = layer.config
     hidden = torch.randn(1, 11, 24, dtype=torch.float64, requires_grad=True)
     where = context(1, 11, "cpu", rope=(RopeConfig(base=50.0, yarn=YARN), c.head_dim))
-    query, key, value, _ = layer.project(hidden, where)
+    projected = layer.project(hidden, where)
     gap = torch.arange(11)[:, None] - torch.arange(11)
     visible = (gap >= 0) & (gap < (c.window or 99))
     expected = layer.o_proj(
-        slowly(query[0], key[0], value[0], layer.scale, visible, layer.sink_bias).flatten(1)
+        slowly(
+            projected.query[0],
+            projected.key[0],
+            projected.value[0],
+            layer.scale,
+            visible,
+            layer.sink_bias,
+        ).flatten(1)
     )
-    out = layer(hidden, where)[0][0]
+    out = layer(hidden, where).out[0]
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     toward = torch.randn_like(out)
     sources = (hidden, *layer.parameters())
@@ -301,12 +308,12 @@ class Net(nn.Module):
         )
         hidden = self.embed(ids)
         for attention, norm, cache in zip(self.layers, self.norms, caches, strict=False):
-            out, indexer_loss, _ = attention(
+            attended = attention(
                 norm(hidden), ctx.for_block(None if cache is None else BlockCache(cache))
             )
-            hidden = hidden + out
-            if indexer_loss is not None:
-                indexer_losses.append(indexer_loss)
+            hidden = hidden + attended.out
+            if attended.indexer_loss is not None:
+                indexer_losses.append(attended.indexer_loss)
         return self.norms[2](hidden) @ self.embed.weight.T
 
 

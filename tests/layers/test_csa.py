@@ -133,10 +133,10 @@ def expected(layer: SharedKV, x: Tensor) -> Tensor:
 def test_attention_is_that_of_a_naive_loop(kind: type[SharedKV]) -> None:
     layer = drawn(kind(CONFIG, DIM))
     x = torch.randn(2, 16, DIM, dtype=torch.float64)
-    result, loss, _ = layer(x, where(16, 2))
-    assert loss is None
+    attended = layer(x, where(16, 2))
+    assert attended.indexer_loss is None
     for row in range(2):
-        torch.testing.assert_close(result[row], expected(layer, x[row]), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(attended.out[row], expected(layer, x[row]), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 7, 128])
@@ -150,7 +150,7 @@ def test_gathered_entries_give_what_masked_ones_give(
         monkeypatch.setattr(csa, "GATHERING", gathering)
         monkeypatch.setattr(csa, "COPIED", copied)
         with torch.no_grad():
-            results.append(layer(x, where(60, 2))[0])
+            results.append(layer(x, where(60, 2)).out)
     torch.testing.assert_close(*results)
 
 
@@ -162,9 +162,9 @@ def test_of_equal_scores_the_last_are_selected_or_those_of_topk() -> None:
     selection = csa.EntrySelection(query, weights, keys, 2)
     scores = selection.scores(slice(0, 1), 5)
     run = slice(0, 1)
-    assert set(selection.choose(scores, visible, run)[0].flatten().tolist()) == {1, 3}
-    index = selection._replace(as_topk=True).choose(scores, visible, run)[0]
-    assert torch.equal(index, scores.masked_fill(~visible, -torch.inf).topk(2).indices)
+    assert set(selection.choose(scores, visible, run).numbers.flatten().tolist()) == {1, 3}
+    selected = selection._replace(as_topk=True).choose(scores, visible, run)
+    assert torch.equal(selected.numbers, scores.masked_fill(~visible, -torch.inf).topk(2).indices)
 
 
 def model(**changes: object) -> LanguageModel:
@@ -229,8 +229,8 @@ def test_without_weight_the_indexer_loss_is_measured_and_not_minimised() -> None
 def test_other_dtypes_stay_near() -> None:
     layer = drawn(CSA(CONFIG, DIM))
     x = torch.randn(1, 30, DIM, dtype=torch.float64)
-    result = layer(x, where(30))[0]
-    half = layer.to(torch.bfloat16)(x.bfloat16(), where(30))[0]
+    result = layer(x, where(30)).out
+    half = layer.to(torch.bfloat16)(x.bfloat16(), where(30)).out
     assert half.dtype == torch.bfloat16
     errors = (half - result).norm(dim=-1) / result.norm(dim=-1)
     assert errors.median() < 0.05

@@ -88,7 +88,9 @@ def test_blocks_use_the_entries_of_their_source():
     ids = torch.randint(config.vocab_size, (1, 60))
     seen = []
     for block in model.blocks:
-        block.attention.register_forward_hook(lambda _, arguments, out: seen.append(out[2]))
+        block.attention.register_forward_hook(
+            lambda _, arguments, attended: seen.append(attended.shared)
+        )
     with torch.no_grad():
         model(ids)
     assert seen[0] is None
@@ -126,8 +128,8 @@ def test_gathered_entries_give_what_masked_ones_give(dtype):
     rope = CSAConfig().compress_rope
     ctx = context(2, 40, "cpu", rope=(rope, 8), compress_rope=rope)
     with torch.no_grad():
-        gathered = attention(hidden, ctx)[0]
-    masked = attention(hidden, ctx)[0]
+        gathered = attention(hidden, ctx).out
+    masked = attention(hidden, ctx).out
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(gathered, masked, atol=tolerance, rtol=tolerance)
 

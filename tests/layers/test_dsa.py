@@ -48,14 +48,14 @@ def layer(top_k=5, mla=LATENT):
 
 def run(attention, hidden, indexer_losses=None, **expected):
     """Returns the output; the loss of an indexer that is trained goes to `indexer_losses`."""
-    out, indexer_loss, _ = attention(
+    attended = attention(
         hidden,
         context(*hidden.shape[:2], hidden.device, rope=(ROPE, attention.rope_dim), **expected),
     )
-    assert (indexer_loss is None) == (expected.get("indexer_warmup") is None)
-    if indexer_loss is not None and indexer_losses is not None:
-        indexer_losses.append(indexer_loss)
-    return out
+    assert (attended.indexer_loss is None) == (expected.get("indexer_warmup") is None)
+    if attended.indexer_loss is not None and indexer_losses is not None:
+        indexer_losses.append(attended.indexer_loss)
+    return attended.out
 
 
 def selected(attention, hidden, **expected):
@@ -176,7 +176,7 @@ def test_attends_to_the_selected_keys_alone(mla, way):
             cached = sorted(range(t + 1), key=lambda s, row=scores[b, t]: (row[s].item(), s))[-4:]
             mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
             mask[..., cached] = True
-            expected = plain(hidden, replace(where, mask=mask))[0]
+            expected = plain(hidden, replace(where, mask=mask)).out
             torch.testing.assert_close(out[b, t], expected[b, t], atol=1e-5, rtol=0)
 
 
@@ -231,7 +231,7 @@ def test_hidden_keys_get_no_gradient_and_the_others_that_of_dense_attention():
     every = slice(0, 11)
     mask = selected_mask(selection, every, selection.select(every))
     masked = replace(context(1, 11, "cpu", rope=(ROPE, 4)), mask=mask)
-    outs = run(attention, hidden), dense(attention)(hidden, masked)[0]
+    outs = run(attention, hidden), dense(attention)(hidden, masked).out
     pull = torch.randn_like(outs[0])
     mine, theirs = (torch.autograd.grad((y * pull).sum(), hidden)[0] for y in outs)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
@@ -393,16 +393,17 @@ def test_a_block_without_an_indexer_attends_to_the_keys_of_the_block_before(way)
     assert second.indexer is None and first.publishes and not second.publishes
     hidden = torch.randn(2, 13, 20)
     where = context(2, 13, "cpu", rope=(ROPE, 4))
-    _, loss, selected = first(hidden, where)
-    assert loss is None and selected.shape == (2, 13, 4)
-    out, loss, _ = second(hidden, replace(where, shared=selected))
+    attended = first(hidden, where)
+    selected = attended.shared
+    assert attended.indexer_loss is None and selected.shape == (2, 13, 4)
+    attended = second(hidden, replace(where, shared=selected))
     mask = torch.zeros(2, 1, 13, 13, dtype=torch.bool)
     mask = mask.scatter_(-1, selected[:, None], True) & where.visible()
-    expected = dense(second)(hidden, replace(where, mask=mask))[0]
-    assert loss is None
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
-    every = second(hidden, where)[0]  # nothing was selected: all keys
-    torch.testing.assert_close(every, dense(second)(hidden, where)[0], atol=1e-5, rtol=0)
+    expected = dense(second)(hidden, replace(where, mask=mask)).out
+    assert attended.indexer_loss is None
+    torch.testing.assert_close(attended.out, expected, atol=1e-5, rtol=0)
+    every = second(hidden, where).out  # nothing was selected: all keys
+    torch.testing.assert_close(every, dense(second)(hidden, where).out, atol=1e-5, rtol=0)
 
 
 def test_a_dense_layer_has_no_indexer_loss():
@@ -411,11 +412,13 @@ def test_a_dense_layer_has_no_indexer_loss():
     dsa.switch(attention, True)
     for indexer_warmup in (None, False, True):
         where = context(2, 13, "cpu", rope=(ROPE, 4), indexer_warmup=indexer_warmup)
-        out, loss, _ = attention(hidden, where)
-        assert loss is None
-        torch.testing.assert_close(out, dense(attention)(hidden, where)[0], atol=1e-5, rtol=0)
+        attended = attention(hidden, where)
+        assert attended.indexer_loss is None
+        torch.testing.assert_close(
+            attended.out, dense(attention)(hidden, where).out, atol=1e-5, rtol=0
+        )
     dsa.switch(attention, False)
-    assert (run(attention, hidden) - out).abs().max() > 1e-3
+    assert (run(attention, hidden) - attended.out).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("indexer_warmup", [True, False])
@@ -518,8 +521,8 @@ class TestIndexerLoss:
         with torch.autocast("cpu", torch.bfloat16):
             result = selection.kl_loss(query, key, 0.7, False)
             assert torch.equal(
-                selection.select(slice(0, 9))[0],
-                IndexerSelection(*selection).select(slice(0, 9))[0],
+                selection.select(slice(0, 9)).columns,
+                IndexerSelection(*selection).select(slice(0, 9)).columns,
             )
         assert result.loss.dtype == torch.float32
         assert torch.equal(result.loss, expected.loss)

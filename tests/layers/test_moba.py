@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from rorqual.layers import moba, sparse, tiles
-from rorqual.layers.attention import GQA, GQAConfig
+from rorqual.layers.attention import GQA, GQAConfig, Projected
 from rorqual.layers.cache import BlockCache, Past
 from rorqual.layers.context import context
 from rorqual.layers.moba import MoBA, MoBAConfig, switch
@@ -73,7 +73,8 @@ def moba_of(q, k, left=None, **options):
 
 def call(attention, q, k, v, cache=None, history=None, **expected):
     """Returns what the attention makes of given queries, keys and values, at a scale of 0.4."""
-    attention.project, attention.o_proj = lambda hidden, ctx: (q, k, v, None), Taken()
+    attention.project = lambda hidden, ctx: Projected(q, k, v, None)
+    attention.o_proj = Taken()
     attention.scale = 0.4
     cached = None if cache is None else BlockCache(cache)
     ctx = context(*q.shape[:2], q.device, past=history, cache=cached, **expected)
@@ -100,7 +101,7 @@ def layer(block=4, top_k=2, decode="sparse", kv_heads=2, choice="token"):
 def run(attention, hidden, past=None, cache=None, **expected):
     cached = BlockCache(cache) if cache is not None else None
     expected |= {"past": past, "rope": (ROPE, attention.rope_dim), "cache": cached}
-    return attention(hidden, context(*hidden.shape[:2], hidden.device, **expected))[0]
+    return attention(hidden, context(*hidden.shape[:2], hidden.device, **expected)).out
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -311,7 +312,8 @@ def test_autocast_changes_no_choice(choice, packed):
     segment = sparse.segments(ctx, 2)
     columns = (torch.arange(90) // 2).expand(3, -1)
     means = moba.block_means(key, columns if segment is None else segment, 45)
-    expected = inner.select(query, means, segment, ctx)
+    blocks = moba.BlockMeans(means, segment)
+    expected = inner.select(query, blocks, ctx)
     with torch.autocast("cpu", torch.bfloat16):
-        result = inner.select(query, means, segment, ctx)
+        result = inner.select(query, blocks, ctx)
     assert torch.equal(result.blocks, expected.blocks)

@@ -171,10 +171,13 @@ def test_rows_are_sorted_by_expert_and_stay_in_order_within() -> None:
 @pytest.mark.parametrize(("slots", "experts"), [(0, 3), (1, 1), (7, 3), (1000, 17)])
 def test_slots_are_sorted_by_expert_and_stay_in_order_within_one(slots: int, experts: int) -> None:
     topk_indices = torch.randint(experts + 1, (slots,))  # E means no expert
-    order, rows, ends = sort_by_expert(topk_indices, experts)
-    assert order.tolist() == sorted(range(slots), key=lambda slot: (int(topk_indices[slot]), slot))
-    assert torch.equal(order[rows], torch.arange(slots))
-    assert ends.tolist() == [int((topk_indices <= expert).sum()) for expert in range(experts)]
+    by_expert = sort_by_expert(topk_indices, experts)
+    order = by_expert.order.tolist()
+    assert order == sorted(range(slots), key=lambda slot: (int(topk_indices[slot]), slot))
+    assert torch.equal(by_expert.order[by_expert.rows], torch.arange(slots))
+    assert by_expert.ends.tolist() == [
+        int((topk_indices <= expert).sum()) for expert in range(experts)
+    ]
 
 
 def test_a_few_slots_are_not_sorted_and_come_out_the_same() -> None:

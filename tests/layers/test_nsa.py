@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from rorqual import kernels
 from rorqual.kernels import nsa as kernel
 from rorqual.layers import sparse, tiles
-from rorqual.layers.attention import GQAConfig
+from rorqual.layers.attention import GQAConfig, Projected
 from rorqual.layers.context import context
 from rorqual.layers.nsa import NSA, Compressed, NSAConfig, attend_small_batch, importance_of
 from rorqual.layers.rope import RopeConfig, rope_tables, rotate
@@ -56,7 +56,7 @@ def layer(config=SMALL, heads=4, kv_heads=2, value_dim=None, dim=20):
 
 
 def run(attention, hidden):
-    return attention(hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, 6)))[0]
+    return attention(hidden, context(*hidden.shape[:2], hidden.device, rope=(ROPE, 6))).out
 
 
 def branches(attention, q, k, v, hidden, ctx):
@@ -74,7 +74,9 @@ def call(attention, q, k, v, hidden, ctx, gates=None):
     copy = NSA(attention.nsa, attention.config, 20, ROPE)
     for name, module in attention.named_children():
         setattr(copy, name, module)
-    copy.project, copy.o_proj, copy.scale = lambda hidden, ctx: (q, k, v, None), Taken(), 0.4
+    copy.project = lambda hidden, ctx: Projected(q, k, v, None)
+    copy.o_proj = Taken()
+    copy.scale = 0.4
     if gates is not None:
         copy.gates = gates
     copy(hidden, ctx)
@@ -407,7 +409,8 @@ def selection_of(attention, query, blocks, ctx):
     """Returns the selection of every query, or of the first of each tile."""
     if attention.tiles:
         return attention.select(query, blocks, ctx)
-    return attention.attend_compressed(query, blocks, ctx)[1]
+    _, selection = attention.attend_compressed(query, blocks, ctx)
+    return selection
 
 
 @pytest.mark.parametrize("choice", ["token", "tile"])

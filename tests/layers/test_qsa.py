@@ -71,9 +71,9 @@ def test_every_token_attends_as_a_naive_loop_does():
     layer = build()
     hidden = torch.randn(1, 41, DIM, dtype=torch.float64)
     ctx = context(1, 41, "cpu", rope=(ROPE, 4))
-    result, loss, _ = layer(hidden, ctx)
-    assert loss is None
-    torch.testing.assert_close(result[0], naive(layer, hidden[0]), atol=1e-6, rtol=1e-6)
+    attended = layer(hidden, ctx)
+    assert attended.indexer_loss is None
+    torch.testing.assert_close(attended.out[0], naive(layer, hidden[0]), atol=1e-6, rtol=1e-6)
 
 
 def test_a_block_that_a_token_completes_is_seen_only_if_it_is_selected():
@@ -129,7 +129,7 @@ def test_ties_are_those_of_topk_over_the_blocks_of_the_query():
 def test_the_selection_has_no_gradient():
     layer = build().requires_grad_()
     hidden = torch.randn(1, 40, DIM, dtype=torch.float64, requires_grad=True)
-    layer(hidden, context(1, 40, "cpu", rope=(ROPE, 4)))[0].sum().backward()
+    layer(hidden, context(1, 40, "cpu", rope=(ROPE, 4))).out.sum().backward()
     assert hidden.grad is not None
     assert all(p.grad is None for p in layer.indexer.parameters())
     assert all(p.grad is not None for n, p in layer.named_parameters() if "indexer" not in n)

@@ -104,15 +104,15 @@ def test_pre_mapping_is_coefficients_and_read(way: None) -> None:
     m = torch.randn(15, 6)
     scale = torch.rand(3)
     base = torch.randn(15)
-    u, pre, post, comb = streams.pre_mapping(x, m, scale, base, None, 4, 1e-3)
+    made = streams.pre_mapping(x, m, scale, base, None, 4, 1e-3)
     logits = m * scale.repeat_interleave(torch.tensor([3, 3, 9]))[:, None] + base[:, None]
-    torch.testing.assert_close(pre, logits[:3].sigmoid() + 1e-3)
-    torch.testing.assert_close(post, 2 * logits[3:6].sigmoid())
-    torch.testing.assert_close(comb, sinkhorn(logits[6:].view(3, 3, 6), 4, 1e-3))
-    torch.testing.assert_close(u, torch.einsum("in,nid->nd", pre, x))
+    torch.testing.assert_close(made.pre, logits[:3].sigmoid() + 1e-3)
+    torch.testing.assert_close(made.post, 2 * logits[3:6].sigmoid())
+    torch.testing.assert_close(made.comb, sinkhorn(logits[6:].view(3, 3, 6), 4, 1e-3))
+    torch.testing.assert_close(made.u, torch.einsum("in,nid->nd", made.pre, x))
     handed_on = torch.rand(3, 6)
     torch.testing.assert_close(
-        streams.pre_mapping(x, m, scale, base, handed_on, 4, 1e-3)[0],
+        streams.pre_mapping(x, m, scale, base, handed_on, 4, 1e-3).u,
         torch.einsum("in,nid->nd", handed_on, x),
     )
 
