@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -428,6 +429,17 @@ def _shard(model: LanguageModel, blocks: Sequence[Block], mesh: DeviceMesh) -> N
         fully_shard(block, mesh=dense, mp_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=dense, mp_policy=policy, ignored_params=ignored)
     register_fsdp_forward_method(model, "loss")
+
+
+def average_over_replicas(model: nn.Module, now: bool) -> None:
+    """Makes the next backward average gradients over replicas, or leave that to a later one.
+
+    Of micro-batches only the last one needs it: the ranks of a replica add theirs until then.
+    Without replicas it changes nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
 
 
 def _split_experts(mixture: MoE, mesh: DeviceMesh) -> None:

@@ -39,6 +39,7 @@ from rorqual.model import LanguageModel, ModelConfig
 from rorqual.model_config import row_totals
 from rorqual.presets import preset
 from rorqual.sharded_rows import RowExchange, ShardedTable
+from rorqual.tables import Table
 from rorqual.train.config import DataConfig, OptimConfig, TrainConfig
 from rorqual.train.optim import Optimizer
 from rorqual.train.run_folder import losses
@@ -371,6 +372,38 @@ def one_of_eight(folder: Path) -> None:
         torch.save((losses, gradients), folder / "everything.pt")
 
 
+def reduced_bytes(step: TrainStep) -> int:
+    """Returns the bytes that all-reduces of one forward and backward add up over ranks."""
+    sizes = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: object, **named: object) -> object:
+        sizes.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        step.forward_backward(part_of_batch(step, 1), 1)
+    return sum(sizes)
+
+
+def replicas(folder: Path) -> None:
+    """Accumulates gradients on two replicas; they are sent once, after the last micro-batch."""
+    layout = DistributedConfig(replicate=2)
+    sent = [reduced_bytes(training(DENSE, layout, size)) for size in (None, 1)]
+    gradients = sum(
+        parameter.numel()
+        for module in LanguageModel(DENSE).modules()
+        if not isinstance(module, Table)
+        for parameter in module.parameters(recurse=False)
+    )
+    # And a few numbers, such as counts of labels.
+    assert all(4 * gradients <= one < 4 * gradients + 100 for one in sent), (sent, gradients)
+    losses, gradients = twenty_steps(DENSE, layout, 1)
+    if distributed.rank() == 0:
+        torch.save((losses, gradients), folder / "replicas.pt")
+
+
 def build_models(folder: Path) -> None:
     """Compares models that four ranks build, and weights that they load, with those of one process.
 
@@ -502,6 +535,7 @@ PHASES = {
     "two": (2, one_of_two),
     "four": (4, one_of_four),
     "eight": (8, one_of_eight),
+    "replicas": (2, replicas),
     "build": (4, build_models),
     "resume": (4, resume),
 }
@@ -555,6 +589,12 @@ def test_twenty_steps_of_eight_ranks_with_all_axes_are_those_of_one(tmp_path):
     run_script(__file__, tmp_path, "eight")
     size = ROWS // EVERYTHING.data_rank(0, 8)[1]
     assert_same_steps(tmp_path / "everything.pt", *twenty_steps(DENSE, None, size))
+
+
+@pytest.mark.slow
+def test_replicas_send_gradients_once_for_all_micro_batches(tmp_path):
+    run_script(__file__, tmp_path, "replicas")
+    assert_same_steps(tmp_path / "replicas.pt", *twenty_steps(DENSE, None, 1))
 
 
 def assert_same_steps(

@@ -302,7 +302,7 @@ with torch.no_grad():
 # If each draft is right with probability $p$ whatever came before, a round of depth $D$ gives $1 + p + p^2 + \dots + p^D$ tokens. A draft also costs: a block of MTP, and more tokens to verify. Where a forward waits for memory, as on a
 # GPU with few requests, both should cost little (not measured here); on a CPU they do cost (`python benchmarks/drafts.py`).
 #
-# Sampling at a temperature draws from the same logits by the same random numbers, so the text is again the one without drafts. The hotter, the less predictable, the fewer drafts survive. Fewer drafts of `tiny` stand than of
+# Sampling at a temperature draws from the same logits by the same random numbers, so the text is again the one without drafts. (A forward of three tokens rounds differently from one of a single token. A random number can fall between the two, in float32 about once in a thousand draws here, so both models compute in float64.) The hotter, the less predictable, the fewer drafts survive. Fewer drafts of `tiny` stand than of
 # the small model, whose 512 ids are mostly pieces of words that follow from each other. DeepSeek reports 85 to 90 % for its second token: drafts get better with the model and with training, and none of that is seen in a minute.
 # %% [markdown] lang="zh"
 # ## 接受率值多少
@@ -310,7 +310,7 @@ with torch.no_grad():
 # 若每份草稿正确的概率都是 $p$，与之前无关，深度为 $D$ 的一轮给出 $1 + p + p^2 + \dots + p^D$ 个词元。草稿也有代价：MTP 的一个块，以及更多要核对的词元。在前向受限于访存的场合（如请求很少的 GPU）两者应当代价很小（这里没有测量），在 CPU 上则确有代价
 # （`python benchmarks/drafts.py`）。
 #
-# 按温度采样时，用同样的随机数从同样的 logits 中抽取，所以文本仍与不用草稿时相同。温度越高越难预测，留下的草稿越少。`tiny` 的草稿成立得比小模型少：小模型的 512 种词元多是词的片段，
+# 按温度采样时，用同样的随机数从同样的 logits 中抽取，所以文本仍与不用草稿时相同。（一次算三个词元的前向与只算一个的舍入不同，随机数可能恰好落在两者之间，float32 下约每千次抽取有一次，所以这里两个模型都用 float64 计算。）温度越高越难预测，留下的草稿越少。`tiny` 的草稿成立得比小模型少：小模型的 512 种词元多是词的片段，
 # 前后容易推断。DeepSeek 报告第二个词元的接受率为 85 % 到 90 %：草稿随模型与训练而变好，一分钟之内还看不到。
 # %%
 def tokens_a_forward(model: rq.LanguageModel, tokenizer, temperature: float) -> float:
@@ -328,8 +328,8 @@ def tokens_a_forward(model: rq.LanguageModel, tokenizer, temperature: float) -> 
 
 
 temperatures = (0.0, 0.4, 0.8, 1.2)
-per_round = [tokens_a_forward(model, tokenizer, t) for t in temperatures]
-of_tiny = [tokens_a_forward(tiny, run.tokenizer, t) for t in temperatures]
+per_round = [tokens_a_forward(model.double(), tokenizer, t) for t in temperatures]
+of_tiny = [tokens_a_forward(tiny.double(), run.tokenizer, t) for t in temperatures]
 
 p = torch.linspace(0, 1, 100)
 figure, (left, right_axes) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")

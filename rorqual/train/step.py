@@ -138,7 +138,9 @@ class TrainStep:
         # A batch of chats may have no label.
         label_count = distributed.total((on_device[1] != IGNORED).sum()).clamp_min(1)
         size = self.config.micro_batch_size or len(on_device[0])
-        for ids, labels, document_ids in zip(*(t.split(size) for t in on_device), strict=True):
+        micro_batches = list(zip(*(t.split(size) for t in on_device), strict=True))
+        for number, (ids, labels, document_ids) in enumerate(micro_batches, start=1):
+            distributed.average_over_replicas(self.model, number == len(micro_batches))
             with autocast(self.device, self.dtype):
                 indexer_warmup = self.indexer_warmup(step)
                 loss = self.model.loss(
