@@ -8,7 +8,7 @@ routed experts, D the width, K active experts, U distinct row ids that a rank lo
                 rows: 12 w + 4 bytes of R / W rows, and the gradients that arrive, (4 w + 8) U
     gathered    4 (P_d (F - 1) / F + P_e / E (F - E) / F), twice a micro-batch (forward, backward)
                 of blocks; once of what is outside of them, which stays until backward has ended
-    reduced     the same once; with replicas 2 (r - 1) / r of 4 (P_d + P_e) / F besides
+    reduced     the same once; with r replicas 2 (r - 1) / r of 4 (P_d + P_e) / F, once a step
     tokens      A n K D b (1 - 1 / E) for each block with experts, b bytes a number;
                 A = 4 all-to-alls (there and back, forward and backward), 6 with recomputation
     rows        (1 - 1 / W) (4 U + 4 w U + 4 w U) + 16 W for each table
@@ -250,14 +250,12 @@ def bytes_sent(
     kinds = {
         "parameters, gathered": layout.micro_batches * (2 * of_blocks + of_root),
         "gradients, reduced": layout.micro_batches * (of_blocks + of_root),
-        "gradients of copies": layout.micro_batches
-        * (
-            2
-            * FLOAT
-            * (layout.replicate - 1)
-            * ((dense + outside + experts) // shared)
-            // layout.replicate
-        ),
+        # Once a step: until its last micro-batch the ranks of a copy add theirs.
+        "gradients of copies": 2
+        * FLOAT
+        * (layout.replicate - 1)
+        * ((dense + outside + experts) // shared)
+        // layout.replicate,
         "tokens to experts and back": layout.micro_batches * _token_bytes(config, layout),
     }
     if config.engram is not None:
@@ -405,19 +403,19 @@ def step_seconds(
     gathered, row_waits = _forward_waits(each.rows, forward, gathers, layout.overlap_rows)
     reduced, gradient_waits = _backward_waits(each.rows, backward, gathers, layout.overlap_rows)
     # The last gradients are reduced when nothing is left to hide them.
-    waits = first + gathered + reduced + first + each.copies
+    waits = first + gathered + reduced + first
     rows = row_waits + gradient_waits
     compute = sum((1 + products) * one[0] for one in works) + 3 * each.head
     exchange = sum((1 + again) * one[1] for one in works)
     mapping = sum((1 + again) * one[2] for one in works)
     times = layout.micro_batches
-    total = times * (compute + exchange + mapping + waits + rows) + each.update
+    total = times * (compute + exchange + mapping + waits + rows) + each.copies + each.update
     return Step(
         total,
         times * compute,
         times * exchange,
         times * mapping,
-        times * waits,
+        times * waits + each.copies,
         times * rows,
         each.update,
     )

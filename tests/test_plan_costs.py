@@ -107,6 +107,10 @@ def test_bytes_by_hand(log_ranks: int, log_experts: int, micro_batches: int) -> 
     rows = 3000 * (4 + 2 * 4 * 80) * (1 - 1 / ranks) + 2 * 16 * (ranks - 1)
     assert sent["rows and their gradients"] == pytest.approx(micro_batches * rows, abs=4)
     assert sent["gradients of copies"] == 0
+    copies = bytes_sent(BIG, Cluster(devices=2 * ranks), replace(layout, replicate=2), ids)
+    parameters = sum(each.blocks) + sum(each.experts) + each.embedding + each.others
+    once = 2 * 4 * parameters / ranks / 2
+    assert copies["gradients of copies"] == pytest.approx(once, rel=1e-6)
 
 
 def test_bytes_of_rows_grow_with_ids_and_not_with_the_table() -> None:

@@ -137,10 +137,11 @@ def simulate(
     ids: list[np.ndarray] = []
     for _ in range(steps):
         clock = _Clock(cluster, layout, each, jitter, draw)
-        for _ in range(layout.micro_batches):
+        for number in range(layout.micro_batches):
             rows, counts = _row_factors(config, cluster, layout, traffic, mean_ids, draw)
             ids.append(counts)
-            loads += clock.micro_batch(_loads(config, cluster, layout, traffic, draw), rows)
+            drawn = _loads(config, cluster, layout, traffic, draw)
+            loads += clock.micro_batch(drawn, rows, number + 1 == layout.micro_batches)
         seconds.append(float(clock.now.max()) + each.update)
     means = np.mean(ids, axis=0).round().astype(int).tolist() if mean_ids else []
     return Simulated(tuple(seconds), float(np.mean(loads)) if loads else 1.0, tuple(means))
@@ -218,8 +219,11 @@ class _Clock:
         self.jitter = jitter
         self.draw = draw
 
-    def micro_batch(self, loads: np.ndarray, rows: dict[int, float]) -> list[float]:
-        """Runs forward and backward; returns the fullest rank's load of each block with experts."""
+    def micro_batch(self, loads: np.ndarray, rows: dict[int, float], last_one: bool) -> list[float]:
+        """Runs forward and backward; returns the fullest rank's load of each block with experts.
+
+        Behind the last one of a step copies average their gradients.
+        """
         blocks = self.each.blocks
         last = len(blocks) - 1
         self._move(self.each.root + self.gathers[0])
@@ -241,7 +245,7 @@ class _Clock:
             self.now = np.maximum(self.now, self.moved)
             if index in rows:
                 self._send_gradients(index, rows[index])
-        self._move(self.gathers[0] + self.each.root + self.each.copies)
+        self._move(self.gathers[0] + self.each.root + (self.each.copies if last_one else 0.0))
         self.now = np.maximum(self.now, self.moved)
         self.now = np.maximum(self.now, self.fetched)
         peaks = loads.max(axis=(1, 2))
