@@ -1,5 +1,8 @@
 """Does to a training what machines do to it, and counts what is lost (nothing).
 
+A trial whose run had ended before the kill, the failure or the signal came is no event: as many
+events are made as are asked for.
+
     python benchmarks/survive.py                      everything, in full
     python benchmarks/survive.py nans --nans 5        one kind, fewer times
 
@@ -225,21 +228,24 @@ class Training:
 
 
 class Kind:
-    """Counts the trials of a kind and what was lost in them."""
+    """Counts the events of a kind and what was lost in them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.counts: dict[str, Any] = {"trials": 0, "lost": 0}
+        self.counts: dict[str, Any] = {"events": 0, "lost": 0}
         self.began = time.perf_counter()
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
-        self.counts["trials"] += 1
         try:
             yield
         except (AssertionError, ValueError) as error:
             self.counts["lost"] += 1
-            print(f"{self.name}, trial {self.counts['trials']}: {error}", file=sys.stderr)
+            print(f"{self.name}, after {self.counts['events']} events: {error}", file=sys.stderr)
+
+    def event(self, landed: bool = True) -> None:
+        """Counts what was done to a run, if it had not ended before."""
+        self.add("events" if landed else "ended before")
 
     def add(self, name: str, value: float = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + value
@@ -272,6 +278,7 @@ def kill_writers(count: int, rng: random.Random, context, kind: Kind, folder: Pa
     (folder / "written").mkdir()
     for _ in range(count):
         reported, during = kills.one_kill(context, str(folder / "written"), step, rng)
+        kind.event()
         kind.add("during a write", during)
         with kind.trial():
             step = reported
@@ -283,26 +290,25 @@ def survive_kills(count: int, rng: random.Random, context, folder: Path) -> dict
     kill_writers(count // 2, rng, context, kind, folder)
     undisturbed = finished_run(context, folder)
     number = 0
-    for _ in range(count - count // 2):
+    while kind.counts["events"] < count:
         config = run_config(folder, f"killed{number}")
         training = Training(context, config)
         if rng.random() < 0.8:
             training.wait_for_save()
         time.sleep(rng.uniform(0.0, 0.3))
         code = training.end(signal.SIGKILL)
+        kind.event(code == -signal.SIGKILL)
         kind.add("during a write", bool(list(Path(config.folder).glob("checkpoints/*.partial"))))
         with kind.trial():
             training.check_saved()
             if code == 0:
-                same_as(config, undisturbed)
-                kind.add("finished")
                 number += 1
+                same_as(config, undisturbed)
     with kind.trial():
         config = run_config(folder, f"killed{number}")
         training = Training(context, config)
         assert training.end() == 0, training.message
         same_as(config, undisturbed)
-    kind.counts["trials"] -= 1
     return kind.result()
 
 
@@ -361,8 +367,8 @@ def survive_failed_writes(count: int, rng: random.Random, context, folder: Path)
     with contextlib.suppress(OSError):
         disk = Disk(folder / "disk")
     number = 0
-    for trial in range(count):
-        what = ("short write", "full disk", "read-only")[trial % 3 if disk is not None else 0]
+    while (landed := kind.counts["events"]) < count:
+        what = ("short write", "full disk", "read-only")[landed % 3 if disk is not None else 0]
         config = run_config(folder / "disk" if disk is not None else folder, f"run{number}")
         config = replace(config, data=run_config(folder, "none").data)
         limit = rng.randrange(4000, 60_000) if what == "short write" else None
@@ -380,9 +386,8 @@ def survive_failed_writes(count: int, rng: random.Random, context, folder: Path)
             disk.empty()
         elif what == "read-only" and disk is not None:
             disk.unlock()
-        if code == 0:
-            kind.add("finished before")
-        else:
+        kind.event(code != 0)
+        if code:
             kind.add(what)
         with kind.trial():
             training.check_saved()
@@ -401,7 +406,6 @@ def survive_failed_writes(count: int, rng: random.Random, context, folder: Path)
         training = Training(context, config)
         assert training.end() == 0, training.message
         same_as(config, undisturbed)
-    kind.counts["trials"] -= 1
     if disk is not None:
         disk.close()
     return kind.result()
@@ -411,7 +415,7 @@ def survive_resumes(count: int, rng: random.Random, context, folder: Path) -> di
     kind = Kind("resumes")
     undisturbed = finished_run(context, folder)
     number = 0
-    while kind.counts["trials"] < count:
+    while kind.counts["events"] < count:
         config = run_config(folder, f"resumed{number}", save_every=1000, validate_every=20)
         training = Training(context, config)
         path = Path(config.folder) / "metrics.jsonl"
@@ -422,6 +426,7 @@ def survive_resumes(count: int, rng: random.Random, context, folder: Path) -> di
                 break
             time.sleep(0.005)
         code = training.end(signal.SIGINT)
+        kind.event(code != 0)
         with kind.trial():
             step = max(saved_steps(config))
             ours, theirs = (
@@ -432,7 +437,6 @@ def survive_resumes(count: int, rng: random.Random, context, folder: Path) -> di
             assert code in (0, 130), training.message
         if code == 0:
             with kind.trial():
-                kind.counts["trials"] -= 1
                 same_as(config, undisturbed)
             number += 1
     return kind.result()
@@ -442,7 +446,7 @@ def survive_sigterms(count: int, rng: random.Random, context, folder: Path) -> d
     kind = Kind("sigterms")
     number = 0
     longest = 0.0
-    while kind.counts["trials"] < count:
+    while kind.counts["events"] < count:
         # Most of the time is that of validations.
         config = run_config(
             folder, f"ended{number}", validate_every=2, validation_tokens=10**6, save_every=1000
@@ -458,10 +462,10 @@ def survive_sigterms(count: int, rng: random.Random, context, folder: Path) -> d
         began = time.perf_counter()
         code = training.end(signal.SIGTERM)
         seconds = time.perf_counter() - began
-        if code == 0 or code == -signal.SIGTERM:
-            # It was ahead of the signal, and had saved its last step.
-            number += 1
-            kind.add("finished before")
+        # It may have been ahead of the signal, and saved its last step.
+        ended = code in (0, -signal.SIGTERM)
+        kind.event(not ended)
+        number += ended
         with kind.trial():
             last = max(line["step"] for line in metrics_of(config))
             assert max(saved_steps(config)) == last, f"step {last} was not saved"
@@ -513,6 +517,7 @@ def survive_nans(count: int, rng: random.Random, context, folder: Path) -> dict[
     config = run_config(folder, "nans")
     source = prepare(config.data)
     for _ in range(count):
+        kind.event()
         what = rng.choice((spoil_gradient, spoil_loss))
         value = rng.choice((math.nan, math.inf, -math.inf))
         target = rng.randrange(2, 9)
