@@ -234,6 +234,20 @@ def lock(path: Path, refusal: str, *, timeout: float = 0) -> Iterator[None]:
         file_lock.release()
 
 
+@contextmanager
+def lock_beside(folder: Path, refusal: str) -> Iterator[None]:
+    """Holds a lock file beside a folder, which is removed afterwards. Locked as in `lock`."""
+    path = folder.with_name(folder.name + ".lock")
+    with lock(path, refusal):
+        try:
+            yield
+        finally:
+            # Removed before the release, or two processes may lock two files of this name. Windows
+            # refuses to remove it.
+            with suppress(OSError):
+                path.unlink()
+
+
 def acquired(
     path: Path,
     refusal: str,

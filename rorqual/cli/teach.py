@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rorqual.cli.parse import Positional, UsageError, emit, parse_new, take
+from rorqual.io import lock_beside
 
 if TYPE_CHECKING:
     from rorqual.hub.facts import Stored
@@ -54,8 +55,7 @@ def teach_command(argv: list[str]) -> int:
         raise UsageError("got --undo with facts or --remove, expected it alone: a step at a time")
     if options.group < 1:
         raise UsageError(f"got --group {options.group}, expected at least 1")
-    from rorqual.hub import facts as memories
-    from rorqual.train.teach import TeachConfig, check, joined, read_facts_file
+    from rorqual.train.teach import TeachConfig, read_facts_file
 
     folder = Path(options.out)
     config = TeachConfig(
@@ -68,6 +68,21 @@ def teach_command(argv: list[str]) -> int:
     )
     # Whatever is wrong with the facts is said before the model is loaded.
     facts = read_facts_file(options.facts) if options.facts else []
+    if not facts and not options.remove and not options.undo:
+        return _change(folder, options, facts, config, as_json)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    refusal = f"{folder}: got a memory that another command changes, expected one at a time"
+    with lock_beside(folder, refusal):
+        return _change(folder, options, facts, config, as_json)
+
+
+def _change(
+    folder: Path, options: Teach, facts: "Sequence[Fact]", config: "TeachConfig", as_json: bool
+) -> int:
+    """Teaches, changes or removes facts in a folder that nobody else changes."""
+    from rorqual.hub import facts as memories
+    from rorqual.train.teach import check, joined
+
     before = _memory_before(folder, options, facts)
     results: dict[str, Any] = {"folder": str(folder)}
     if options.undo:

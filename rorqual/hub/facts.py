@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rorqual.data.tokenizer import Tokenizer
-from rorqual.io import atomic_write
+from rorqual.io import atomic_write, replace_file
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
 from rorqual.tensor_file import read_tensors
@@ -304,10 +304,6 @@ def write_facts(folder: str | Path, stored: Stored, *, undo: bool = True) -> Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE
-    if undo and file.is_file():
-        before = file.read_bytes()
-        with atomic_write(folder / PREVIOUS) as beside:
-            beside.write_bytes(before)
     about = {
         "layers": stored.layers,
         "width": stored.width,
@@ -329,6 +325,11 @@ def write_facts(folder: str | Path, stored: Stored, *, undo: bool = True) -> Non
     metadata = {"format": FORMAT, "memory": json.dumps(about, ensure_ascii=False)}
     with atomic_write(file) as beside:
         save_file(tensors, beside, metadata=metadata)
+        # The earlier memory is given up only once the new one is whole.
+        if undo and file.is_file():
+            before = file.read_bytes()
+            with atomic_write(folder / PREVIOUS) as copy:
+                copy.write_bytes(before)
 
 
 def read_facts(folder: str | Path) -> Stored:
@@ -437,7 +438,7 @@ def undo_facts(folder: str | Path) -> Stored:
     previous = folder / PREVIOUS
     undone = folder / UNDONE
     if undone.is_file() and not previous.is_file():
-        undone.replace(previous)
+        replace_file(undone, previous)
         return read_facts(folder)
     if not previous.is_file():
         raise ValueError(
@@ -448,7 +449,8 @@ def undo_facts(folder: str | Path) -> Stored:
     if (folder / FILE).is_file():
         with atomic_write(undone) as beside:
             beside.write_bytes((folder / FILE).read_bytes())
-    previous.replace(folder / FILE)
+    # Each move is on the disk before the next begins.
+    replace_file(previous, folder / FILE)
     if undone.is_file():
-        undone.replace(previous)
+        replace_file(undone, previous)
     return stored

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +19,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from rorqual.io import Checksum, atomic_write, lock, remove_partial, rename
+from rorqual.io import Checksum, atomic_write, lock_beside, remove_partial, rename
 from rorqual.tables.fp8 import FP8, convert_rows, row_bytes, stored_as
 from rorqual.tables.row_file import BLANK, CHECKED_BYTES, FORMAT, KINDS, RowFile, checksums
 
@@ -131,7 +130,8 @@ class _Build:
     def write(self, folder: Path) -> Path:
         """Writes all shards beside the table's place, then renames their folder."""
         partial = self._new_folder(folder)
-        with _alone(partial):
+        refusal = f"{partial}: another process writes this table, expected one at a time"
+        with lock_beside(partial, refusal):
             remove_partial(partial)
             if self.origin is None:
                 # Rows that a process had in memory may be others now.
@@ -249,17 +249,3 @@ def _remove_shards(partial: Path) -> None:
     for file in partial.iterdir():
         if file.name != _ORIGIN:
             file.unlink()
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Holds a lock while a table is written. ValueError if another process has it."""
-    path = partial.with_name(partial.name + ".lock")
-    with lock(path, f"{partial}: another process writes this table, expected one at a time"):
-        try:
-            yield
-        finally:
-            # Removed before the release, or two processes may lock two files of this name. Windows
-            # refuses to remove it.
-            with suppress(OSError):
-                path.unlink()

@@ -13,6 +13,7 @@ from rorqual.cli.main import main
 from rorqual.data.tokenizer import train
 from rorqual.hub.auto import fast_tokenizer
 from rorqual.hub.facts import FILE, PREVIOUS, read_facts
+from rorqual.io import lock
 
 pytestmark = pytest.mark.engram
 
@@ -122,6 +123,18 @@ def test_ctrl_c_leaves_whole_groups_and_the_same_command_goes_on(model, out, mon
     assert len(second.entries) == 3
     assert torch.equal(second.rows[:2], first.rows)
     assert {path.name for path in out.iterdir()} == {FILE, PREVIOUS}
+
+
+def test_two_commands_do_not_change_one_memory(model, out, capsys):
+    """The second is refused, and says so; what only looks is not."""
+    assert teach(model, "facts.jsonl", *FAST) == 0
+    with lock(Path("memory.lock"), "taken"):
+        for words in (("facts.jsonl", "--replace"), ("--remove", "QAX"), ("--undo",)):
+            assert teach(model, *words) == 1
+            assert "memory: got a memory that another command changes" in capsys.readouterr().err
+        assert teach(model) == 0
+    assert teach(model, "--remove", "QAX") == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["facts.jsonl", "memory"]
 
 
 @pytest.mark.parametrize(

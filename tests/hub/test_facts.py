@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +241,46 @@ def test_undo_goes_back_one_change_and_forward_again(stored, tmp_path):
     write_facts(tmp_path, without(stored, ["LAX"]))
     assert [each.subject for each in undo_facts(tmp_path).entries] == list(NAMES)
     assert len(undo_facts(tmp_path).entries) == len(NAMES) - 1
+
+
+@pytest.mark.parametrize("change", ["write", "undo"])
+def test_a_stop_between_any_two_moves_loses_no_memory(stored, tmp_path, monkeypatch, change):
+    """Stops before each rename of a change: this memory, or the changed one, is whole.
+
+    What is undone can still be done again, and the other way round.
+    """
+    fewer = without(stored, ["LAX"])
+    replace = Path.replace
+    moves = 0
+    stops = 0
+    while True:
+        folder = tmp_path / str(stops)
+        write_facts(folder, stored)
+        write_facts(folder, fewer)
+        moves = 0
+
+        def move(source: Path, target: Path, stop: int = stops) -> Path:
+            nonlocal moves
+            if moves == stop:
+                raise KeyboardInterrupt
+            moves += 1
+            return replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", move)
+            try:
+                if change == "write":
+                    write_facts(folder, without(fewer, ["Ab"]))
+                else:
+                    undo_facts(folder)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+        sizes = {len(read_facts(folder).entries), len(undo_facts(folder).entries)}
+        sizes.add(len(undo_facts(folder).entries))
+        assert len(fewer.entries) in sizes and sizes <= {len(NAMES) - n for n in range(3)}
+        assert change == "write" or len(NAMES) in sizes
+    assert stops >= 2
 
 
 def test_undo_to_a_damaged_memory_is_refused_and_an_undo_that_stopped_is_ended(stored, tmp_path):
