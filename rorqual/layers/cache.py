@@ -289,11 +289,12 @@ class Recent(BatchMemory):
         return self.buffer[sequences, columns % self.buffer.shape[1]]
 
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
-        """Stores the new tokens in place of the oldest; `before` has been called."""
-        assert self.buffer is not None
+        """Stores the new tokens in place of the oldest."""
         buffer = self.buffer
         time = new.shape[1]
         size = self.count + self.slack
+        if buffer is None or len(buffer) != len(new):
+            buffer = self.buffer = self._memory = new.new_zeros(len(new), size, *new.shape[2:])
         # Of more tokens than there is space for only the last valid ones are stored.
         count = min(time, size)
         if ctx.starts is None and ctx.lengths is None:
@@ -507,7 +508,9 @@ class Cache:
         self.past = past
         self.ids = ids
         self.drafts = tuple(drafts)
-        # Looked up at every step: the containers are many, these few or none.
+        # Looked up at every step: the containers are many, these few or none. Both lists are made
+        # once, of what the layers' new_cache returned. A container that replaces one of these later
+        # is in neither; context_parallel.py does that, and never crops or loads such a cache.
         self._ties = [state for state in self.states() if isinstance(state, NotesTies)]
         self._forgetting = [state for state in self.states() if isinstance(state, Forgetting)]
         # Ids that are likely to follow, and by block the rows that are being fetched for them.

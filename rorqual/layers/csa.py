@@ -189,7 +189,7 @@ class Compressor(nn.Module):
         last = (ctx.past + time) // ratio
         if cache is None:
             tokens = F.pad(tokens, (0, 0, self.span - 1, 0))
-        elif aligned and first == last and not cache.tokens.empty:
+        elif aligned and first == last:
             # No entry is completed.
             cache.tokens.store(tokens.detach(), ctx)
         else:

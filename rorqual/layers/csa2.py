@@ -159,27 +159,6 @@ def numbered(
     return out.scatter(1, index, new)[:, :total]
 
 
-def cached(
-    new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context, cache: Blocks
-) -> Float[Tensor, "B M P"]:
-    """Stores new entries and returns those of all tokens.
-
-    What is beyond the last complete entry of a shorter sequence means nothing.
-    """
-    total = cache.count(ctx.key_count)
-    buffer = cache.values.reserve(new, total)
-    # The dtype may differ from that of the first call, if autocast was switched since.
-    values = new.detach().to(buffer.dtype)
-    if ctx.starts is None and ctx.key_positions is None:
-        done = cache.count(ctx.past)
-        buffer[:, done : done + new.shape[1]] = values
-    else:
-        sequences, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
-        numbers = places.numbers.expand(len(new), -1)[sequences, columns]
-        buffer[sequences, numbers] = values[sequences, columns]
-    return buffer[:, :total]
-
-
 @dataclass(eq=False)
 class SourceCache(SharedKVCache):
     """The cache of a source: its entries, their keys, and the tokens of an incomplete entry."""
@@ -418,8 +397,11 @@ class CSA2(SharedKV):
             entries, index_keys = (numbered(x, places, ctx, self.ratio) for x in (new, keys))
         else:
             cache = ctx.cache.attention
-            entries = cached(new, places, ctx, cache.entries)
-            index_keys = cached(keys, places, ctx, cache.index_keys)
+            # Without documents, sequences of one length complete the same entries.
+            same = ctx.starts is None and ctx.key_positions is None
+            complete = None if same else places.complete
+            entries = cache.entries.put(new, places.numbers, complete, ctx)
+            index_keys = cache.index_keys.put(keys, places.numbers, complete, ctx)
         return Shared(entries, index_keys, coarse=coarse)
 
     def choose(
