@@ -170,7 +170,7 @@ class Appended(BatchMemory):
         if ctx.starts is None:
             stored[:, ctx.past : end] = new.detach()
         else:
-            sequences, columns = _places(ctx.starts, 0, new.shape[1])
+            sequences, columns = _token_index(ctx.starts, 0, new.shape[1])
             stored[sequences, columns] = new.detach().to(stored.dtype)
         return stored[:, :end]
 
@@ -210,7 +210,7 @@ class Appended(BatchMemory):
         assert self.buffer is not None
         if ctx.starts is None:
             return self.buffer[:, ctx.past : ctx.past + self.before + time]
-        return self.buffer[_places(ctx.starts, 0, self.before + time)]
+        return self.buffer[_token_index(ctx.starts, 0, self.before + time)]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
@@ -235,7 +235,7 @@ class Appended(BatchMemory):
             self.reserve(other.buffer, length)[:, :size] = other.buffer[:, :size]
 
 
-def _places(
+def _token_index(
     starts: Int[Tensor, " B"], first: int, count: int
 ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B T"]]:
     """Returns (sequences, columns) of the `count` tokens from `first` behind each start."""
@@ -285,7 +285,7 @@ class Recent(BatchMemory):
         Those that are not among its last `count` + `slack` mean nothing.
         """
         assert self.buffer is not None
-        sequences, columns = _places(starts, 0, count)
+        sequences, columns = _token_index(starts, 0, count)
         return self.buffer[sequences, columns % self.buffer.shape[1]]
 
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
