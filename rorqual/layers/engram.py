@@ -21,13 +21,12 @@ from rorqual.kernels import kernel
 from rorqual.layers.addresses import (
     Addresses,
     draw_multipliers,
-    find_primes,
     hash_rows,
 )
 from rorqual.layers.cache import Recent
 from rorqual.layers.context import Context
 from rorqual.layers.convolution import convolve
-from rorqual.model_config import EngramConfig, row_totals
+from rorqual.model_config import EngramConfig, head_primes, row_totals
 
 # This module is the public API for the names of the paper.
 __all__ = [
@@ -37,10 +36,10 @@ __all__ = [
     "Gate",
     "convolve",
     "draw_multipliers",
-    "find_primes",
     "fuse",
     "gate",
     "hash_rows",
+    "head_primes",
     "row_totals",
 ]
 
