@@ -312,7 +312,7 @@ def main() -> None:
     cache = model.new_cache(batch=1)
     model(IDS[:, :20], cache=cache)
     latent = cache.layers[0].attention.latent
-    cached = latent.buffer[:, : cache.length]
+    cached = latent.stored[:, : cache.length]
     print(
         f"4. the cache after {cache.length} letters: {list(cached.shape)} a layer, latent and "
         "rope key"

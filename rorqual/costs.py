@@ -105,7 +105,7 @@ def costs(config: ModelConfig, context: int = 4096) -> Costs:
         mtp_activated=drafted,
         mtp_activated_with_embedding=drafted + (input_embedding if depth else 0),
         flops_per_token=2 * products,
-        cache_bytes_per_token=_cached_bytes(config),
+        cache_bytes_per_token=_cache_bytes_per_token(config),
         cache_bytes=_cache_bytes(config, context),
         cache_bytes_1m=_cache_bytes(config, 1_000_000),
         table_rows=row_totals(config.engram) if config.engram is not None else (),
@@ -646,7 +646,7 @@ def _record_bytes(config: ModelConfig) -> int:
     return sum(row_totals(config.engram)) * (width + -(-width // 32))
 
 
-def _cached_bytes(config: ModelConfig) -> int:
+def _cache_bytes_per_token(config: ModelConfig) -> int:
     """Counts the cache bytes of all blocks for each further token.
 
     All is bfloat16 but MoBA's float32 means. A window discards nothing, but that of CSA.
@@ -682,7 +682,7 @@ def _cache_bytes(config: ModelConfig, context: int) -> int:
     """
     csa = config.csa
     if csa is None:
-        return _cached_bytes(config) * context + _state_bytes(config)
+        return _cache_bytes_per_token(config) * context + _state_bytes(config)
     total = 2 * config.layers * (csa.window - 1) * csa.head_dim
     for index in range(config.layers):
         if config.csa2 is not None:

@@ -309,7 +309,7 @@ with torch.no_grad():
     pieces = [model(ids[:, :16], cache=cache)]
     pieces += [model(ids[:, t : t + 1], cache=cache) for t in range(16, 24)]
 difference = (torch.cat(pieces, dim=1) - whole).abs().max().item()
-stored = cache.layers[0].attention.latent.buffer[:, : cache.length]
+stored = cache.layers[0].attention.latent.stored[:, : cache.length]
 print(f"differs by less than 1e-4: {difference < 1e-4}")
 print("stored in a layer:", list(stored.shape))
 

@@ -23,7 +23,7 @@ import torch
 import rorqual as rq
 from rorqual.data.tokenizer import train
 from rorqual.layers.context import context
-from rorqual.layers.engram import Addresses, EngramConfig, draw_multipliers, find_primes
+from rorqual.layers.engram import Addresses, EngramConfig, draw_multipliers, head_primes
 
 # %% [markdown] lang="en"
 # ## Canonical ids
@@ -97,7 +97,7 @@ def primes_of(rows_per_head: tuple[int, ...], heads: int) -> list[list[int]]:
 assert primes_of((500, 500), 2) == [[503, 509], [521, 523]]
 for rows, heads in (((500, 500), 3), ((10, 12, 14), 4), ((4096, 1000), 8)):
     sample = EngramConfig(layers=(1,), rows_per_head=rows, heads=heads)
-    assert primes_of(rows, heads) == find_primes(sample)[0].tolist()
+    assert primes_of(rows, heads) == head_primes(sample)[0]
 
 # %% [markdown] lang="en"
 # The multipliers are random odd numbers, one for each position of an n-gram, drawn from a seed. They are so large that an id times a

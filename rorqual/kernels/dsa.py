@@ -104,7 +104,7 @@ def _four(base, step, topk_indices, n):  # pragma: no cover
 
 
 @_loop
-def _weigh(scores, count, bits, best, total, out):  # pragma: no cover
+def _scores_to_weights(scores, count, bits, best, total, out):  # pragma: no cover
     """Turns the scores of one query for `count` latents into weights, in place.
 
     The running maximum `best` is updated, and the earlier sums are rescaled to it (online softmax).
@@ -140,7 +140,7 @@ def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no c
             a, b, c, d = _four(base, step, topk_indices, start + n)
             dots(query, a, b, c, d, scores, n)
         for h in range(heads):
-            _weigh(
+            _scores_to_weights(
                 scores[h, : (count + 3) // 4 * 4], count, bits[:count], best[h], total[h], out[h]
             )
         for n in range(0, count, 4):
@@ -153,13 +153,13 @@ def _attend(query, base, step, topk_indices, scores, bits, out):  # pragma: no c
 
 @_loop
 def _tokens(
-    query, index_query, weights, ends, places, length, top_k, scale, out, tied, first, last
+    query, index_query, weights, ends, layouts, length, top_k, scale, out, tied, first, last
 ):  # pragma: no cover
     """Scores, selects and attends for the tokens first .. last of all B T.
 
-    `places` of the indexer's keys and of the latents: address, bytes from one sequence to the next,
-    bytes from one column to the next. A token reads the first ends[b, t] columns. `tied` becomes
-    True where of several keys of score 0 only some were selected.
+    `layouts` of the indexer's keys and of the latents: address, bytes from one sequence to the
+    next, bytes from one column to the next. A token reads the first ends[b, t] columns. `tied`
+    becomes True where of several keys of score 0 only some were selected.
     """
     (_, time, heads, width), (index_heads, narrow) = query.shape, index_query.shape[2:]
     products = np.empty((index_heads, _TILE), np.float32)
@@ -172,7 +172,7 @@ def _tokens(
         b = n // time
         t = n % time
         end = ends[b, t]
-        keys = matrix_at(places[0, 0] + b * places[0, 1], end, narrow)
+        keys = matrix_at(layouts[0, 0] + b * layouts[0, 1], end, narrow)
         for start in range(0, end, _TILE):
             stop = min(start + _TILE, end)
             score_tile(index_query[b, t], keys[start:stop], products, 0, stop - start)
@@ -182,8 +182,8 @@ def _tokens(
         for h in range(heads):
             for i in range(width):
                 scaled[h, i] = query[b, t, h, i] * scale
-        latents = places[1, 0] + b * places[1, 1]
-        _attend(scaled, latents, places[1, 2], topk_indices[:count], scores, bits, out[b, t])
+        latents = layouts[1, 0] + b * layouts[1, 1]
+        _attend(scaled, latents, layouts[1, 2], topk_indices[:count], scores, bits, out[b, t])
 
 
 def attend_best(
@@ -202,14 +202,14 @@ def attend_best(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     key = key if key.stride()[1:] == (key.shape[2], 1) else key.contiguous()
-    places = np.array(
+    layouts = np.array(
         [[x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1)] for x in (key, latent)], np.int64
     )
     if ends is None:
         ends = torch.arange(length - time + 1, length + 1).expand(batch, -1)
     arguments = [x.detach().contiguous().numpy() for x in (query, index_query, weights, ends)]
     equal = np.zeros((batch, time), np.bool_)
-    rest = places, length, top_k, np.float32(scale), out.numpy(), equal
+    rest = layouts, length, top_k, np.float32(scale), out.numpy(), equal
     parts = min(torch.get_num_threads(), batch * time)
     compiled.spread(lambda _, *span: _tokens(*arguments, *rest, *span), batch * time, parts)
     if tied is not None:

@@ -70,11 +70,11 @@ def _choose(importance, own_block, index):  # pragma: no cover
 
 @_loop
 def _attend(
-    query, selected, positions, places, block_count, length, sizes, scale, out, first, last
+    query, selected, positions, layouts, block_count, length, sizes, scale, out, first, last
 ):  # pragma: no cover
     """Computes groups first .. last of all B T G: the three branches of a token and group.
 
-    `places` of the compressed keys and values, the keys and values, and the window's: address, and
+    `layouts` of the compressed keys and values, the keys and values, and the window's: address, and
     bytes from one sequence, column and group to the next. `block_count` is the number of compressed
     blocks, `length` that of keys.
     """
@@ -97,7 +97,7 @@ def _attend(
         position = positions[b, t]
         scaled(query[b, t, g * share :], scale, queries)
         for x in range(6):
-            addresses[x] = places[x, 0] + b * places[x, 1] + g * places[x, 3]
+            addresses[x] = layouts[x, 0] + b * layouts[x, 1] + g * layouts[x, 3]
         heads = slice(g * share, (g + 1) * share)
         seen = max(0, min(block_count, (position + 1 - block) // stride + 1))
         over_blocks(
@@ -106,9 +106,9 @@ def _attend(
             seen,
             block_count,
             addresses[0],
-            places[0, 2],
+            layouts[0, 2],
             addresses[1],
-            places[1, 2],
+            layouts[1, 2],
             scores,
             bits,
             out[b, t, 0, heads],
@@ -126,15 +126,15 @@ def _attend(
             end,
             size,
             addresses[2],
-            places[2, 2],
+            layouts[2, 2],
             addresses[3],
-            places[3, 2],
+            layouts[3, 2],
             scores,
             bits,
             out[b, t, 1, heads],
         )
         start = max(0, end - window)
-        window_at = addresses[4] + start * places[4, 2], addresses[5] + start * places[5, 2]
+        window_at = addresses[4] + start * layouts[4, 2], addresses[5] + start * layouts[5, 2]
         count = end - start
         over_blocks(
             queries,
@@ -142,9 +142,9 @@ def _attend(
             count,
             count,
             window_at[0],
-            places[4, 2],
+            layouts[4, 2],
             window_at[1],
-            places[5, 2],
+            layouts[5, 2],
             scores,
             bits,
             out[b, t, 2, heads],
@@ -170,7 +170,7 @@ def attend_small_batch(
     pairs = compressed_key, compressed_value, key, value, window_key, window_value
     # Referenced as long as their addresses are used.
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in pairs]
-    places = np.array([where(x) for x in dense])
+    layouts = np.array([where(x) for x in dense])
     sizes = _sizes(config)
     out = query.new_empty(batch, time, 3, heads, value.shape[-1])
     arguments = [x.detach().contiguous().numpy() for x in (query, index, positions)]
@@ -179,7 +179,7 @@ def attend_small_batch(
     keys = block_count + config.top_k * config.select_block + config.window
     work = items * (heads // groups) * keys * width
     parts = min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD), items)
-    rest = places, block_count, key.shape[1], sizes, np.float32(scale), out.numpy()
+    rest = layouts, block_count, key.shape[1], sizes, np.float32(scale), out.numpy()
     compiled.spread(lambda _, *span: _attend(*arguments, *rest, *span), items, parts)
     return out
 

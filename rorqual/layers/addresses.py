@@ -21,20 +21,12 @@ from rorqual.kernels import kernel
 from rorqual.layers.cache import Appended
 from rorqual.layers.context import Context
 from rorqual.model_config import EngramConfig as EngramConfig
-from rorqual.model_config import head_primes
+from rorqual.model_config import head_primes as head_primes
 from rorqual.model_config import row_totals as row_totals
 from rorqual.tables.staging import Staging
 
 # From so many tokens on, the memory of their row ids is kept for the next call.
 WORTH_KEEPING = 4096
-
-
-def find_primes(config: EngramConfig) -> np.ndarray:
-    """Returns the primes of the heads, int64 [Lm, N-1, J].
-
-    Each head has the next prime >= its order's rows_per_head that no head before it has taken.
-    """
-    return np.array(head_primes(config), dtype=np.int64)
 
 
 def draw_multipliers(config: EngramConfig, canonical: int) -> np.ndarray:
@@ -209,7 +201,7 @@ class Addresses(nn.Module):
         missing = self.config.missing_id
         if missing >= len(canonical_map) or canonical_map[missing] < 0:
             raise self.config.unknown_missing_id(len(canonical))
-        primes = find_primes(self.config)
+        primes = np.array(head_primes(self.config), dtype=np.int64)  # [Lm, N-1, J]
         flat = primes.reshape(len(primes), -1)  # [Lm, R]
         digest = hashlib.sha256(canonical.astype("<i4").tobytes()).digest()
         self.pad = int(canonical_map[missing])

@@ -170,7 +170,7 @@ class Appended(BatchMemory):
         if ctx.starts is None:
             stored[:, ctx.past : end] = new.detach()
         else:
-            sequences, columns = _places(ctx.starts, 0, new.shape[1])
+            sequences, columns = _token_index(ctx.starts, 0, new.shape[1])
             stored[sequences, columns] = new.detach().to(stored.dtype)
         return stored[:, :end]
 
@@ -210,7 +210,7 @@ class Appended(BatchMemory):
         assert self.buffer is not None
         if ctx.starts is None:
             return self.buffer[:, ctx.past : ctx.past + self.before + time]
-        return self.buffer[_places(ctx.starts, 0, self.before + time)]
+        return self.buffer[_token_index(ctx.starts, 0, self.before + time)]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:
         """Keeps the sequences `index` of the batch, in this order; `length` is not needed."""
@@ -235,7 +235,7 @@ class Appended(BatchMemory):
             self.reserve(other.buffer, length)[:, :size] = other.buffer[:, :size]
 
 
-def _places(
+def _token_index(
     starts: Int[Tensor, " B"], first: int, count: int
 ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B T"]]:
     """Returns (sequences, columns) of the `count` tokens from `first` behind each start."""
@@ -285,15 +285,16 @@ class Recent(BatchMemory):
         Those that are not among its last `count` + `slack` mean nothing.
         """
         assert self.buffer is not None
-        sequences, columns = _places(starts, 0, count)
+        sequences, columns = _token_index(starts, 0, count)
         return self.buffer[sequences, columns % self.buffer.shape[1]]
 
     def store(self, new: Shaped[Tensor, "B T ..."], ctx: NewTokens) -> None:
-        """Stores the new tokens in place of the oldest; `before` has been called."""
-        assert self.buffer is not None
+        """Stores the new tokens in place of the oldest."""
         buffer = self.buffer
         time = new.shape[1]
         size = self.count + self.slack
+        if buffer is None or len(buffer) != len(new):
+            buffer = self.buffer = self._memory = new.new_zeros(len(new), size, *new.shape[2:])
         # Of more tokens than there is space for only the last valid ones are stored.
         count = min(time, size)
         if ctx.starts is None and ctx.lengths is None:
@@ -507,7 +508,9 @@ class Cache:
         self.past = past
         self.ids = ids
         self.drafts = tuple(drafts)
-        # Looked up at every step: the containers are many, these few or none.
+        # Looked up at every step: the containers are many, these few or none. Both lists are made
+        # once, of what the layers' new_cache returned. A container that replaces one of these later
+        # is in neither; context_parallel.py does that, and never crops or loads such a cache.
         self._ties = [state for state in self.states() if isinstance(state, NotesTies)]
         self._forgetting = [state for state in self.states() if isinstance(state, Forgetting)]
         # Ids that are likely to follow, and by block the rows that are being fetched for them.

@@ -280,12 +280,12 @@ def context(
     columns = span.columns(time, device).expand(batch, -1)
     fields: dict[str, Any] = {"positions": columns, "columns": columns}
     if all_document_ids is not None:
-        places = _count(all_document_ids)
+        key_positions = _count(all_document_ids)
         itself = all_document_ids.gather(1, columns)
         fields |= {
-            "positions": places.gather(1, columns),
+            "positions": key_positions.gather(1, columns),
             "document_ids": itself,
-            "key_positions": places,
+            "key_positions": key_positions,
             "key_document_ids": all_document_ids,
             "mask": (_causal(columns, length) & (itself[..., None] == all_document_ids[:, None]))[
                 :, None

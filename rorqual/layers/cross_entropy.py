@@ -35,9 +35,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del logits
             if wants_hidden or wants_weight:
                 has_target = (targets != -100)[:, None]
-                places = targets.clamp_min(0)[:, None]
+                columns = targets.clamp_min(0)[:, None]
                 # softmax - onehot; tokens without a target are masked by `has_target` below
-                error = error.scatter_add_(1, places, error.new_full(places.shape, -1.0)).to(
+                error = error.scatter_add_(1, columns, error.new_full(columns.shape, -1.0)).to(
                     hidden.dtype
                 )
                 if grad_hidden is not None:

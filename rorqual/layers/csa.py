@@ -44,9 +44,9 @@ from rorqual.layers.dsa import (
     LossSums,
     Ties,
     attention_target,
-    choices_open,
-    choose_within,
     index_scores,
+    select_within,
+    tied_queries,
 )
 from rorqual.layers.norm import RMSNorm
 from rorqual.layers.rope import rotate
@@ -189,7 +189,7 @@ class Compressor(nn.Module):
         last = (ctx.past + time) // ratio
         if cache is None:
             tokens = F.pad(tokens, (0, 0, self.span - 1, 0))
-        elif aligned and first == last and not cache.tokens.empty:
+        elif aligned and first == last:
             # No entry is completed.
             cache.tokens.store(tokens.detach(), ctx)
         else:
@@ -204,7 +204,7 @@ class Compressor(nn.Module):
                 return Pooled(empty, numbers[None], first)
             start = -(ctx.past + 1) % ratio
             spans = tokens[:, start:].unfold(1, self.span, ratio).transpose(-1, -2)
-            values = self.weigh(spans, (numbers == 0)[None, :, None, None])
+            values = self.gated_sums(spans, (numbers == 0)[None, :, None, None])
             return Pooled(values, numbers[None] * ratio, first)
         sequences, new = ((ctx.positions + 1) % ratio == 0).nonzero(as_tuple=True)
         spans = tokens[
@@ -212,13 +212,13 @@ class Compressor(nn.Module):
         ]
         positions = ctx.positions[sequences, new] - (ratio - 1)
         columns = ctx.columns[sequences, new]
-        values = self.weigh(spans, (positions == 0)[:, None, None])
+        values = self.gated_sums(spans, (positions == 0)[:, None, None])
         number = (columns + 1) // ratio - 1
         if ctx.key_positions is not None:
             number = self.numbers(ctx.key_positions)[sequences, columns]
         return Pooled(values[None], positions[None], 0, sequences, number)
 
-    def weigh(
+    def gated_sums(
         self, tokens: Float[Tensor, "*B S E"], first: Bool[Tensor, "*#B 1 1"]
     ) -> Float[Tensor, "*B P"]:
         """Sums the tokens of each entry by their gates; a `first` one has none before its own."""
@@ -414,8 +414,8 @@ class SharedKV(nn.Module):
                 continue
             values = entries.values[:, :count]
             seen = None if all_seen else entries.visible(ctx, run, count)
-            choosing = selection is not None and count > selection.top_k
-            if mask is None and not choosing and ctx.indexer_warmup is None:
+            selecting = selection is not None and count > selection.top_k
+            if mask is None and not selecting and ctx.indexer_warmup is None:
                 key = torch.cat([key, values.to(key.dtype)], dim=1)
                 outs.append(attend_with_sink(queries, key, None, sink, scale))
                 continue
@@ -423,7 +423,7 @@ class SharedKV(nn.Module):
                 mask = window_mask(ctx, window, run, document_ids)
                 seen = entries.visible(ctx, run, count)
             if selection is not None and gathers:
-                selected = selection.choose(selection.scores(run, count), seen, run)
+                selected = selection.select(selection.scores(run, count), seen, run)
                 outs.append(
                     attend_gathered(queries, key, mask, entries.values, selected, sink, scale)
                 )
@@ -431,14 +431,14 @@ class SharedKV(nn.Module):
             if selection is not None:
                 if ctx.indexer_warmup is not None:
                     scores = selection.scores(run, count)
-                    selected_mask = selection.mask(selection.choose(scores, seen, run), count)
+                    selected_mask = selection.mask(selection.select(scores, seen, run), count)
                     valid = None if ctx.valid is None else ctx.valid[:, run]
                     heads = queries, values, scale, ctx.indexer_warmup
                     losses.append(entry_loss(scores, seen, selected_mask, *heads, valid))
                     seen = seen if ctx.indexer_warmup else selected_mask
                 elif count > selection.top_k:
                     with torch.no_grad():
-                        selected = selection.choose(selection.scores(run, count), seen, run)
+                        selected = selection.select(selection.scores(run, count), seen, run)
                     seen = selection.mask(selected, count)
             both = torch.broadcast_tensors(mask[..., :1], seen[..., :1])[0].shape[:2]
             mask = torch.cat([mask.expand(*both, -1), seen.expand(*both, -1)], dim=-1)
@@ -581,7 +581,7 @@ class EntrySelection(NamedTuple):
         """Computes the scores of the first `count` entries for the queries `run`."""
         return index_scores(self.query[:, run], self.keys[:, :count], self.weights[:, run])
 
-    def choose(
+    def select(
         self, scores: Float[Tensor, "B T M"], visible: Bool[Tensor, "#B T M"], run: slice
     ) -> SelectedEntries:
         """Returns the visible entries of largest score of the queries `run`."""
@@ -590,17 +590,17 @@ class EntrySelection(NamedTuple):
             # Which of equal scores torch.topk selects depends on the number of all.
             scores = F.pad(scores, (0, self.keys.shape[1] - scores.shape[-1]), value=-torch.inf)
             index = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
-            tied = choices_open(scores, index)
+            tied = tied_queries(scores, index)
             if self.ties is not None:
                 self.ties.note(tied)
             if self.spans is not None:
-                choose_within(self.spans[:, run], scores, index, tied)
+                select_within(self.spans[:, run], scores, index, tied)
         else:
             index = largest(scores, self.top_k)
         return SelectedEntries(index, scores.gather(-1, index) > -torch.inf)
 
     def mask(self, selected: SelectedEntries, count: int) -> Bool[Tensor, "B T M"]:
-        """Returns True at those of the first `count` entries that `choose` selected."""
+        """Returns True at those of the first `count` entries that `select` selected."""
         real = selected.real
         mask = real.new_zeros(*real.shape[:2], self.keys.shape[1])
         return mask.scatter_(-1, selected.numbers, real)[..., :count]
@@ -632,16 +632,16 @@ def entry_loss(
     number = visible.sum(-1)
     counts = (number > 0).expand_as(target.captured).float()
     counts = counts if valid is None else counts * valid
-    choosing = counts * (number > selected_mask.sum(-1))
+    selecting = counts * (number > selected_mask.sum(-1))
     # A query that sees no entry counts as none.
     equal = over.sum(-1).clamp_min(1).log()
     uniform = torch.special.xlogy(share, share).sum(-1) + equal
     return LossSums(
         loss=(counts * terms.sum(-1)).sum(),
-        captured=(choosing * target.captured).sum(),
+        captured=(selecting * target.captured).sum(),
         uniform=(counts * uniform).sum(),
         queries=counts.sum(),
-        choosing=choosing.sum(),
+        selecting=selecting.sum(),
     )
 
 

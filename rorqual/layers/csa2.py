@@ -45,7 +45,7 @@ from rorqual.layers.csa import (
     mean_entry_loss,
     window_mask,
 )
-from rorqual.layers.dsa import IndexerLoss, Ties, choices_open, choose_within
+from rorqual.layers.dsa import IndexerLoss, Ties, select_within, tied_queries
 from rorqual.layers.norm import RMSNorm
 from rorqual.layers.rope import rotate
 from rorqual.layers.sparse import Blocks
@@ -147,37 +147,16 @@ def new_entries(ctx: Context, ratio: int) -> NewEntries:
 
 
 def numbered(
-    new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context, ratio: int
+    new: Float[Tensor, "B E P"], completed: NewEntries, ctx: Context, ratio: int
 ) -> Float[Tensor, "B M P"]:
     """Returns the entries by their numbers, without a cache; with their gradients."""
     if ctx.key_positions is None:
         return new
     total = ctx.key_count // ratio
     # What a sequence does not complete goes to one entry more, which is left out.
-    index = places.numbers.where(places.complete, total)[..., None].expand_as(new)
+    index = completed.numbers.where(completed.complete, total)[..., None].expand_as(new)
     out = new.new_zeros(len(new), total + 1, new.shape[-1])
     return out.scatter(1, index, new)[:, :total]
-
-
-def cached(
-    new: Float[Tensor, "B E P"], places: NewEntries, ctx: Context, cache: Blocks
-) -> Float[Tensor, "B M P"]:
-    """Stores new entries and returns those of all tokens.
-
-    What is beyond the last complete entry of a shorter sequence means nothing.
-    """
-    total = cache.count(ctx.key_count)
-    buffer = cache.values.reserve(new, total)
-    # The dtype may differ from that of the first call, if autocast was switched since.
-    values = new.detach().to(buffer.dtype)
-    if ctx.starts is None and ctx.key_positions is None:
-        done = cache.count(ctx.past)
-        buffer[:, done : done + new.shape[1]] = values
-    else:
-        sequences, columns = places.complete.expand(len(new), -1).nonzero(as_tuple=True)
-        numbers = places.numbers.expand(len(new), -1)[sequences, columns]
-        buffer[sequences, numbers] = values[sequences, columns]
-    return buffer[:, :total]
 
 
 @dataclass(eq=False)
@@ -200,7 +179,7 @@ class PlainCompressor(nn.Module):
         self.wgate = nn.Linear(dim, width, bias=False) if ratio > 1 else None
 
     def forward(
-        self, hidden: Float[Tensor, "B T D"], places: NewEntries, ctx: Context
+        self, hidden: Float[Tensor, "B T D"], completed: NewEntries, ctx: Context
     ) -> Float[Tensor, "B E P"]:
         """Returns the latents of the entries that the new tokens complete, before their norm.
 
@@ -218,7 +197,7 @@ class PlainCompressor(nn.Module):
             earlier = cache.before(ctx, tokens)
             cache.store(tokens.detach(), ctx)
             tokens = torch.cat([earlier, tokens], dim=1)
-        groups = [places.of(tokens[:, j : j + hidden.shape[1]]) for j in range(self.ratio)]
+        groups = [completed.of(tokens[:, j : j + hidden.shape[1]]) for j in range(self.ratio)]
         values, scores = torch.stack(groups, dim=2).chunk(2, dim=-1)  # [B, E, r, P]
         return (values * scores.softmax(2)).sum(2).to(hidden.dtype)
 
@@ -294,11 +273,11 @@ def best(scores: Float[Tensor, "B T M"], count: int, ties: TieRule) -> Int[Tenso
     if ties.rule == "topk":
         index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
         if index.shape[-1]:
-            tied = choices_open(scores, index, ties.exact)
+            tied = tied_queries(scores, index, ties.exact)
             if ties.noted is not None:
                 ties.noted.note(tied)
             if ties.spans is not None:
-                choose_within(ties.spans, scores, index, tied)
+                select_within(ties.spans, scores, index, tied)
     else:
         index = largest(scores.float(), count)
     return index.where(scores.gather(-1, index) > -torch.inf, -1)
@@ -388,7 +367,7 @@ class CSA2(SharedKV):
         query = self.queries(latent, ctx)
         loss = None
         if self.indexer is not None:
-            shared, loss = self.choose(hidden, latent, query, shared, ctx)
+            shared, loss = self.select_entries(hidden, latent, query, shared, ctx)
         out = self.attend_shared(query, keys, shared if self.ratio else None, ctx)
         return Attended(self.output(out, ctx), loss, shared)
 
@@ -404,25 +383,28 @@ class CSA2(SharedKV):
     def publish(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Shared:
         """Compresses the new tokens; returns the entries of all tokens and their index keys."""
         assert self.compressor is not None and self.indexer is not None
-        places = new_entries(ctx, self.ratio)
-        latents = self.compressor.norm(self.compressor(hidden, places, ctx))
-        new = rotate_entries(latents, places, ctx)
+        completed = new_entries(ctx, self.ratio)
+        latents = self.compressor.norm(self.compressor(hidden, completed, ctx))
+        new = rotate_entries(latents, completed, ctx)
         new = rounded(new, "nvfp4") if self.rounds else new
         with torch.set_grad_enabled(torch.is_grad_enabled() and ctx.indexer_warmup is not None):
             keys = self.indexer.k_norm(self.indexer.wk(latents.detach()))
-            keys = rotate_entries(keys, places, ctx)
+            keys = rotate_entries(keys, completed, ctx)
             keys = rounded(keys, "mxfp4") if self.rounds else keys
         # The coarse blocks of an earlier source of this ratio stay.
         coarse = None if ctx.shared is None else ctx.shared.coarse
         if ctx.cache is None:
-            entries, index_keys = (numbered(x, places, ctx, self.ratio) for x in (new, keys))
+            entries, index_keys = (numbered(x, completed, ctx, self.ratio) for x in (new, keys))
         else:
             cache = ctx.cache.attention
-            entries = cached(new, places, ctx, cache.entries)
-            index_keys = cached(keys, places, ctx, cache.index_keys)
+            # Without documents, sequences of one length complete the same entries.
+            same = ctx.starts is None and ctx.key_positions is None
+            complete = None if same else completed.complete
+            entries = cache.entries.put(new, completed.numbers, complete, ctx)
+            index_keys = cache.index_keys.put(keys, completed.numbers, complete, ctx)
         return Shared(entries, index_keys, coarse=coarse)
 
-    def choose(
+    def select_entries(
         self,
         hidden: Float[Tensor, "B T D"],
         latent: Float[Tensor, "B T R"],
@@ -531,11 +513,11 @@ class CSA2(SharedKV):
 
 
 def rotate_entries(
-    x: Float[Tensor, "B E P"], places: NewEntries, ctx: Context
+    x: Float[Tensor, "B E P"], completed: NewEntries, ctx: Context
 ) -> Float[Tensor, "B E P"]:
     """Rotates the last values of entries by the positions of their first tokens."""
     assert ctx.compressed_frequencies is not None, "a context without rope"
-    angles = places.positions[..., None].float() * ctx.compressed_frequencies
+    angles = completed.positions[..., None].float() * ctx.compressed_frequencies
     cos, sin = (value * ctx.compressed_factor for value in (angles.cos(), angles.sin()))
     cos, sin = (value.expand(len(x), -1, -1) for value in (cos, sin))
     width = 2 * cos.shape[-1]

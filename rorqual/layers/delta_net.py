@@ -272,7 +272,6 @@ class Recurrent:
         self.base = torch.where(moves[:, None, None, None], between.detach(), self.base)
         reached = self.lengths + chunks * min(CHUNK, time)
         self.base_lengths = torch.where(moves, reached, self.base_lengths)
-        self.writes.before(ctx, packed)
         self.writes.store(packed, ctx)
         self.state = state.detach()
         self.lengths = self.lengths + counts

@@ -109,7 +109,7 @@ class Indexer(nn.Module):
 
 
 class Ties:
-    """Records whether torch.topk had to choose among keys of score 0 (`choices_open`).
+    """Records whether torch.topk had to choose among keys of score 0 (`tied_queries`).
 
     Which it takes depends on the number of columns. So a model that selects as transformers' models
     do may select other keys for the cached tokens when there are more tokens; it then computes them
@@ -294,14 +294,14 @@ class LossSums(NamedTuple):
     """Sums over queries that indexer loss and recall are made of, and the numbers of queries."""
 
     loss: Float[Tensor, ""]  # of the divergences, in nats
-    captured: Float[Tensor, ""]  # of the selected keys' shares, over the `choosing` queries
+    captured: Float[Tensor, ""]  # of the selected keys' shares, over the `selecting` queries
     uniform: Float[Tensor, ""]  # of the divergences of equal scores
     queries: Float[Tensor, ""]  # that count in the loss
-    choosing: Float[Tensor, ""]  # of these, that see more keys than they may select
+    selecting: Float[Tensor, ""]  # of these, that see more keys than they may select
 
     def mean(self) -> IndexerLoss:
         """Returns the means over the queries; the recall is 1 where none had to select."""
-        share = torch.where(self.choosing > 0, self.captured / self.choosing.clamp_min(1), 1.0)
+        share = torch.where(self.selecting > 0, self.captured / self.selecting.clamp_min(1), 1.0)
         count = self.queries.clamp_min(1)
         return IndexerLoss(self.loss / count, share, self.uniform / count)
 
@@ -395,11 +395,11 @@ class IndexerSelection(NamedTuple):
             else:
                 scores = F.pad(scores, (0, self.ties - end), value=-torch.inf)
                 index = scores.topk(self.top_k, dim=-1).indices
-                tied = choices_open(scores, index)
+                tied = tied_queries(scores, index)
                 if self.cached_ties is not None:
                     self.cached_ties.note(tied)
                 if self.spans is not None:
-                    choose_within(self.spans[:, run], scores, index, tied)
+                    select_within(self.spans[:, run], scores, index, tied)
             if self.mask is None and end - count + 1 >= self.top_k:
                 return Selected(index)
             visible = scores.gather(-1, index) > -torch.inf
@@ -579,21 +579,21 @@ def attend_best(
     scores = scores.masked_fill(~visible, -torch.inf)
     index = largest(scores, top_k)
     if tied is not None:
-        tied.copy_(choices_open(scores, index))
+        tied.copy_(tied_queries(scores, index))
         for sequence, token in tied.nonzero().tolist():
             columns = scores[sequence, token, : int(ends.expand(len(scores), -1)[sequence].max())]
             index[sequence, token] = columns.topk(top_k).indices
     real = visible.expand_as(scores).gather(-1, index)[:, :, None, None]
     outs = []
-    for sequence, places in enumerate(index):
-        keys = latent[sequence].index_select(0, places.flatten()).unflatten(0, places.shape)
+    for sequence, selected in enumerate(index):
+        keys = latent[sequence].index_select(0, selected.flatten()).unflatten(0, selected.shape)
         outs.append(
             attend_shared(query[sequence].unsqueeze(1), keys, scale, real[sequence]).squeeze(1)
         )
     return torch.stack(outs)
 
 
-def choices_open(
+def tied_queries(
     scores: Float[Tensor, "B T L"], index: Int[Tensor, "B T K"], exact: bool = False
 ) -> Bool[Tensor, "B T"]:
     """Returns whether a key that is not selected has the score 0, as one that is selected has.
@@ -610,7 +610,7 @@ def choices_open(
     return (lowest == 0) & ((scores >= 0).sum(-1) > index.shape[-1])
 
 
-def choose_within(
+def select_within(
     spans: Int[Tensor, "#B T 2"],
     scores: Float[Tensor, "B T L"],
     index: Int[Tensor, "B T K"],
@@ -727,13 +727,13 @@ class _Divergence(torch.autograd.Function):
                 terms, error = _compared(scores, share, over)
                 uniform = torch.special.xlogy(share, share).sum(-1) + over.sum(-1).log()
                 counts = torch.ones_like(terms) if valid is None else valid[:, run].float()
-                choosing = counts * (visible[:, 0].sum(-1) > top_k)
+                selecting = counts * (visible[:, 0].sum(-1) > top_k)
                 of_run = LossSums(
                     loss=(counts * terms).sum(),
-                    captured=(choosing * target.captured).sum(),
+                    captured=(selecting * target.captured).sum(),
                     uniform=(counts * uniform).sum(),
                     queries=counts.sum(),
-                    choosing=choosing.sum(),
+                    selecting=selecting.sum(),
                 )
                 sums += torch.stack(of_run)
                 if graded:

@@ -21,13 +21,12 @@ from rorqual.kernels import kernel
 from rorqual.layers.addresses import (
     Addresses,
     draw_multipliers,
-    find_primes,
     hash_rows,
 )
 from rorqual.layers.cache import Recent
 from rorqual.layers.context import Context
 from rorqual.layers.convolution import convolve
-from rorqual.model_config import EngramConfig, row_totals
+from rorqual.model_config import EngramConfig, head_primes, row_totals
 
 # This module is the public API for the names of the paper.
 __all__ = [
@@ -37,10 +36,10 @@ __all__ = [
     "Gate",
     "convolve",
     "draw_multipliers",
-    "find_primes",
     "fuse",
     "gate",
     "hash_rows",
+    "head_primes",
     "row_totals",
 ]
 
@@ -104,7 +103,7 @@ def gate(
     return torch.sigmoid(root.copysign(score) if sign == "copysign" else root * score.sign())
 
 
-def weigh(
+def gate_value(
     gates: Float[Tensor, "B T S"],
     value: Float[Tensor, "B T D"],
     conv_norm: Float[Tensor, "S D"] | None,
@@ -134,13 +133,13 @@ def fuse(
     eps: float,
     conv_eps: float,
 ) -> tuple[Float[Tensor, "B T S D"], Float[Tensor, "B T S D"] | None]:
-    """Computes `weigh` of `gate` of the normed inputs, as one function for a kernel to implement.
+    """Computes the gates of the normed inputs and `gate_value`, as one function for a kernel.
 
     It is all from the projections to the convolution. Norms and gates are in float32, both results
     in the dtype of `value`.
     """
     gates = gate(_norm(hidden, query_norm, eps), _norm(key, key_norm, eps), sign)
-    return weigh(gates, value, conv_norm, lookup_mask, conv_eps)
+    return gate_value(gates, value, conv_norm, lookup_mask, conv_eps)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -227,7 +226,7 @@ class Engram(nn.Module):
         conv_norm = norm_weight(self.conv_norm, offset) if self.config.conv else None
         if key is None or self.config.gating != "streams" or _hooked(self.gate):
             gates = self.gate(hidden, key)
-            gated, normed = weigh(gates, value, conv_norm, lookup_mask, conv_eps)
+            gated, normed = gate_value(gates, value, conv_norm, lookup_mask, conv_eps)
         else:
             # One fused operation: every stream has its own gate, which no hook waits for.
             query_norm = norm_weight(self.gate.query_norm, offset)

@@ -88,7 +88,7 @@ class MoBACache(GQACache):
     """
 
     means: Blocks | None = None
-    choice: Recent | None = None
+    tile_selection: Recent | None = None
 
 
 class MoBA(GQA):
@@ -122,8 +122,8 @@ class MoBA(GQA):
     ) -> MoBACache:
         """Returns an empty cache for `capacity` tokens."""
         means = None if self.always else Blocks(self.moba.block, self.moba.block, capacity)
-        choice = Recent(1) if self.tiles else None
-        return MoBACache(Appended(capacity), Appended(capacity), means, choice)
+        tile_selection = Recent(1) if self.tiles else None
+        return MoBACache(Appended(capacity), Appended(capacity), means, tile_selection)
 
     def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
         """Returns the output of the new tokens.
@@ -182,8 +182,8 @@ class MoBA(GQA):
             )
         if not self.tiles:
             return Selection(torch.cat(index, dim=1), size, blocks.segment)
-        choice = None if ctx.cache is None else ctx.cache.attention.choice
-        keys = by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
+        stored = None if ctx.cache is None else ctx.cache.attention.tile_selection
+        keys = by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, stored)
         return None if ctx.key_count <= size else keys
 
     def _means(self, key: Tensor, ctx: Context) -> BlockMeans:

@@ -123,7 +123,7 @@ class NSACache(GQACache):
     compressed: KeysAndValues  # both Blocks
     uncompressed: KeysAndValues  # what they are made from
     window: KeysAndValues
-    choice: Recent | None = None  # selection of the incomplete tile
+    tile_selection: Recent | None = None  # selection of the incomplete tile
 
 
 class NSA(GQA):
@@ -157,7 +157,7 @@ class NSA(GQA):
             compressed=KeysAndValues(Blocks(*size), Blocks(*size)),
             uncompressed=KeysAndValues(Appended(capacity), Appended(capacity)),
             window=KeysAndValues(Appended(capacity), Appended(capacity)),
-            choice=Recent(1) if self.tiles else None,
+            tile_selection=Recent(1) if self.tiles else None,
         )
 
     def forward(self, hidden: Float[Tensor, "B T D"], ctx: Context) -> Attended:
@@ -219,8 +219,8 @@ class NSA(GQA):
             index.append(
                 best_blocks(scored.importance, scored.own_block, scored.first, top_k, forced=3)
             )
-        choice = None if ctx.cache is None else ctx.cache.attention.choice
-        return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, choice)
+        stored = None if ctx.cache is None else ctx.cache.attention.tile_selection
+        return by_tiles(torch.cat(index, dim=1), ctx, blocks.segment, size, stored)
 
     def attend_compressed(
         self, query: Float[Tensor, "B T H P"], blocks: Compressed, ctx: Context
@@ -471,13 +471,13 @@ def _block_columns(
     It is for packed documents. A block ends at each key whose position is l - 1, l - 1 + d, ...;
     its keys are the l ones up to there.
     """
-    places = ctx.key_positions
-    assert places is not None
-    length = places.shape[1]
-    ends = (places >= block - 1) & ((places - block + 1) % stride == 0)
+    positions = ctx.key_positions
+    assert positions is not None
+    length = positions.shape[1]
+    ends = (positions >= block - 1) & ((positions - block + 1) % stride == 0)
     # This bounds the blocks of any documents, because a block is no shorter than a stride.
     bound = max(0, (length - block) // stride + 1)
     largest = bound if torch.compiler.is_compiling() else int(ends.sum(1).max())
     last = (~ends).long().argsort(dim=1, stable=True)[:, :largest]  # [B, M]
-    span = torch.arange(1 - block, 1, device=places.device)
+    span = torch.arange(1 - block, 1, device=positions.device)
     return (last[..., None] + span).clamp_min(0), ends.gather(1, last)

@@ -114,10 +114,10 @@ class Blocks:
             return buffer[:, :total]
         numbers, real = self.missing(ctx)
         assert real is not None
-        sequences, places = real.nonzero(as_tuple=True)
+        sequences, steps = real.nonzero(as_tuple=True)
         if stored is not None and not len(sequences):
             return self.values.reserve(stored, total)[:, :total]
-        blocks = numbers[sequences, places]
+        blocks = numbers[sequences, steps]
         columns = blocks[:, None] * self.stride + torch.arange(self.block, device=keys.device)
         new = make(keys[sequences[:, None], columns].transpose(1, 2)[:, None])[:, 0].detach()
         buffer = self.values.reserve(new.new_empty(len(keys), 0, *new.shape[1:]), total)
@@ -161,9 +161,9 @@ class Blocks:
         if real is None:
             buffer[:, total - new.shape[1] : total] = new
         else:
-            sequences, places = real.nonzero(as_tuple=True)
+            sequences, steps = real.nonzero(as_tuple=True)
             # The dtype may differ from that of the first call, if autocast was switched since.
-            buffer[sequences, numbers[sequences, places]] = new[sequences, places].to(buffer.dtype)
+            buffer[sequences, numbers[sequences, steps]] = new[sequences, steps].to(buffer.dtype)
         return buffer[:, :total]
 
     def select(self, index: Int[Tensor, " B"], length: int) -> None:

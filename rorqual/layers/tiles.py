@@ -50,8 +50,10 @@ def loop_tiles(
         first = max(start, past)
         end = min(start + TILE, length)
         first_block = start // block
-        places = (row + tiles[:, n, :, 1 : first_block + 1]).flatten()
-        selected = [x.index_select(0, places).view(batch, choices, -1, x.shape[-1]) for x in far]
+        block_index = (row + tiles[:, n, :, 1 : first_block + 1]).flatten()
+        selected = [
+            x.index_select(0, block_index).view(batch, choices, -1, x.shape[-1]) for x in far
+        ]
         own_block = [x[:, first_block * block : end].transpose(1, 2) for x in (key, value)]
         own_block = [x.repeat_interleave(choices // groups, dim=1) for x in own_block]
         keys, values = (torch.cat(both, dim=2) for both in zip(selected, own_block, strict=True))

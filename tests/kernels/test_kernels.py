@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rorqual import kernels
-from rorqual.layers.addresses import EngramConfig, draw_multipliers, find_primes
+from rorqual.layers.addresses import EngramConfig, draw_multipliers, head_primes
 from rorqual.model_config import NSAConfig
 from rorqual.tables.fp8 import quantise
 
@@ -49,7 +49,7 @@ def hashing(config: EngramConfig, vocab_size: int, top: int) -> tuple[Tensor, ..
     """Returns the map, multipliers, primes and offsets of ids whose largest canonical id is top."""
     canonical = torch.arange(vocab_size, dtype=torch.int32)
     canonical[-1] = top
-    primes = find_primes(config)
+    primes = np.array(head_primes(config))
     flat = primes.reshape(len(primes), -1)
     exact = draw_multipliers(config, top + 1), primes, flat.cumsum(1) - flat
     return canonical, *(torch.from_numpy(x) for x in exact)

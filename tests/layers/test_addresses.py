@@ -30,8 +30,8 @@ from rorqual.layers.addresses import (
     Addresses,
     EngramConfig,
     draw_multipliers,
-    find_primes,
     hash_rows,
+    head_primes,
     row_totals,
 )
 from rorqual.layers.cache import Past
@@ -74,7 +74,7 @@ def by_hand(
     The result is indexed [layer][token][head].
     """
     multipliers = draw_multipliers(config, canonical).tolist()
-    primes = find_primes(config).tolist()
+    primes = head_primes(config)
     layers = []
     for layer in range(len(config.layers)):
         tokens = []
@@ -287,7 +287,7 @@ def test_row_totals_and_parameters_of_the_published_models() -> None:
 
 def test_primes_are_prime_different_and_next() -> None:
     config = EngramConfig(layers=(0, 3), rows_per_head=(2, 50), heads=3)
-    assert find_primes(config).tolist() == [[[2, 3, 5], [53, 59, 61]], [[7, 11, 13], [67, 71, 73]]]
+    assert head_primes(config) == [[[2, 3, 5], [53, 59, 61]], [[7, 11, 13], [67, 71, 73]]]
 
 
 @EVERY
@@ -311,7 +311,7 @@ def test_rows_are_those_of_a_plain_loop(rows_of, data: st.DataObject) -> None:
     canonical = data.draw(st.sampled_from([1, 2, 100, 98_627, 2**31 - 1]))
     ids = data.draw(st.lists(st.integers(0, min(canonical, 100_000) - 1), min_size=1, max_size=20))
     reach = [data.draw(st.integers(0, orders)) for _ in ids]
-    primes = find_primes(config)
+    primes = np.array(head_primes(config))
     flat = primes.reshape(len(primes), -1)
     numbers = torch.arange(min(canonical, 100_000), dtype=torch.int32)
     exact = (torch.from_numpy(draw_multipliers(config, canonical)), torch.from_numpy(primes))
@@ -352,18 +352,15 @@ def test_two_mixes_share_few_heads() -> None:
     larger product cannot all be shared.
     """
     for rows, largest in ((650_000, 3), (2_300_000, 2)):
-        primes = (
-            find_primes(EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8))
-            .flatten()
-            .tolist()
-        )
+        config = EngramConfig(layers=(1, 14), rows_per_head=(rows, rows), heads=8)
+        primes = np.array(head_primes(config)).flatten().tolist()
         assert (
             math.prod(sorted(primes)[: largest + 1]) > 2**63 > math.prod(sorted(primes)[:largest])
         )
     first, second = (
         np.random.default_rng(seed).integers(0, 2**63 - 1, (500_000, 1)) for seed in (1, 2)
     )
-    tops = find_primes(EngramConfig(rows_per_head=(650_000,), heads=8)).reshape(1, 8)
+    tops = np.array(head_primes(EngramConfig(rows_per_head=(650_000,), heads=8))).reshape(1, 8)
     assert ((first % tops == second % tops).sum(1) <= 3).all()
 
 
@@ -375,7 +372,7 @@ def test_two_n_grams_share_few_heads(data: st.DataObject) -> None:
     The mixes differ by a multiple of as many primes as stay below 2^63.
     """
     rows, largest = data.draw(st.sampled_from([(650_000, 3), (2_300_000, 2), (16_000_000, 2)]))
-    primes = find_primes(EngramConfig(rows_per_head=(rows,), heads=8)).flatten()
+    primes = np.array(head_primes(EngramConfig(rows_per_head=(rows,), heads=8))).flatten()
     shared = math.prod(data.draw(st.permutations(primes.tolist()))[:largest])
     first = data.draw(st.integers(0, 2**63 - 1 - shared))
     second = first + shared * data.draw(st.integers(1, (2**63 - 1 - first) // shared))

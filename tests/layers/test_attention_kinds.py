@@ -10,6 +10,7 @@ What one kind computes is tested in the file that is named after it.
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -507,18 +508,20 @@ def test_an_emptied_cache_takes_another_batch(kind: str, rows: int) -> None:
     """
     model = build(kind, torch.float32)
     ids = torch.arange(1, 31).expand(3, -1) % 7 + torch.arange(3)[:, None]
-    cache = model.new_cache(2)
-    model.hidden(ids[:2], cache=cache)
-    for empty in (cache.reset, lambda: cache.crop(cache.lengths)):
-        empty()
+    calls = (ids[:rows, :2], [1, 2, 2][:rows]), (ids[:rows, :1], None)
+    for crops, (prompts, lengths) in itertools.product((False, True), calls):
+        cache = model.new_cache(2)
         with torch.no_grad():
-            results = [
-                model.hidden(ids[:rows, :2], lengths=[1, 2, 2][:rows], cache=cache)[0][:, :1]
-            ]
-            results += [model.hidden(ids[:rows, 1:2], cache=cache)[0]]
+            model.hidden(ids[:2], cache=cache)
+            if crops:
+                cache.crop(cache.lengths)
+            else:
+                cache.reset()
+            first = model.hidden(prompts, lengths=lengths, cache=cache)[0][:, :1]
+            second = model.hidden(ids[:rows, 1:2], cache=cache)[0]
             expected = model.hidden(ids[:rows, :2])[0]
-        close(results[0], expected[:, :1])
-        close(results[1][0], expected[0, 1:])
+        close(first, expected[:, :1])
+        close(second[0], expected[0, 1:])
 
 
 @every_kind

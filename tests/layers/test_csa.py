@@ -162,8 +162,8 @@ def test_of_equal_scores_the_last_are_selected_or_those_of_topk() -> None:
     selection = csa.EntrySelection(query, weights, keys, 2)
     scores = selection.scores(slice(0, 1), 5)
     run = slice(0, 1)
-    assert set(selection.choose(scores, visible, run).numbers.flatten().tolist()) == {1, 3}
-    selected = selection._replace(as_topk=True).choose(scores, visible, run)
+    assert set(selection.select(scores, visible, run).numbers.flatten().tolist()) == {1, 3}
+    selected = selection._replace(as_topk=True).select(scores, visible, run)
     assert torch.equal(selected.numbers, scores.masked_fill(~visible, -torch.inf).topk(2).indices)
 
 

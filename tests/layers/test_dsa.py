@@ -331,11 +331,11 @@ def test_only_scores_of_0_leave_a_choice_open():
     # The second and the third key have equal scores, and one of them is selected.
     scores = torch.tensor([[[3.0, 1.0, 1.0, -2.0], [3.0, 0.0, 0.0, -2.0], [3.0, -0.0, 0.0, -2.0]]])
     index = scores.topk(2).indices
-    assert dsa.choices_open(scores, index).tolist() == [[False, True, True]]
+    assert dsa.tied_queries(scores, index).tolist() == [[False, True, True]]
     # Both are selected, neither is, and neither may be seen.
     others = torch.tensor([[[3.0, 0.0, 0.0, -2.0], [3.0, 2.0, 0.0, 0.0], [3.0, *[-torch.inf] * 3]]])
     index = torch.tensor([[[0, 1, 2], [0, 1, 1], [0, 1, 2]]])
-    assert dsa.choices_open(others, index).tolist() == [[False, False, False]]
+    assert dsa.tied_queries(others, index).tolist() == [[False, False, False]]
 
 
 @pytest.mark.parametrize("score, again", [(0.0, True), (0.5, False)])
