@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +77,31 @@ def test_a_server_lives_through_hostile_clients_and_answers_as_before():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout, done.stderr[-2000:]
     assert json.loads(done.stdout)["wrong"] == [], done.stdout
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    """With ties; and among tokens of one stratum alone."""
+    knowledge = benchmark("knowledge")
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 6, 40) / 2
+    labels = generator.random(40) < 0.4
+    pairs = [
+        (one > other) + (one == other) / 2 for one in scores[labels] for other in scores[~labels]
+    ]
+    assert knowledge.area(scores[labels], scores[~labels]) == pytest.approx(np.mean(pairs))
+    strata = generator.integers(0, 3, 40)
+    inside = [
+        (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
+        for i in range(40)
+        for j in range(40)
+        if labels[i] and not labels[j] and strata[i] == strata[j]
+    ]
+    assert knowledge.stratified_area(scores, labels, strata) == pytest.approx(np.mean(inside))
+
+
+def test_the_longest_entity_is_marked_at_its_end():
+    entities = {"white shark", "great white shark", "Pacific Ocean", "shark fin"}
+    text = "a great white shark fin of the Pacific Ocean"
+    marked = benchmark("knowledge").marked(text, entities)
+    assert marked.entity_ends == {text.index("shark") + 5, len(text)}
+    assert len(marked.word_ends) == 9
