@@ -21,6 +21,7 @@ from rich.text import Text
 from rorqual.analyze.figures import gate_map
 from rorqual.analyze.measures import Gates, gates
 from rorqual.analyze.report import write_report
+from rorqual.experiments.paired import established, mean_and_error
 from rorqual.experiments.plan import Plan, agreement, split_budget
 from rorqual.experiments.runs import Job, last, run
 from rorqual.presets import preset
@@ -166,10 +167,10 @@ def verdict(losses: dict[str, list[float]]) -> str:
     if len(gaps) < 2:
         return f"{verdict}, with one seed: a difference, not a finding."
     spread = f"{min(gaps):+.4f} to {max(gaps):+.4f}"
-    agreed = all(g > 0 for g in gaps) or all(g < 0 for g in gaps)
+    sure = established(*mean_and_error(gaps), len(gaps))
     return (
-        f"{verdict} ({spread} over {len(gaps)} seeds); "
-        f"{'the seeds agree' if agreed else 'the seeds disagree'}."
+        f"{verdict} ({spread} over {len(gaps)} seeds), "
+        f"{'established' if sure else 'not established'} at 95 %."
     )
 
 

@@ -16,8 +16,9 @@ from rorqual.experiments.demo import DemoConfig, gate_line, main, verdict
     ("moe", "engram", "message"),
     [
         ([4.0], [3.9], "0.1000 nats a token less than the pure mixture of experts, with one seed"),
-        ([4.0, 4.1], [3.9, 4.0], "0.1000 nats a token less .* the seeds agree"),
-        ([4.0, 4.1], [3.9, 4.3], "0.0500 nats a token more .* the seeds disagree"),
+        ([4.0, 4.1], [3.9, 4.07], "0.0650 nats a token less .* over 2 seeds., not established"),
+        ([4.0, 4.1], [3.9, 4.3], "0.0500 nats a token more .* not established at 95 %"),
+        ([4.0, 4.1, 4.0], [3.9, 4.0, 3.91], r"0.0967 nats a token less .* seeds\), established"),
     ],
 )
 def test_the_verdict_says_no_more_than_the_seeds(moe, engram, message):
