@@ -3,6 +3,8 @@
     python benchmarks/serving.py --threads 2
     python benchmarks/serving.py --only prefix chunks --json
 
+`GOMP_SPINCOUNT=10000` in front of it is what `rorqual serve` sets.
+
 The model is backbone.py's: DeepSeek-V3's architecture at 14M parameters, float32. Rounds are
 interleaved; medians are printed.
 

@@ -10,7 +10,7 @@ With gated residuals the sites of the streams norm what they read; no block has 
 nor has the head. DeepSeek-V3 (arXiv 2412.19437), mHC (2512.24880), Engram (2601.07372).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -298,15 +298,51 @@ class LanguageModel(nn.Module):
         )
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes: list[Aux] = []
-        for index, block in enumerate(self.blocks):
-            block_cache = cache.layers[index] if cache is not None else None
-            last_only = last and index == self.config.layers - 1
-            x, aux = block(x, ctx.for_block(block_cache, pending.get(index), last_only))
-            if aux.shared is not None:
-                ctx = replace(ctx, shared=aux.shared)
-            auxes.append(aux._replace(shared=None))
+        for index in range(self.config.layers):
+            x, ctx, aux = self._run_block(index, x, ctx, cache, pending, last)
+            auxes.append(aux)
+        return self._output(x, for_mtp), auxes
+
+    def hidden_by_block(
+        self, ids: Int[Tensor, "B T"], cache: Cache, *, last: bool = False, for_mtp: bool = False
+    ) -> Generator[None, None, tuple[Float[Tensor, "B T2 *S D"], list[Aux]]]:
+        """Computes `hidden`, the generator's value, and pauses between two blocks.
+
+        In a pause the model may be called for other sequences, which have caches of their own.
+        """
+        if cache.length and self.cache_is_outdated(cache, ids):
+            return self.hidden(ids, cache=cache, last=last, for_mtp=for_mtp)
+        ctx, pending = self.prepare(ids, cache)
+        x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
+        auxes: list[Aux] = []
+        for index in range(self.config.layers):
+            if index:
+                yield
+            x, ctx, aux = self._run_block(index, x, ctx, cache, pending, last)
+            auxes.append(aux)
+        return self._output(x, for_mtp), auxes
+
+    def _run_block(
+        self,
+        index: int,
+        x: Streams,
+        ctx: Context,
+        cache: Cache | None,
+        pending: dict[int, object],
+        last: bool,
+    ) -> tuple[Streams, Context, Aux]:
+        """Runs one block; the context has what its attention leaves for later ones."""
+        block_cache = cache.layers[index] if cache is not None else None
+        last_only = last and index == self.config.layers - 1
+        x, aux = self.blocks[index](x, ctx.for_block(block_cache, pending.get(index), last_only))
+        if aux.shared is not None:
+            ctx = replace(ctx, shared=aux.shared)
+        return x, ctx, aux._replace(shared=None)
+
+    def _output(self, x: Streams, for_mtp: bool) -> Float[Tensor, "B T *S D"]:
+        """Returns what the last block's streams are for the head, or for MTP."""
         on_streams = for_mtp and self.config.mtp is not None and self.config.mtp.streams
-        return x.values if on_streams else self.reduce_streams(x), auxes
+        return x.values if on_streams else self.reduce_streams(x)
 
     def prepare(
         self,

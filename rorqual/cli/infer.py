@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from rorqual.serve.sampling import Sampling
 
 
+# How often an idle thread of GNU OpenMP looks for work before it sleeps: some 0.1 ms, not 5.
+SPINS = 10_000
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generate:
     """Continues a text, printing it as it comes. --json prints one object at the end.
@@ -233,6 +237,7 @@ class Serve:
 def serve_command(argv: list[str]) -> int:
     """Starts the HTTP server and runs it until ctrl-C; returns the exit code."""
     options = parse_new(Serve, argv, "serve")
+    _wait_shortly()
     from rorqual.serve.generate import load
     from rorqual.serve.server import listen, serve
 
@@ -268,6 +273,16 @@ def serve_command(argv: list[str]) -> int:
         print("\nrorqual: stopped", file=sys.stderr, flush=True)
         os._exit(130)
     return 0
+
+
+def _wait_shortly() -> None:
+    """Lets torch's threads sleep a tenth of a millisecond after an operation, not milliseconds.
+
+    While they poll for the next one they take cores from the compiled step, which decodes in
+    between. GNU OpenMP reads the variable when torch is imported; other systems ignore it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -278,7 +278,7 @@ class Engine:
         """
         changed: list[Request] = []
         # Whoever decodes has its ids before prompts are read: rows for them are fetched meanwhile.
-        for output in self._runner.run(self._scheduler.schedule()):
+        for output in self._runner.run(self._scheduler.schedule(self._runner.paused)):
             self._scheduler.postprocess(Read(output.requests, output.counts))
             self._observe_prompts(output)
             if output.logits is not None:
@@ -288,7 +288,8 @@ class Engine:
                 request.cached = min(request.cached, request.tokens - 1)
                 if output.logits is not None or request.finish == "error":
                     changed.append(request)
-        self._scheduler.leave()
+        # One that was cancelled while its prompt is read had no output.
+        changed += [request for request in self._scheduler.leave() if request not in changed]
         return changed
 
     def _give(self, output: Output) -> None:

@@ -3,11 +3,15 @@
     for output in runner.run(plan): give ids to output.requests
 
 A request reads its prompt into a cache of its own, which joins the cache of the batch at the step
-after: its sequence is copied there, and those of the other requests stay where they are. A decoding
-forward reads drafts, too, if the model drafts; wrong ones are cropped from the cache.
+after: its sequence is copied there, and those of the other requests stay where they are. Beside
+requests that decode, a read of a long prompt pauses behind a block of the model, so that they wait
+for a few blocks at a time, and goes on in the next step. A decoding forward reads drafts, too, if
+the model drafts; wrong ones are cropped from the cache.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -15,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rorqual.layers.addresses import WORTH_KEEPING
 from rorqual.layers.cache import Cache
 from rorqual.model import Aux, LanguageModel
 from rorqual.serve.drafts import Drafter
@@ -23,6 +28,10 @@ from rorqual.serve.scheduler import Plan, Read, Request
 from rorqual.serve.step import Decoder
 from rorqual.serve.trace import Trace, traced
 from rorqual.tables import Table
+
+# Beside requests that decode, a prompt is read for so many times as long as their step took: they
+# then wait for at most 3 steps, or for a single block where that takes longer.
+READING = 2.0
 
 
 class Output(NamedTuple):
@@ -51,6 +60,8 @@ class Runner:
         self.requests: list[Request] = []
         # Requests whose prompt has just been read, and its cache.
         self._joining: list[tuple[list[Request], Cache]] = []
+        self.paused: Read | None = None  # a read that goes on if it is in the next plan
+        self._paused_outputs: Iterator[Output | None] = iter(())
         self._decoder = Decoder(model)
         self.device = next(model.parameters()).device
         self._announces = any(cast(Table, table).placement != "device" for table in model.tables)
@@ -84,9 +95,15 @@ class Runner:
         self.cache = None
         self.requests = []
         self._joining = []
+        self.paused = None
 
     def run(self, plan: Plan) -> Iterator[Output]:
-        """Yields the output of each forward; its requests get their ids before the next one."""
+        """Yields the output of each forward; its requests get their ids before the next one.
+
+        Where requests decode, a read may pause; then those behind it are left to later plans.
+        """
+        start = time.perf_counter()
+        deadline = math.inf
         self._arrange(set(plan.decode))
         if self.requests:
             before = [len(request.ids) for request in self.requests]
@@ -94,21 +111,43 @@ class Runner:
             yield output
             pairs = zip(self.requests, before, strict=True)
             self._accept(output, [len(request.ids) - count for request, count in pairs], proposed)
+            now = time.perf_counter()
+            deadline = now + READING * (now - start)
+        paused = self.paused
+        self.paused = None
         for read in plan.reads:
-            yield from self._attempt(read)
+            outputs = self._paused_outputs
+            if read is not paused:
+                outputs = self._attempt(read, may_pause=deadline < math.inf)
+            last = time.perf_counter()
+            for ended in outputs:
+                if ended is not None:
+                    yield ended
+                    continue
+                now = time.perf_counter()
+                # The next block takes about as long as the last one.
+                if now + (now - last) > deadline:
+                    self.paused = read
+                    self._paused_outputs = outputs
+                    return
+                last = now
 
-    def _attempt(self, read: Read) -> list[Output]:
-        """Reads tokens of prompts; a prompt that cannot be read ends its own request alone."""
+    def _attempt(self, read: Read, *, may_pause: bool) -> Iterator[Output | None]:
+        """Reads tokens of prompts; a prompt that cannot be read ends its own request alone.
+
+        With `may_pause` None is where the read of a long prompt can pause.
+        """
         try:
-            return [self._read(read)]
+            output = yield from self._read(read, may_pause)
         # Whatever fails here must not end the requests that run.
         except Exception as error:
             if len(read.requests) > 1:
-                pairs = zip(*read, strict=True)
-                alone = [Read([request], [count]) for request, count in pairs]
-                return [output for one in alone for output in self._attempt(one)]
+                for request, count in zip(*read, strict=True):
+                    yield from self._attempt(Read([request], [count]), may_pause=False)
+                return
             read.requests[0].fail(error)
-            return [Output(*read, logits=None)]
+            output = Output(*read, logits=None)
+        yield output
 
     def _arrange(self, requests: set[Request]) -> None:
         """Removes the sequences of requests that have left, and joins those of new ones."""
@@ -190,8 +229,11 @@ class Runner:
             last = [[request.ids[-1]] for request in self.requests]
             self.model.announce(torch.tensor(last, device=self.device), self.cache)
 
-    def _read(self, read: Read) -> Output:
-        """Reads tokens of prompts into caches of their own."""
+    def _read(self, read: Read, may_pause: bool) -> Generator[None, None, Output]:
+        """Reads tokens of prompts into caches of their own; None is where the read can pause.
+
+        Only a request with a cache pauses, since its cache is counted.
+        """
         requests, counts = read
         cache = requests[0].cache
         chunks = [
@@ -200,9 +242,19 @@ class Runner:
         ]
         padded = pad_sequence([torch.tensor(chunk) for chunk in chunks], batch_first=True)
         ids = padded.to(self.device)
+        # Rows that are recorded are those of one call, and a large call's memory is used again.
+        whole_call = requests[0].watch.memory or ids.numel() >= WORTH_KEEPING
+        may_pause = may_pause and cache is not None and not whole_call
         if cache is None:
             cache = self.model.new_cache(len(requests), capacity=ids.shape[1] + SPARE)
-        output = self._forward(requests, ids, counts, cache)
+        if not may_pause:
+            output = self._forward(requests, ids, counts, cache)
+        else:
+            whole = self._wants_all(requests)
+            hidden, auxes = yield from self.model.hidden_by_block(
+                ids, cache, last=not whole, for_mtp=self.drafter is not None
+            )
+            output = self._output(requests, counts, hidden, auxes, whole=whole)
         if self.drafter is not None and any(request.max_new_tokens for request in requests):
             assert output.hidden is not None
             self.drafter.read(requests, counts, output.hidden, cache)
@@ -228,7 +280,7 @@ class Runner:
         drafts: list[list[int]] | None = None,
     ) -> Output:
         """Runs the model on new ids."""
-        whole = self.drafter is not None or any(request.reads_prompt for request in requests)
+        whole = self._wants_all(requests)
         memory = any(request.watch.memory for request in requests)
         if memory:
             # The rows that are hashed in this call are those that are recorded.
@@ -243,6 +295,24 @@ class Runner:
                 for_mtp=self.drafter is not None,
             )
         trace.keep_last(starts, ids.shape[1])
+        output = self._output(requests, counts, hidden, auxes, whole=whole, drafts=drafts)
+        return output._replace(trace=trace)
+
+    def _wants_all(self, requests: list[Request]) -> bool:
+        """Returns whether the output of every token is used, not of the last alone."""
+        return self.drafter is not None or any(request.reads_prompt for request in requests)
+
+    def _output(
+        self,
+        requests: list[Request],
+        counts: list[int],
+        hidden: Float[Tensor, "B T *N D"],
+        auxes: Sequence[Aux],
+        *,
+        whole: bool,
+        drafts: list[list[int]] | None = None,
+    ) -> Output:
+        """Returns the output of a forward, with logits if its requests get ids."""
         every = hidden if whole else None
         if drafts is None and hidden.shape[1] > 1:
             last = torch.tensor(counts, device=hidden.device) - 1
@@ -252,4 +322,4 @@ class Runner:
             for request, count in zip(requests, counts, strict=True)
         )
         logits = self.model.logits(hidden).unbind(1) if wanted else None
-        return Output(requests, counts, logits, every, auxes, trace, drafts)
+        return Output(requests, counts, logits, every, auxes, Trace(), drafts)

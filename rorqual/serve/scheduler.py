@@ -208,21 +208,30 @@ class Scheduler:
         self.reading = []
         return dropped
 
-    def schedule(self) -> Plan:
-        """Returns what the next step runs, after requests have left, been sent back and come."""
+    def schedule(self, paused: Read | None = None) -> Plan:
+        """Returns what the next step runs, after requests have left, been sent back and come.
+
+        A read that has `paused` goes on before others begin.
+        """
         self.leave()
         self._preempt()
         self._admit()
         # What no request uses is left to the caches of earlier prompts.
         self._prefixes.shrink(self.pages - self.pages_used)
+        # A request that was sent back has no cache any more.
+        if paused is not None and all(
+            request in self.reading and request.cache is not None for request in paused.requests
+        ):
+            return Plan(list(self.running), [paused])
         return Plan(list(self.running), self._reads())
 
-    def leave(self) -> None:
-        """Removes the requests that have ended."""
-        for request in self.admitted:
-            if request.finish is not None:
-                (self.running if request in self.running else self.reading).remove(request)
-                request.clear()
+    def leave(self) -> list[Request]:
+        """Removes and returns the requests that have ended."""
+        ended = [request for request in self.admitted if request.finish is not None]
+        for request in ended:
+            (self.running if request in self.running else self.reading).remove(request)
+            request.clear()
+        return ended
 
     def postprocess(self, read: Read) -> None:
         """Counts the tokens that a forward has read; those who have read all of theirs decode."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -199,6 +200,23 @@ def test_serve_takes_its_key_from_the_environment_too(
     monkeypatch.setenv("RORQUAL_API_KEY", " ")
     assert main(words) == 2
     assert "got an empty API key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_serve_lets_idle_threads_sleep(
+    variables: dict[str, str], count: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Set first, so that what the command sets is undone afterwards.
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", "runs/none", "--port", "99999"]) == 2
+    assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
 def test_a_chat_in_the_terminal(

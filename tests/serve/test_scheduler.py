@@ -1,5 +1,6 @@
 """Tests chunks of prompts, shared prefixes and pages: no request's ids depend on any of it."""
 
+import math
 import random
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from rorqual.hub import checkpoints
 from rorqual.layers.delta_net import DeltaNetConfig
 from rorqual.layers.hyper import HyperConfig
 from rorqual.layers.moe import MoEConfig
+from rorqual.layers.mtp import MTPConfig
 from rorqual.model import LanguageModel, ModelConfig
+from rorqual.serve import runner
 from rorqual.serve.engine import Engine
 from rorqual.serve.sampling import GREEDY, Sampling
 from rorqual.serve.scheduler import Watch
@@ -128,13 +131,88 @@ def test_ids_of_production_folders_are_those_of_a_request_alone(name):
 def test_a_request_that_decodes_does_not_wait_for_a_long_prompt():
     model = model_of("mla")
     engine = Engine(model, context=1000, prefill_chunk=32)
-    first = engine.submit([1, 2, 3], max_new_tokens=40)
+    first = engine.submit([1, 2, 3], max_new_tokens=200)
     engine.step()
     long = engine.submit([5] * 900, max_new_tokens=2)
-    for turn in range(28):
-        assert engine.step() == [first]
-        assert len(first.ids) == turn + 2
-    assert set(engine.step()) == {first, long}
+    steps = 1
+    while long not in engine.step():
+        steps += 1
+        assert len(first.ids) == steps
+    # A step reads a chunk of it, or so many blocks of one as there is time for.
+    assert 29 <= steps <= 29 * len(model.blocks)
+
+
+def pausing(model, monkeypatch, prefill_chunk=48, **options):
+    """Returns an engine whose reads pause behind every block, and a request that decodes."""
+    monkeypatch.setattr(runner, "READING", -math.inf)
+    engine = Engine(model, context=400, prefill_chunk=prefill_chunk, **options)
+    decoding = engine.submit([1, 2, 3], max_new_tokens=60)
+    engine.step()
+    return engine, decoding
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "moba decodes fully"])
+@pytest.mark.parametrize("drafts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_read_that_pauses_behind_every_block_changes_nothing(kind, drafts, monkeypatch):
+    model = model_of(kind, mtp=MTPConfig() if drafts else None)
+    engine, decoding = pausing(model, monkeypatch, drafts=drafts)
+    prompts = texts(0, [150, 200, 90, 7], shared=0)
+    gone, *others = [engine.submit(prompt, max_new_tokens=5) for prompt in prompts]
+    for _ in range(4):
+        assert decoding in engine.step()
+    # In the middle of its chunk; the read of the next one begins.
+    assert not gone.ids
+    engine.cancel(gone)
+    while not engine.idle:
+        engine.step()
+    for request, count in (decoding, 60), *((one, 5) for one in others):
+        assert request.ids == alone(model, list(request.prompt), max_new_tokens=count)
+    assert engine.stats().pages == 0
+
+
+def test_the_cache_of_a_read_that_pauses_is_counted(monkeypatch):
+    engine, _ = pausing(model_of("mla"), monkeypatch, prefix_cache=False)
+    before = engine.stats().allocated_bytes
+    long = engine.submit([5] * 200, max_new_tokens=2)
+    engine.step()
+    assert engine.running[-1] is long and not long.cached
+    # Latents of 200 tokens of each layer, as soon as the first of them has read a part.
+    latent = model_of("mla").config.mla
+    size = 200 * 4 * (latent.kv_lora_rank + latent.rope_dim)
+    assert engine.stats().allocated_bytes >= before + size
+
+
+def test_a_request_that_is_sent_back_in_a_pause_is_read_from_its_start(monkeypatch):
+    model = model_of("mla")
+    engine, decoding = pausing(model, monkeypatch, 16, cache_tokens=416, max_batch_size=4)
+    others = [engine.submit([n] * 14, max_new_tokens=200) for n in (4, 6)]
+    engine.step()
+    long = engine.submit([5] * 300, max_new_tokens=5)
+    while not engine.stats().preemptions:
+        engine.step()
+    assert not long.ids and not long.cached and long not in engine.running
+    while not engine.idle:
+        engine.step()
+    for request in (decoding, *others, long):
+        ids = alone(model, list(request.prompt), max_new_tokens=request.max_new_tokens)
+        assert request.ids == ids
+
+
+def test_a_request_that_is_cancelled_in_its_read_is_returned(monkeypatch):
+    model = model_of("mla")
+    engine, decoding = pausing(model, monkeypatch)
+    long = engine.submit([5] * 200, max_new_tokens=2)
+    by_block = model.hidden_by_block
+
+    def leaving(*args, **options):
+        engine.cancel(long)
+        return by_block(*args, **options)
+
+    monkeypatch.setattr(model, "hidden_by_block", leaving)
+    # By the engine alone, so that nobody else knows.
+    assert engine.step() == [decoding, long]
+    assert long.finish == "cancelled"
+    assert engine.running == [decoding]
 
 
 def test_a_header_that_all_prompts_share_makes_none_wait():
@@ -204,14 +282,14 @@ def test_a_prompt_that_cannot_be_read_harms_nobody(monkeypatch):
     engine = Engine(model, max_batch_size=4, context=300)
     first = engine.submit([1, 2, 3], max_new_tokens=9)
     engine.step()
-    hidden = model.hidden
+    prepare = model.prepare
 
-    def broken(ids, **options):
+    def broken(ids, *args, **options):
         if 7 in ids:
             raise OSError("a row cannot be read")
-        return hidden(ids, **options)
+        return prepare(ids, *args, **options)
 
-    monkeypatch.setattr(model, "hidden", broken)
+    monkeypatch.setattr(model, "prepare", broken)
     bad = [engine.submit([7] * 3, max_new_tokens=3)]
     # It is read together with the first that fails, after which the step reads a part of the other.
     good = engine.submit([8, 9], max_new_tokens=3)
