@@ -46,7 +46,7 @@ class Block(nn.Module):
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
         h, mapping = self.sites[0].read(Streams(streams))
-        x = self.sites[0].write(self.attention(self.norms[0](h), self.ctx)[0], mapping)
+        x = self.sites[0].write(self.attention(self.norms[0](h), self.ctx).out, mapping)
         h, mapping = self.sites[1].read(x)
         return self.sites[1].write(self.ffn(self.norms[1](h)), mapping).values
 

@@ -122,7 +122,7 @@ def placed(attention: GQA | MLA, time: int, past: Past, cache: Any = None) -> Co
 
 
 def call(attention: GQA | MLA, hidden: torch.Tensor, past: Past, cache: Any) -> torch.Tensor:
-    return attention(hidden, placed(attention, hidden.shape[1], past, cache))[0]
+    return attention(hidden, placed(attention, hidden.shape[1], past, cache)).out
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")

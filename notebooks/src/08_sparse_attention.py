@@ -148,8 +148,9 @@ def learn(attention: torch.nn.Module) -> list[float]:
         hidden, _, answers = texts(step, 10)
         has_indexer = getattr(attention, "indexer", None) is not None
         phase = {"indexer_warmup": step < STEPS // 2} if has_indexer else {}
-        out, indexer_loss, _ = attention(hidden, facts(attention, hidden, **phase))
-        error = F.mse_loss(out[:, FIRST:, :16], answers)
+        attended = attention(hidden, facts(attention, hidden, **phase))
+        error = F.mse_loss(attended.out[:, FIRST:, :16], answers)
+        indexer_loss = attended.indexer_loss
         loss = error if indexer_loss is None else error + indexer_loss.loss
         optimizer.zero_grad()
         loss.backward()

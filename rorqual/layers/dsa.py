@@ -224,11 +224,11 @@ class DSA(MLA):
                 loss = selection.kl_loss(
                     heads.query, heads.key, self.scale, ctx.indexer_warmup, ctx.valid
                 )
-            attended = heads.query, heads.key, heads.value, self.scale
+            arguments = heads.query, heads.key, heads.value, self.scale
             if selection.selects and not ctx.indexer_warmup:
-                out = selection.attend_masked(*attended)
+                out = selection.attend_masked(*arguments)
             else:
-                out = attend(*attended, *visibility(ctx))
+                out = attend(*arguments, *visibility(ctx))
             return self._attended(out, loss, selection)
         absorbing = self.absorbs(ctx)
         if not selection.selects:

@@ -144,11 +144,11 @@ class MoBA(GQA):
         keys = None
         if blocks is not None and (self.tiles or not full):
             keys = self.select(projected.query, blocks, ctx)
-        attended = projected.query, projected.key, projected.value
+        pair = projected.key, projected.value
         if keys is None or full:
-            out = full_attention(*attended, ctx, self.scale)
+            out = full_attention(projected.query, *pair, ctx, self.scale)
         else:
-            out = attend_selected(*attended, keys, ctx, self.scale)
+            out = attend_selected(projected.query, *pair, keys, ctx, self.scale)
         out = ctx.last_of(out) if ctx.last_only else out
         return Attended(self.o_proj(out.flatten(2)))
 

@@ -154,11 +154,11 @@ class QSA(GQA):
             index_query = ctx.last_of(index_query)
             ctx = ctx.last()
         keys = self.select(index_query, blocks, ctx)
-        attended = projected.query, projected.key, projected.value
+        pair = projected.key, projected.value
         if keys is None:
-            out = full_attention(*attended, ctx, self.scale)
+            out = full_attention(projected.query, *pair, ctx, self.scale)
         else:
-            out = attend_selected(*attended, keys, ctx, self.scale)
+            out = attend_selected(projected.query, *pair, keys, ctx, self.scale)
         return Attended(self.finish(out, projected.gate))
 
     def select(
