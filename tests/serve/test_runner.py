@@ -5,7 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rorqual.layers.cache import Cache
 from rorqual.serve.engine import Engine
 from tests.hub.doubles import Doubles
 from tests.serve.plain import alone
@@ -81,3 +83,46 @@ def test_sequences_of_requests_that_stay_are_not_moved():
     for number in (0, 2, 3):
         assert requests[number].ids == alone(model, [5, number], max_new_tokens=9)
     assert last.ids == alone(model, [7], max_new_tokens=9)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes that operations copy, but not those that they set to zero."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("copy_", "index_put_", "clone", "cat", "index_select", "index", "_to_copy"):
+            written = args[2] if name == "index_put_" else result
+            self.count += written.numel() * written.element_size()
+        return result
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa", "nsa", "dsa", "v4"])
+def test_whoever_joins_is_copied_alone(kind, monkeypatch):
+    """The bytes do not depend on what runs, where the batch has memory for one more."""
+    model = model_of(kind)
+    join = Cache.join
+    counts = []
+
+    def counted(self, other):
+        with Copies() as copies:
+            join(self, other)
+        counts.append(copies.count)
+
+    for length in (20, 300):
+        engine = Engine(model, max_batch_size=4, context=400, prefix_cache=False)
+        others = [engine.submit([5] * length, max_new_tokens=60) for _ in range(4)]
+        for _ in range(12):
+            engine.step()
+        engine.cancel(others[1])
+        engine.step()
+        monkeypatch.setattr(Cache, "join", counted)
+        new = engine.submit([3] * 20, max_new_tokens=2)
+        while not new.ids:
+            engine.step()
+        engine.step()
+        monkeypatch.setattr(Cache, "join", join)
+    short, long = counts
+    assert short == long > 0
