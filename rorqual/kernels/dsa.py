@@ -92,6 +92,7 @@ def _fetch(base, step, topk_indices, n, width):  # pragma: no cover
 @_loop
 def _four(base, step, topk_indices, n):  # pragma: no cover
     """Returns the addresses of the selected latents n .. n + 3; past the end, the last one's."""
+    # Four alike, which the caller's products take in this order: no names.
     last = topk_indices.shape[0] - 1
     a = base + topk_indices[min(n, last)] * step
     b = base + topk_indices[min(n + 1, last)] * step
