@@ -314,7 +314,11 @@ def conclusion(measured: Sequence[dict[str, Any]]) -> str:
         return "established" if established(mean, error, seeds) else "not established"
 
     sentences = []
-    for key, what in (("word_area", "other ends of words"), ("equal_counts", "those as frequent")):
+    for key, what in (
+        ("all_tokens", "other tokens"),
+        ("word_area", "other ends of words"),
+        ("equal_counts", "those as frequent"),
+    ):
         over = [one["gates"][key] - 0.5 for one in measured]
         mean, _ = mean_and_error(over)
         side = "higher" if mean > 0 else "lower"
@@ -322,6 +326,10 @@ def conclusion(measured: Sequence[dict[str, Any]]) -> str:
             f"gates at the ends of entities are {side} than at {what} (area {0.5 + mean:.3f}): "
             f"{verdict(over)}"
         )
+    for task in TASKS:
+        drops = [one["memory"][task]["with"] - one["memory"][task]["without"] for one in measured]
+        mean, _ = mean_and_error(drops)
+        sentences.append(f"without memory {task} loses {mean:.3f} of its answers: {verdict(drops)}")
     gaps = [one["memory"]["copy"]["kept"] - one["memory"]["recall"]["kept"] for one in measured]
     mean, _ = mean_and_error(gaps)
     more = "more" if mean > 0 else "less"
@@ -355,6 +363,9 @@ def draw(measured: Sequence[dict[str, Any]], case: str | Path, path: Path) -> No
             labels = [sentence[start:end].strip() for start, end in offsets]
             axes.set_xticks(range(len(values)), labels, rotation=35, ha="right")
             axes.set(ylim=(0, 1), ylabel="gate")
+            if not line:
+                axes.bar([0], [0], color=COLOURS[1], label="last token of an entity")
+                axes.legend(loc="upper left")
         axes = figure.add_subplot(grid[2, 0])
         names = ("all_tokens", "word_area", "equal_counts")
         for index, key in enumerate(names):
@@ -362,9 +373,10 @@ def draw(measured: Sequence[dict[str, Any]], case: str | Path, path: Path) -> No
             axes.plot([index] * len(each), each, "o", color=COLOURS[1], alpha=0.7)
         low = min(one["gates"]["shuffled"][0] for one in measured)
         high = max(one["gates"]["shuffled"][1] for one in measured)
-        axes.axhspan(low, high, color="grey", alpha=0.3, lw=0)
+        axes.axhspan(low, high, color="grey", alpha=0.3, lw=0, label="labels shuffled")
         axes.set_xticks(range(3), ["all tokens", "word ends", "equal counts"])
-        axes.set(xlim=(-0.5, 2.5), ylabel="area under the curve")
+        axes.set(xlim=(-0.5, 2.5), ylim=(0.38, 0.56), ylabel="area under the curve")
+        axes.legend(loc="upper left")
         axes = figure.add_subplot(grid[2, 1])
         for offset, key, colour in ((-0.2, "with", COLOURS[0]), (0.2, "without", COLOURS[3])):
             means = [
