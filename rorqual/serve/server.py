@@ -604,9 +604,8 @@ async def _no_route(http: Http, error: HTTPException) -> Response:
 
 async def _refused(_: Http, error: Refusal) -> Response:
     """Answers a Refusal with its own status, code, field and headers."""
-    return _error(
-        error.status, str(error), code=error.code, param=error.param, headers=error.headers
-    )
+    code = error.code or ("invalid_value" if error.param else None)
+    return _error(error.status, str(error), code=code, param=error.param, headers=error.headers)
 
 
 async def _failed(_: Http, error: Failure) -> Response:
@@ -639,18 +638,23 @@ async def _invalid(_: Http, error: RequestValidationError) -> Response:
     wrong = min(error.errors(), key=lambda one: one["type"] == "missing")
     context = wrong.get("ctx") or {}
     if wrong["type"] == "refused":
-        return _error(400, context["message"], param=context["param"] or None, code=context["code"])
+        param = context["param"] or None
+        code = context["code"] or ("invalid_value" if param else None)
+        return _error(400, context["message"], param=param, code=code)
     # The parts of a location after a union name what was tried, not what was asked.
     where = [one for one in wrong["loc"][1:] if not re.search(r"[\[\(]", str(one))]
     where = [one for one in where if not (isinstance(one, str) and one[:1].isupper())]
     param = _path(where) + context.get("inside", "")
     if wrong["type"] == "missing":
-        return _error(400, f"{param}: expected a value, got none", param=param)
+        message = f"{param}: expected a value, got none"
+        return _error(400, message, param=param, code="missing_required_parameter")
     message = re.sub(r"^(Input should be|List should have) ", "expected ", wrong["msg"])
     got = f"got {short(wrong['input'])}, "
     if wrong["type"] in ("content", "part"):
         got = ""
-    return _error(400, f"{param or 'body'}: {got}{message}", param=param or None)
+    code = "invalid_type" if wrong["type"].endswith(("_type", "_parsing")) else "invalid_value"
+    message = f"{param or 'body'}: {got}{message}"
+    return _error(400, message, param=param or None, code=code if param else None)
 
 
 # What answers each kind of error.

@@ -257,6 +257,9 @@ class Service:
 
     async def chat_ids(self, messages: Sequence[Message], request: Templated) -> list[int]:
         """Returns the ids of messages by the chat template."""
+        if not self.template:
+            message = "this model has no chat template: ask for a completion instead"
+            raise Refusal(message, param="messages")
         fill = partial(
             self.run.chat,
             [self._filled(message) for message in messages],

@@ -227,9 +227,11 @@ def test_a_bad_chat_names_its_field(client, body, param, message):
 def test_codes_say_what_kind_of_error_it_is(client):
     codes = [
         error(client, "/completion", {"prompt": "x"} | more)["code"]
-        for more in ({"y": 1}, {"grammar": "x"}, {"n": 0})
+        for more in ({"y": 1}, {"grammar": "x"}, {"n": 0}, {"n": "a"}, {"prompt": []})
     ]
-    assert codes == ["unknown_parameter", "unsupported_parameter", None]
+    assert codes[:2] == ["unknown_parameter", "unsupported_parameter"]
+    assert codes[2:] == ["invalid_value", "invalid_type", "invalid_value"]
+    assert error(client, "/chat", {})["code"] == "missing_required_parameter"
 
 
 def test_messages_as_clients_send_them():
