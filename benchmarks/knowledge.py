@@ -263,12 +263,12 @@ def memory_figures(
         model, {task: (lambda task=task: share(task)) for task in TASKS}
     )
     return {
-        task: {"with": both.whole, "without": both.without, "kept": kept(both)}
+        task: {"with": both.whole, "without": both.without, "kept": share_left(both)}
         for task, both in scores.items()
     }
 
 
-def kept(scores: MemoryScores) -> float:
+def share_left(scores: MemoryScores) -> float:
     """Returns the share of the score above chance that is left without memory."""
     chance = 1 / CHOICES
     above = scores.whole - chance

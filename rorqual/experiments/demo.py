@@ -167,10 +167,10 @@ def verdict(losses: dict[str, list[float]]) -> str:
     if len(gaps) < 2:
         return f"{verdict}, with one seed: a difference, not a finding."
     spread = f"{min(gaps):+.4f} to {max(gaps):+.4f}"
-    sure = established(*mean_and_error(gaps), len(gaps))
+    significant = established(*mean_and_error(gaps), len(gaps))
     return (
         f"{verdict} ({spread} over {len(gaps)} seeds), "
-        f"{'established' if sure else 'not established'} at 95 %."
+        f"{'established' if significant else 'not established'} at 95 %."
     )
 
 
