@@ -95,7 +95,12 @@ class Runner:
         self.cache = None
         self.requests = []
         self._joining = []
+        self._unpause()
+
+    def _unpause(self) -> None:
+        """Forgets the read that has paused, and its cache."""
         self.paused = None
+        self._paused_outputs = iter(())
 
     def run(self, plan: Plan) -> Iterator[Output]:
         """Yields the output of each forward; its requests get their ids before the next one.
@@ -114,9 +119,10 @@ class Runner:
             now = time.perf_counter()
             deadline = now + READING * (now - start)
         paused = self.paused
-        self.paused = None
+        goes_on = self._paused_outputs
+        self._unpause()
         for read in plan.reads:
-            outputs = self._paused_outputs
+            outputs = goes_on
             if read is not paused:
                 outputs = self._attempt(read, may_pause=deadline < math.inf)
             last = time.perf_counter()
