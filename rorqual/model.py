@@ -298,7 +298,7 @@ class LanguageModel(nn.Module):
         )
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes: list[Aux] = []
-        for index in range(self.config.layers):
+        for index in range(len(self.blocks)):
             x, ctx, aux = self._run_block(index, x, ctx, cache, pending, last)
             auxes.append(aux)
         return self._output(x, for_mtp), auxes
@@ -315,7 +315,7 @@ class LanguageModel(nn.Module):
         ctx, pending = self.prepare(ids, cache)
         x = expand(self.embed(ids), self.config.hyper)  # [B, T, S, D]
         auxes: list[Aux] = []
-        for index in range(self.config.layers):
+        for index in range(len(self.blocks)):
             if index:
                 yield
             x, ctx, aux = self._run_block(index, x, ctx, cache, pending, last)
