@@ -105,3 +105,10 @@ def test_the_longest_entity_is_marked_at_its_end():
     marked = benchmark("knowledge").marked(text, entities)
     assert marked.entity_ends == {text.index("shark") + 5, len(text)}
     assert len(marked.word_ends) == 9
+
+
+def test_ngrams_are_counted_within_documents():
+    ngrams = benchmark("ngrams")
+    training = [[1, 2, 1, 2], [1, 2], [3]]
+    assert ngrams.count(training, [[1, 2, 1], [2, 3]], 2, 3) == (2, 1, pytest.approx(1 / 3))
+    assert ngrams.count(training, [[1, 2, 1]], 3, 1) == (2, 2, 1.0)
