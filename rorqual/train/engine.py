@@ -17,9 +17,12 @@ import netrc
 import os
 import secrets
 import shutil
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -726,7 +729,8 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
         try:
             if newest is not None:
                 trainer.load_checkpoint(newest, load_trainer_state=True, load_optim_state=True)
-            trainer.fit()
+            with _saved_first(trainer):
+                trainer.fit()
             return trainer.global_step
         except Diverged as error:
             if config.on_diverged == "stop":
@@ -745,6 +749,41 @@ def fit(step: TrainStep, loader: Loader, callbacks: dict[str, Callback]) -> int:
                 raise
             # The trainer reports an error on one of its threads as the cause of its own error.
             raise error.__cause__ from None
+
+
+@contextmanager
+def _saved_first(trainer: Trainer) -> Iterator[None]:
+    """Lets SIGTERM and ctrl-C wait until the steps of the block are saved.
+
+    The trainer handles both while it trains, and gives them back before it writes its last
+    checkpoint. Then the first one waits for that, and a second one does not.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first_step = trainer.global_step
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    arrived: list[int] = []
+
+    def give_back() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def wait(number: int, frame: Any) -> None:
+        if arrived or trainer.global_step == first_step:
+            arrived.clear()
+            give_back()
+            signal.raise_signal(number)
+        else:
+            arrived.append(number)
+
+    handlers = {number: signal.signal(number, wait) for number in numbers}
+    try:
+        yield
+    finally:
+        give_back()
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _last_sound(folder: Path) -> int:

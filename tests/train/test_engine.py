@@ -410,6 +410,47 @@ def test_a_full_disk_behind_training_ends_the_run_in_a_line(
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+class AtEnd(Callback):
+    """Calls a function behind the last step, before the last checkpoint is written."""
+
+    priority = 1000
+
+    def __init__(self, what) -> None:
+        super().__init__()
+        self.what = what
+
+    def post_train(self) -> None:
+        self.what()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_behind_the_last_step_waits_until_it_is_saved(small, run, tmp_path, number):
+    """A second one does not."""
+    checkpoints = tmp_path / "checkpoints"
+    saved = []
+
+    class Ended(Exception):
+        pass
+
+    def end(number: int, frame: object) -> None:
+        saved.append(checkpoint.latest(checkpoints))
+        raise Ended
+
+    before = signal.signal(number, end)
+    try:
+        once = AtEnd(lambda: signal.raise_signal(number))
+        with pytest.raises(Ended):
+            run(tmp_path, small.step(steps=3), ended=once)
+        twice = AtEnd(lambda: [signal.raise_signal(number) for _ in range(2)])
+        with pytest.raises(Ended):
+            run(tmp_path / "twice", small.step(steps=3), ended=twice)
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+    assert saved == [checkpoints / "step3", checkpoints / "step3"]
+    assert checkpoint.latest(tmp_path / "twice" / "checkpoints") is None
+
+
 def test_a_write_future_finishes_on_the_thread_that_asks():
     where = []
     gate = threading.Event()
