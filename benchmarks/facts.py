@@ -430,16 +430,20 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     with style():
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
-        axes.fill_between([-0.05, GOAL["forgotten"]], GOAL["held_out"], 1.02, alpha=0.15, lw=0)
+        axes.fill_between([-1.0, GOAL["forgotten"]], GOAL["held_out"], 1.02, alpha=0.15, lw=0)
         for index, (name, held_out, forgotten) in enumerate(points):
             colour = COLOURS[index % len(COLOURS)]
             axes.plot(forgotten, held_out, "o", color=colour)
             side = "right" if forgotten > 3 else "left"
-            shift = (-6, -3) if side == "right" else (6, -3)
+            near = [y for _, y, x in points[:index] if abs(x - forgotten) < 0.3]
+            crowded = [y for y in near if abs(y - held_out) < 0.05]
+            down = -3 if not crowded else 4 if held_out > min(crowded) else -12
+            shift = (-6 if side == "right" else 6, down)
             text = {"textcoords": "offset points", "xytext": shift, "ha": side}
             axes.annotate(name, (forgotten, held_out), color=colour, **text)
         axes.set(xlabel="forgotten on other text, nats a token", ylabel="held-out answers exact")
-        axes.set(xlim=(-0.05, 4.4), ylim=(0, 1.05))
+        least = min(forgotten for _, _, forgotten in points)
+        axes.set(xlim=(least - 0.1, 4.4), ylim=(0, 1.05))
         figure.savefig(path, metadata={"Date": None})
 
 
