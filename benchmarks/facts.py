@@ -435,8 +435,11 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             colour = COLOURS[index % len(COLOURS)]
             axes.plot(forgotten, held_out, "o", color=colour)
             side = "right" if forgotten > 3 else "left"
-            near = [y for _, y, x in points[:index] if abs(x - forgotten) < 0.3]
-            crowded = [y for y in near if abs(y - held_out) < 0.05]
+            crowded = [
+                y
+                for _, y, x in points[:index]
+                if abs(x - forgotten) < 0.3 and abs(y - held_out) < 0.05
+            ]
             down = -3 if not crowded else 4 if held_out > min(crowded) else -12
             shift = (-6 if side == "right" else 6, down)
             text = {"textcoords": "offset points", "xytext": shift, "ha": side}
